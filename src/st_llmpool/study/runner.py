@@ -48,6 +48,7 @@ class _State:
     stage: str = "waiting"
     seconds: float = 0.0
     started: float | None = None
+    record: RunRecord | None = None
 
 
 class StudyRunner:
@@ -122,7 +123,7 @@ class StudyRunner:
             self.console.print(f"{len(taken)} runs are taken from {other}", highlight=False)
         states = {run.id: _State(run) for run in self.runs}
         for record in self.records:
-            states[record.id].stage = "finished before"
+            states[record.id].stage, states[record.id].record = "finished before", record
         waiting: queue.Queue[PlannedRun] = queue.Queue()
         for run in self.runs:
             if states[run.id].stage == "waiting":
@@ -201,10 +202,12 @@ class StudyRunner:
                 state.stage, state.started = "elsewhere", None
                 waiting.put(run)
                 self._stop.wait(_PATIENCE)
-            elif returned == 0 and read_record(self.out / "runs" / run.id) is not None:
-                state.stage = "finished"
-            elif not self._stop.is_set():
-                state.stage = "failed"
+            else:
+                state.record = read_record(self.out / "runs" / run.id)
+                if returned == 0 and state.record is not None:
+                    state.stage = "finished"
+                elif not self._stop.is_set():
+                    state.stage = "failed"
 
     def _carry_out(self, run: PlannedRun, slot: int) -> int:
         try:
@@ -267,14 +270,13 @@ class StudyRunner:
             table.add_column(heading, justify="left" if heading in ("run", "stage") else "right")
         for run_id, state in states.items():
             told = self._progress(state)
-            record = read_record(self.out / "runs" / run_id) if state.stage.startswith("finished") else None
             seconds = state.seconds if state.started is None else time.monotonic() - state.started
             if state.stage in ("finished", "failed"):
                 seconds = state.seconds
             step = f"{told['step']}/{told['steps']}" if "step" in told else ""
             loss = told.get("loss")
-            if record is not None and record.training.get("losses"):
-                step, loss = str(record.training["steps"]), record.training["losses"][-1][1]
+            if state.record is not None and state.record.training.get("losses"):
+                step, loss = str(state.record.training["steps"]), state.record.training["losses"][-1][1]
             table.add_row(
                 run_id,
                 str(told.get("stage", state.stage)),

@@ -27,12 +27,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..designs import DESIGNS
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..training.recipe import Recipe
-from ..training.settings import from_mapping, merge
+from ..training.settings import from_mapping, merge, read_yaml
 from .compare import MAX_CONTRASTS, MAX_MODELS, label
 
 _PRESETS = Path(__file__).parent / "presets"
@@ -204,10 +202,7 @@ class Study:
                 f"study {str(name_or_file)!r} is neither a file nor one of {', '.join(presets())}."
                 f"{nearest(str(name_or_file), presets())}"
             )
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"{path} is not YAML: {error}") from error
+        values = read_yaml(path)
         return from_mapping(cls, {"name": path.stem, **values} if isinstance(values, dict) else values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -82,13 +82,15 @@ def carry_out(study: Study, run: PlannedRun, *, out: Path, work: Path, data_dir:
     result = train(recipe, resume=resume, callbacks=[ProgressFile(folder)])
     tell(folder, "evaluating")
     started = time.monotonic()
-    options: dict[str, Any] = {
-        "suite": study.suite,
-        "data_dir": data_dir,
-        "limit": study.limit,
-        "batch_size": study.batch_size,
-    }
-    scores = evaluate(result.model, output_dir=out / "mteb" / run.id, show_progress=False, **options)
+    scores = evaluate(
+        result.model,
+        output_dir=out / "mteb" / run.id,
+        suite=study.suite,
+        data_dir=data_dir,
+        limit=study.limit,
+        batch_size=study.batch_size,
+        show_progress=False,
+    )
     record = RunRecord(
         id=run.id,
         key=run.key,

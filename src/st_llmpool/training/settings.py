@@ -53,7 +53,7 @@ def from_mapping(settings: type[T], values: object, where: str = "") -> T:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Returns what a recipe's file holds.
+    """Returns what the file of a recipe or a study holds.
 
     Raises:
         ConfigurationError: If the file is missing or not YAML.
@@ -61,9 +61,9 @@ def read_yaml(path: str | Path) -> Any:
     try:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigurationError(f"The recipe {str(path)!r} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"The recipe {str(path)!r} is not YAML: {error}.") from error
+        raise ConfigurationError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{str(path)!r} is not YAML: {error}.") from error
 
 
 def with_overrides(values: object, overrides: Sequence[str]) -> dict[str, Any]:
