@@ -29,6 +29,14 @@ def test_embeddings_of_every_kind_are_frozen_with_the_layers_above_them(name):
     assert training == {name for name, _ in model.named_parameters() if name.startswith(expected)}
 
 
+def test_an_embedding_inside_a_layer_goes_with_its_layer():
+    model = AutoModel.from_config(OPT)
+    for layer in model.decoder.layers:
+        layer.distances = torch.nn.Embedding(3, 2)
+    freeze_lowest_layers(model, 2)
+    assert [layer.distances.weight.requires_grad for layer in model.decoder.layers] == [False, False, True]
+
+
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_frozen_layers_keep_their_weights_and_the_others_do_not(tune, make_recipe, tiny_llm):
     recipe = make_recipe(
