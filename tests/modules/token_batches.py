@@ -63,15 +63,15 @@ def computed_tokens(backbone: Any) -> Iterator[list[tuple[int, int]]]:
 
 def plain(backbone: Any, features: dict[str, Any]) -> dict[str, Any]:
     """Runs the backbone without any fast path."""
-    switches = backbone.prefix_reuse, backbone.length_split
-    backbone.prefix_reuse = backbone.length_split = False
+    switches = backbone.prefix_reuse, backbone.length_split, backbone.packing
+    backbone.prefix_reuse = backbone.length_split = backbone.packing = False
     try:
         with torch.no_grad(), computed_tokens(backbone) as shapes:
             outputs = backbone(features)
         assert shapes == [tuple(features["input_ids"].shape)]
         return outputs
     finally:
-        backbone.prefix_reuse, backbone.length_split = switches
+        backbone.prefix_reuse, backbone.length_split, backbone.packing = switches
 
 
 def assert_same(outputs: dict[str, Any], expected: dict[str, Any], atol: float = 1e-5) -> None:

@@ -147,7 +147,7 @@ def test_more_layers_than_have_an_adapter_is_an_error(model):
 
 
 def test_a_resumed_run_has_the_losses_of_one_that_was_never_stopped(make_recipe, tmp_path):
-    """Killed between two draws, so the interval's layer is drawn again: with this seed another one without importance."""
+    """Killed between two draws, so the interval's layer is drawn again; it would be another one without importance."""
     recipe = make_recipe(
         {
             "model": {"lora": {"r": 4, "lora_dropout": 0.2}},

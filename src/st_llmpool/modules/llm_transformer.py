@@ -30,6 +30,7 @@ from .eos import append_eos, ensure_pad_token
 from .errors import ConfigurationError, DataError, InputError, nearest
 from .layer_readout import POOLING_FEATURES, READOUTS, TokenSpans, capture_layers, hook_layers
 from .length_split import Read, forward_cost, read_in_groups
+from .packing import KERNELS, Packing
 from .portable import PortableModule, begin_save, copy_assets, naming, save_requirements, save_source_files
 from .prefix_reuse import PrefixReuse
 from .weights_identity import identify_by_weights
@@ -68,6 +69,7 @@ class LLMTransformer(Transformer, PortableModule):
     Attributes:
         prefix_reuse: False turns off what :class:`PrefixReuse` does in inference. Set it on the module; not saved.
         length_split: False turns off what :func:`read_in_groups` does in inference. Set it on the module; not saved.
+        packing: False turns off what :class:`Packing` does in inference, on a GPU. Set it on the module; not saved.
 
     Inputs:
         ``input_ids`` (B, T) and ``attention_mask`` (B, T) with padding on any side, or flat ``input_ids``
@@ -100,6 +102,8 @@ class LLMTransformer(Transformer, PortableModule):
     prefix_reuse: bool = True
     #: Run a padded batch in groups of like length, in inference.
     length_split: bool = True
+    #: Run a padded batch as one row of its real tokens, in inference on a GPU.
+    packing: bool = True
 
     #: Where a saved model was loaded from, and how; None for one that was built.
     _loaded_from: tuple[str, dict[str, Any]] | None = None
@@ -222,6 +226,7 @@ class LLMTransformer(Transformer, PortableModule):
         # In a tuple, or torch would register the model as a second submodule.
         self._prepared = (self.model,)
         self._prefixes = PrefixReuse()
+        self._packing = Packing()
         self._counts_positions = needs_position_ids(self.model)
 
     def _prepare_if_replaced(self) -> None:
@@ -261,7 +266,13 @@ class LLMTransformer(Transformer, PortableModule):
         return not getattr(self.config, "output_hidden_states", False) and _why_unchecked(self.model) is None
 
     def _run(self, features: dict[str, Any], spans: TokenSpans, read: Read, *, shared: int = 0) -> dict[str, Any]:
-        return read_in_groups(features, spans, read, shared=shared) if self.length_split else read(features, spans)
+        def padded() -> dict[str, Any]:
+            return read_in_groups(features, spans, read, shared=shared) if self.length_split else read(features, spans)
+
+        # The rest of texts after a shared start has keys that are no tokens of its own: only whole texts are packed.
+        if not self.packing or shared or spans.mask.device.type not in KERNELS:
+            return padded()
+        return self._packing.read(self.model, features, spans, read, padded)
 
     def _read(self, features: dict[str, Any], spans: TokenSpans, **kwargs: Any) -> dict[str, Any]:
         """Runs the backbone on one batch and reads it out."""

@@ -8,9 +8,8 @@ rest is run. Positions go on counting and windows go on sliding, so the vectors 
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,34 +19,21 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from .attention import attention_of, find_backbone
 from .layer_readout import TokenSpans
 from .length_split import OUTPUTS, Read, forward_cost, per_token
-
-logger = logging.getLogger(__name__)
+from .shortcut import Shortcut
 
 Run = Callable[..., dict[str, Any]]
-_OFF = "The tokens that all texts of a batch start with are computed for each of them: %s."
 
 
 @dataclass
-class PrefixReuse:
+class PrefixReuse(Shortcut):
     """Runs the batches of one causal backbone with their shared start computed once, where it pays and is right.
-
-    Architectures differ in how they take keys and values that are there already, so a batch that is longer than any
-    before is run both ways: the plain vectors are returned, and if the others differ by more than rounding, reuse is
-    off for this backbone from then on, with a warning. For texts in random order that is about ln(n) of n batches;
-    ``encode`` sorts the longest first, so it is the first one.
-
-    Attributes:
-        off: Why it is off for this backbone; None while it is on.
-        checked: Tokens of the longest batch that was run both ways.
 
     Example:
         >>> shared_start({"input_ids": torch.tensor([[7, 8, 1, 0], [7, 8, 2, 3]])}, torch.ones(2, 4))
         2
     """
 
-    off: str | None = None
-    checked: int = 0
-    _said: set[str] = field(default_factory=set)
+    message = "The tokens that all texts of a batch start with are computed for each of them: %s."
 
     def read(
         self, model: nn.Module, features: dict[str, Any], spans: TokenSpans, readout: str, read: Read, run: Run
@@ -72,30 +58,14 @@ class PrefixReuse:
             if (len(mask) - 1) * length <= forward_cost(mask.device):
                 reason = "a batch shares too few of them"
         if reason:
-            if reason not in self._said:
-                self._said.add(reason)
-                logger.info(_OFF, reason)
+            self.decline(reason)
             return run(features, spans, read)
-
-        def read_shared() -> dict[str, Any]:
-            return _read_shared(model, features, spans, length, readout, read, run)
-
-        width = spans.mask.shape[1]
-        if width <= self.checked:
-            return read_shared()
-        plain = run(features, spans, read)
-        try:
-            share = _difference(plain, read_shared(), spans)
-        except Exception as error:  # whatever an architecture raises over keys and values that it does not expect
-            self.off = f"{_name(model)} fails when it is computed once ({type(error).__name__}: {error})"
-        else:
-            self.checked = width
-            if share > _rounding(plain["token_embeddings"]):
-                self.off = f"vectors of {_name(model)} differ by {share:.1e} when it is computed once"
-        if self.off:
-            self._said.add(self.off)
-            logger.warning(_OFF, self.off)
-        return plain
+        return self.take(
+            model,
+            spans,
+            plain=lambda: run(features, spans, read),
+            short=lambda: _read_shared(model, features, spans, length, readout, read, run),
+        )
 
 
 def shared_start(features: dict[str, Any], mask: Tensor) -> int:
@@ -128,14 +98,17 @@ def _why_not(model: nn.Module, spans: TokenSpans) -> str | None:
     kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
     if kinds & {"dynamic", "longrope"}:
         return "its rotary positions depend on the length of the batch"
+    return other_state(model)
+
+
+def other_state(model: nn.Module) -> str | None:
+    """Says which layers hand on more than keys and values from token to token, such as recurrent ones; None if none."""
     try:
-        layers = DynamicCache(config=config).layers
+        layers = DynamicCache(config=find_backbone(model).config.get_text_config(decoder=True)).layers
     except KeyError as error:
         return f"it has layers of type {error}"
     other = {type(layer).__name__ for layer in layers if type(layer) not in _FROZEN}
-    if other:
-        return f"some layers keep more than keys and values ({', '.join(sorted(other))})"
-    return None
+    return f"some layers keep more than keys and values ({', '.join(sorted(other))})" if other else None
 
 
 def _read_shared(
@@ -194,25 +167,3 @@ def _frozen(cache: Cache) -> Cache:
     frozen = copy.copy(cache)
     frozen.layers = layers
     return frozen
-
-
-def _difference(plain: dict[str, Any], other: dict[str, Any], spans: TokenSpans) -> float:
-    """Returns how far the outputs lie apart, as the largest share of the plain ones in any text."""
-    shares = []
-    for name in OUTPUTS & plain.keys():
-        one, two = plain[name].float(), other[name].float()
-        if name == "token_embeddings":
-            one, two = (tokens.masked_fill(~spans.mask.unsqueeze(-1), 0) for tokens in (one, two))
-        shares.append((one - two).flatten(1).norm(dim=1) / one.flatten(1).norm(dim=1))
-    return torch.stack(shares).nan_to_num(nan=torch.inf).max().item()
-
-
-def _rounding(tokens: Tensor) -> float:
-    """Returns the share that other orders of the same sums may explain; autocast rounds more than `tokens` tell."""
-    kind = tokens.device.type
-    low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
-    return max(1e-4, 16 * torch.finfo(low).eps, 16 * torch.finfo(tokens.dtype).eps)
-
-
-def _name(model: nn.Module) -> str:
-    return type(find_backbone(model)).__name__

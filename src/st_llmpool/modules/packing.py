@@ -1,0 +1,184 @@
+"""Runs a padded batch as one row of its real tokens, so that no layer computes padding, on a GPU in half precision.
+
+Attention alone has to know where texts begin and end: it is torch's variable-length kernel, which comes with torch, put
+in place of ``sdpa`` through transformers' attention interface. Everything else sees one text of N tokens and the
+position of each in its own text. FlashAttention as a package does the same; sentence-transformers sees to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .attention import find_backbone, position_ids_from
+from .layer_readout import TokenSpans
+from .length_split import OUTPUTS, Read, per_token
+from .prefix_reuse import other_state
+from .shortcut import Outputs, Shortcut
+
+# A model loaded from a repository runs the repository's copy of this file: each copy needs a name of its own, or one
+# would be asked for the texts of a forward that another one has noted.
+IMPLEMENTATION = f"packed_{__name__.replace('.', '_')}"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Where the texts of a packed forward lie.
+
+    Attributes:
+        offsets: (B + 1,) int32, the first token of each text, and the number of all.
+        longest: Tokens of the longest text.
+    """
+
+    offsets: Tensor
+    longest: int
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Texts, tuple[int, int], float | None], Tensor]
+
+# State of one forward lives in its context, so that two threads may encode on one model.
+_ACTIVE: ContextVar[Texts | None] = ContextVar(f"{IMPLEMENTATION}_texts", default=None)
+
+
+@dataclass
+class Packing(Shortcut):
+    """Runs the batches of one backbone without padding where a kernel for it is at hand.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2, vocab_size=9)
+        >>> why_not_packed(LlamaModel(LlamaConfig(**sizes)), "cuda")
+        'there is no kernel for texts of different lengths in torch.float32'
+    """
+
+    message = "Padding is computed: %s."
+
+    def read(
+        self, model: nn.Module, features: dict[str, Any], spans: TokenSpans, read: Read, plain: Callable[[], Outputs]
+    ) -> Outputs:
+        """Runs a batch.
+
+        Args:
+            model: The backbone.
+            features: Without gradients, in eval mode.
+            spans: Of the batch.
+            read: Runs one batch, padded or flat.
+            plain: Runs this one with its padding.
+
+        Returns:
+            The features with the outputs of `read`, padded as the batch was, zero where it is padding.
+        """
+        if spans.is_flat or bool(features["attention_mask"].all()):
+            return plain()
+        reason = self.off or why_not_packed(model, spans.mask.device.type)
+        if reason:
+            self.decline(reason)
+            return plain()
+        return self.take(model, spans, plain, lambda: _read_packed(model, features, spans, read))
+
+
+def why_not_packed(model: nn.Module, device: str) -> str | None:
+    """Says why a backbone cannot run packed input on a type of device that is in ``KERNELS``; None if it can."""
+    backbone = find_backbone(model)
+    dtypes, _ = KERNELS[device]
+    if backbone.dtype not in dtypes:
+        return f"there is no kernel for texts of different lengths in {backbone.dtype}"
+    if not backbone.is_backend_compatible():
+        return "its attention cannot be replaced"
+    used = backbone.config._attn_implementation
+    if used not in ("sdpa", IMPLEMENTATION):
+        return f"its attention is {used}, and only sdpa is replaced"
+    return other_state(backbone)
+
+
+def _read_packed(model: nn.Module, features: dict[str, Any], spans: TokenSpans, read: Read) -> Outputs:
+    backbone: Any = find_backbone(model)
+    if backbone.config._attn_implementation != IMPLEMENTATION:
+        backbone.set_attn_implementation(IMPLEMENTATION)  # which is sdpa in every other forward
+    mask = features["attention_mask"]
+    kept = mask.bool()
+    lengths = kept.sum(dim=1)
+    offsets = nn.functional.pad(lengths.cumsum(dim=0), (1, 0)).int()
+    flat = {name: value[kept].unsqueeze(0) if per_token(value, mask) else value for name, value in features.items()}
+    del flat["attention_mask"]
+    flat |= {"cu_seq_lens_q": offsets, "position_ids": position_ids_from(mask)[kept].unsqueeze(0)}
+    with _within(Texts(offsets, int(lengths.max()))):
+        outputs = read(flat, TokenSpans(spans.mask[kept], offsets[:-1].long(), lengths))
+    found = {name: outputs[name] for name in OUTPUTS & outputs.keys()}
+    tokens = found["token_embeddings"]
+    found["token_embeddings"] = tokens.new_zeros(*mask.shape, tokens.shape[-1])
+    found["token_embeddings"][kept] = tokens[0]
+    return features | found
+
+
+@contextmanager
+def _within(texts: Texts) -> Iterator[None]:
+    token = _ACTIVE.set(texts)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attends within each text of a packed forward, (1, H, N, d) to (1, N, H, d); otherwise it is sdpa."""
+    texts = _ACTIVE.get()
+    if texts is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"the kernel knows no {name}")
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    window = kwargs.get("sliding_window")
+    # As sdpa masks them: W tokens with itself under causal attention, else W to each side.
+    left = -1 if window is None else window - 1 if causal else window
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    _, kernel = KERNELS[query.device.type]
+    return kernel(query, key, value, texts, (left, 0 if causal else left), kwargs.get("scaling")).unsqueeze(0), None
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    return sdpa_mask(*args, **kwargs) if _ACTIVE.get() is None else None
+
+
+def _by_varlen_kernel(
+    query: Tensor, key: Tensor, value: Tensor, texts: Texts, window: tuple[int, int], scale: float | None
+) -> Tensor:
+    """Returns (N, H, d) from (N, H, d) and keys and values (N, H', d)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        texts.offsets,
+        texts.offsets,
+        texts.longest,
+        texts.longest,
+        scale=scale,
+        window_size=window,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+#: Device -> the dtypes and the attention of packed texts. On a CPU groups of like length are as fast.
+KERNELS: dict[str, tuple[tuple[torch.dtype, ...], Kernel]] = {
+    "cuda": ((torch.float16, torch.bfloat16), _by_varlen_kernel)
+}
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _mask)

@@ -1,0 +1,212 @@
+"""Texts run without padding through a kernel for different lengths: the same vectors, or not used and said so.
+
+The kernel is CUDA's. Here attention text by text stands in for it, so that all but the kernel itself is tested; the
+last test is the kernel's own, on a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import BertConfig, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
+
+from st_llmpool import build_embedder
+from st_llmpool.modules import packing
+from st_llmpool.modules.llm_transformer import LLMTransformer
+from st_llmpool.modules.packing import IMPLEMENTATION, Packing, Texts
+from tests.conftest import save_tiny_llm
+from tests.modules.test_prefix_reuse import SIZES
+from tests.modules.token_batches import assert_same, computed_tokens, id_batch, plain
+
+LENGTHS = [3, 60, 7, 4, 58, 30, 1, 31]
+ENCODER = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=8),
+    "mistral": MistralConfig(**SIZES, sliding_window=6),
+    "bert": BertConfig(**ENCODER),
+}
+
+
+def text_by_text(
+    query: Tensor, key: Tensor, value: Tensor, texts: Texts, window: tuple[int, int], scale: float | None
+) -> Tensor:
+    """What the kernel computes, from its documentation: windows of keys to the left and right, -1 for all."""
+    found = []
+    for start, end in zip(texts.offsets[:-1].tolist(), texts.offsets[1:].tolist(), strict=True):
+        assert end - start <= texts.longest
+        distance = torch.arange(end - start)[None, :] - torch.arange(end - start)[:, None]
+        seen = torch.ones_like(distance, dtype=torch.bool)
+        seen &= distance >= -window[0] if window[0] >= 0 else seen
+        seen &= distance <= window[1] if window[1] >= 0 else seen
+        one, keys, values = (part[start:end].transpose(0, 1)[None] for part in (query, key, value))
+        out = F.scaled_dot_product_attention(one, keys, values, attn_mask=seen, scale=scale, enable_gqa=True)
+        found.append(out[0].transpose(0, 1))
+    return torch.cat(found)
+
+
+@pytest.fixture(autouse=True)
+def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(packing.KERNELS, "cpu", ((torch.float32,), text_by_text))
+
+
+def trusted(backbone: LLMTransformer) -> LLMTransformer:
+    """Skips the comparison with the plain forward, which returns the plain vectors."""
+    backbone._packing = Packing(checked=1000)
+    return backbone
+
+
+def run(backbone: LLMTransformer, features: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+    with torch.no_grad(), computed_tokens(backbone) as shapes:
+        return backbone(features), shapes
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(name, mode) for name in sorted(CONFIGS) for mode in ("causal", "bidirectional")][1:],
+    ids="-".join,
+)
+def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LLMTransformer:
+    name, mode = request.param
+    folder = save_tiny_llm(tmp_path_factory.mktemp(name), copy.deepcopy(CONFIGS[name]))
+    return LLMTransformer(folder, attention=mode).eval()
+
+
+@pytest.fixture
+def llama(tiny_llm: str) -> LLMTransformer:
+    return LLMTransformer(tiny_llm, attention="bidirectional").eval()
+
+
+@pytest.mark.parametrize("readout", ["eos", "mean"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_vectors_are_those_of_the_padded_batch_and_no_padding_is_computed(backbone, side, readout, monkeypatch):
+    monkeypatch.setattr(backbone, "layer_readout", readout)
+    for include_prompt in (True, False):
+        monkeypatch.setattr(backbone, "include_prompt", include_prompt)
+        features = id_batch(LENGTHS, side=side, extra=2) | {"prompt_length": 4}
+        expected = plain(backbone, features)
+        outputs, shapes = run(trusted(backbone), features)
+        assert shapes == [(1, sum(LENGTHS))]
+        assert_same(outputs, expected)
+        assert not outputs["token_embeddings"][~features["attention_mask"].bool()].any()
+    assert_same(plain(backbone, features), expected)  # padded forwards of a model that was packed
+
+
+def test_the_longest_batch_so_far_is_run_both_ways_and_flat_or_full_ones_are_left(llama):
+    llama.length_split = False
+    counts = [len(run(llama, id_batch(lengths))[1]) for lengths in ([3, 20, 14], [2, 9, 20], [9, 9, 9], [3, 40])]
+    assert counts == [2, 1, 1, 2]
+    assert (llama._packing.off, llama._packing.checked) == (None, 40)
+
+
+def test_every_feature_with_an_entry_per_token_is_packed(make_llm):
+    backbone = trusted(LLMTransformer(make_llm(BertConfig(**ENCODER))).eval())
+    features = id_batch(LENGTHS)
+    features["token_type_ids"] = torch.randint(0, 2, features["input_ids"].shape)
+    outputs, shapes = run(backbone, features)
+    assert shapes == [(1, sum(LENGTHS))]
+    assert_same(outputs, plain(backbone, features))
+
+
+@pytest.mark.parametrize("design", [{"pooling": "multi_layer"}, {"pooling": "pyramid"}, {"pooling": "mean"}])
+def test_encode_gives_the_same_vectors_for_hundreds_of_texts(tiny_llm, design):
+    model = build_embedder(tiny_llm, attention="bidirectional", **design)
+    words = "the quick brown fox jumps over the lazy dog " * 2
+    texts = [words[n % 9 : n % 9 + 3 * n % 70] for n in range(300)]
+    with computed_tokens(model[0]) as shapes:
+        fast = model.encode(texts, batch_size=16, convert_to_tensor=True)
+    assert sum(rows == 1 for rows, _ in shapes) > 12
+    model[0].packing = model[0].length_split = False
+    torch.testing.assert_close(fast, model.encode(texts, batch_size=16, convert_to_tensor=True), rtol=0, atol=1e-5)
+
+
+def test_where_it_cannot_be_used_one_line_says_why(make_llm, tiny_llm, caplog):
+    caplog.set_level(logging.INFO)
+    capped = Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=5.0)
+    gemma2 = LLMTransformer(make_llm(capped), model_kwargs={"attn_implementation": "eager"}).eval()
+    half = LLMTransformer(tiny_llm).to(torch.bfloat16).eval()
+    features = id_batch(LENGTHS)
+    for model, reason in ((gemma2, "its attention is eager"), (half, "in torch.bfloat16")):
+        caplog.clear()
+        for _ in range(2):
+            _, shapes = run(model, features)
+            assert (1, sum(LENGTHS)) not in shapes
+        assert [reason in record.getMessage() for record in caplog.records if "Padding" in record.getMessage()] == [
+            True
+        ]
+
+
+def wrong_kernel(*args: Any) -> Tensor:
+    *parts, texts, window, scale = args
+    return text_by_text(*parts, Texts(torch.tensor([0, int(texts.offsets[-1])]), 10_000), window, scale)
+
+
+def no_kernel(*args: Any) -> Tensor:
+    raise RuntimeError("no such kernel here")
+
+
+@pytest.mark.parametrize(("fault", "words"), [(wrong_kernel, "differ by"), (no_kernel, "no such kernel")])
+def test_wrong_vectors_and_failures_turn_it_off_loudly(llama, fault, words, monkeypatch, caplog):
+    monkeypatch.setitem(packing.KERNELS, "cpu", ((torch.float32,), fault))
+    features = id_batch(LENGTHS)
+    expected = plain(llama, features)
+    for _ in range(2):
+        assert_same(run(llama, features)[0], expected)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert words in caplog.records[0].getMessage()
+
+
+def test_threads_share_a_model(llama):
+    batches = [id_batch([13 + n, 40, 20, 14], seed=n) for n in range(8)]
+    expected = [plain(llama, features) for features in batches]
+    llama._packing = Packing(checked=30)
+    with ThreadPoolExecutor(4) as pool:
+        for outputs, other in zip(pool.map(torch.no_grad()(functools.partial(llama)), batches), expected, strict=True):
+            assert_same(outputs, other)
+
+
+def test_neither_switch_nor_kernel_is_part_of_a_saved_model(llama, tmp_path):
+    features = id_batch(LENGTHS)
+    expected, _ = run(trusted(llama), features)
+    assert llama.model.config._attn_implementation == IMPLEMENTATION
+    model = SentenceTransformer(modules=[llama], device="cpu")
+    model.save_pretrained(str(tmp_path))
+    assert (tmp_path / "packing.py").is_file()
+    for file in ("config.json", "sentence_bert_config.json"):
+        saved = json.loads((tmp_path / file).read_text())
+        assert IMPLEMENTATION not in json.dumps(saved)
+        assert "packing" not in saved
+    copied = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")[0].eval()
+    assert type(copied._packing) is not Packing
+    assert inspect.getmodule(type(copied._packing)).IMPLEMENTATION != IMPLEMENTATION
+    outputs, shapes = run(copied, features)  # the copy's own module has no kernel for a CPU
+    assert copied.model.config._attn_implementation == "sdpa"
+    assert (1, sum(LENGTHS)) not in shapes
+    assert_same(outputs, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_kernel_of_cuda_gives_the_vectors_of_the_padded_batch(tmp_path):
+    sizes = SIZES | {"hidden_size": 128, "intermediate_size": 192}  # heads of 32
+    for number, mode in enumerate(("causal", "bidirectional")):
+        folder = save_tiny_llm(tmp_path / str(number), MistralConfig(**sizes, sliding_window=6))
+        backbone = trusted(LLMTransformer(folder, attention=mode).to("cuda", torch.bfloat16).eval())
+        features = {name: value.cuda() for name, value in id_batch(LENGTHS).items()}
+        outputs, shapes = run(backbone, features)
+        assert shapes == [(1, sum(LENGTHS))]
+        expected = plain(backbone, features)
+        for name in ("readout", "layer_summaries"):
+            one, other = outputs[name].flatten(0, -2), expected[name].flatten(0, -2)
+            assert ((one - other).norm(dim=1) / other.norm(dim=1)).max() < 0.03
