@@ -9,6 +9,9 @@ import pyarrow as pa
 import pytest
 import torch
 from pyarrow import parquet
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import AutoModel, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -33,7 +36,7 @@ def files(tmp_path):
 
 
 def choose(files, count, **options):
-    pool = [files / "first.parquet", files / "second.parquet"]
+    pool = [files / "second.parquet", files / "first.parquet"]
     options = {"target_columns": ["sentence"]} | options
     return select_rows(pool, files / "target.parquet", count, files / "out" / "chosen.parquet", **options)
 
@@ -51,7 +54,7 @@ def test_each_target_row_in_turn_takes_the_nearest_row_by_the_papers_vectors(fil
     monkeypatch.setattr(selection, "CHUNK", chunk)
     chosen = parquet.read_table(choose(files, 7, model=tiny_llm).file).to_pylist()
     model, tokenizer = AutoModel.from_pretrained(tiny_llm).eval(), AutoTokenizer.from_pretrained(tiny_llm)
-    texts = [*NUMBERS, *ANIMALS]
+    texts = [*ANIMALS[1:], *NUMBERS, ANIMALS[0]]
     pool = [weighted_mean(model, tokenizer, text) for text in texts]
     target = [weighted_mean(model, tokenizer, text) for text in ("the quick fox", "dogs sleep", "a brown fox")]
     left = set(range(len(texts)))
@@ -100,6 +103,8 @@ def test_a_trained_model_chooses_with_its_own_backbone(files, tiny_llm, tmp_path
     base = choose(files, 9, model=tiny_llm).note
     trained = choose(files, 9, model=str(tmp_path / "trained"), trust_remote_code=True).note
     assert trained["score"] != base["score"]
+    SentenceTransformer(modules=[Transformer(tiny_llm), Pooling(64, "mean")]).save_pretrained(str(tmp_path / "plain"))
+    assert choose(files, 9, model=str(tmp_path / "plain")).note["score"] == pytest.approx(base["score"], abs=1e-5)
 
 
 def test_the_command_prints_what_it_chose(files, tiny_llm):
