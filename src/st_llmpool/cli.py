@@ -70,6 +70,37 @@ def train(
     run(Recipe.from_yaml(recipe, overrides=overrides or []), resume=resume)
 
 
+@app.command("batch-size")
+def batch_size(
+    recipe: Annotated[Path, typer.Argument(help="YAML file.", metavar="RECIPE", exists=True, dir_okay=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to the recipe, as for train.", metavar="[KEY=VALUE]...")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB to stay within; by default what is free on the GPU, or this machine.")
+    ] = None,
+    at_most: Annotated[int, typer.Option(help="The largest batch to try.", min=2)] = 4096,
+) -> None:
+    """Find the largest batch that RECIPE can train with in a given memory, by training two steps with each size."""
+    from rich.console import Console
+
+    from .training import Recipe
+    from .training.batch_search import batch_table, free_memory, largest_batch
+
+    console, memory = Console(), free_memory() if memory is None else memory
+    chosen = Recipe.from_yaml(recipe, overrides=overrides or [])
+    with console.status("Trying ...") as status:
+        trials = largest_batch(
+            chosen, memory, at_most=at_most, told=lambda trial: status.update(f"{trial.describe()}. Trying ...")
+        )
+    best = max(trial.batch_size for trial in trials if trial.fits)
+    console.print(batch_table(trials, memory))
+    bound = " (the largest that was tried)" if best == at_most else ""
+    console.print(f"training.batch_size={best}{bound}", highlight=False)
+    if chosen.loss.mini_batch_size is None:
+        console.print("A larger one fits with loss.mini_batch_size, which caches gradients.")
+
+
 @app.command()
 def adapt(
     base: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model, or builtin.")],

@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .adapt_recipe import AdaptRecipe
     from .adaptation import AdaptResult, adapt
+    from .batch_search import BatchTrial, largest_batch
     from .recipe import Recipe
     from .run import TrainingResult, train
 
-__all__ = ["AdaptRecipe", "AdaptResult", "Recipe", "TrainingResult", "adapt", "train"]
+__all__ = ["AdaptRecipe", "AdaptResult", "BatchTrial", "Recipe", "TrainingResult", "adapt", "largest_batch", "train"]
 
 _FILES = {
     "AdaptRecipe": ".adapt_recipe",
     "AdaptResult": ".adaptation",
+    "BatchTrial": ".batch_search",
     "Recipe": ".recipe",
     "TrainingResult": ".run",
     "adapt": ".adaptation",
+    "largest_batch": ".batch_search",
     "train": ".run",
 }
 

@@ -1,0 +1,69 @@
+"""Runs two training steps of a recipe and says what they took; a process of its own, which may run out of memory."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from ..modules.errors import StLlmpoolError
+from .recipe import Recipe
+from .run import train
+
+#: What the process returns if the steps do not fit.
+DOES_NOT_FIT = 75
+#: The optimizer's state is there from the first step's end on, so the second is the one that counts.
+STEPS = 2
+
+
+class _Enough(Exception):
+    """Ends the run before anything is saved."""
+
+
+class _Stopwatch(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self.started
+        if state.global_step == STEPS:
+            raise _Enough
+
+
+def main(recipe_file: str, memory: int) -> int:
+    """Runs the steps within `memory` bytes of a GPU; a CPU's memory is watched from outside.
+
+    Writes a JSON object with the peak in bytes (on a GPU what torch reserved, on a CPU what was resident) and the
+    seconds of the last step.
+    """
+    stopwatch = _Stopwatch()
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory / torch.cuda.mem_get_info()[1]))
+    try:
+        train(Recipe.from_yaml(recipe_file), callbacks=[stopwatch])
+    except _Enough:
+        sys.stdout.write(json.dumps({"memory": _peak(), "seconds": stopwatch.seconds}) + "\n")
+        return 0
+    except (torch.OutOfMemoryError, MemoryError):
+        return DOES_NOT_FIT
+    except StLlmpoolError as error:
+        sys.exit(str(error))  # without the calls that led there
+    raise RuntimeError(f"The run ended before step {STEPS}.")
+
+
+def _peak() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))
