@@ -121,6 +121,23 @@ def over_mean(folder: str, shape: str, args: Namespace, texts: int, tokens: int)
     return rows
 
 
+def in_one_forward(folder: str, shape: str, args: Namespace, texts: int) -> Row:
+    """Returns the time of one forward and backward for queries and longer documents together, over one for each.
+
+    sentence-transformers runs columns of different prompts one by one; together, the short ones are padded.
+    """
+    model = trained_model(folder, "5", checkpointing=False, device=args.device)
+    short, long = (random_batch(model, rows, tokens) for rows, tokens in ((texts, 16), (2 * texts, 64)))
+    padded = {name: F.pad(value, (0, 64 - 16)) for name, value in short.items()}
+    together = {name: torch.cat([padded[name], long[name]]) for name in long}
+
+    def step(batches: list[dict[str, Any]]) -> None:
+        update(model, lambda: sum(model(dict(batch))["sentence_embedding"].sum() for batch in batches))
+
+    times = alternate(partial(step, [together]), partial(step, [short, long]), args)
+    return compare(f"train {shape}, queries and documents in one forward", *times, note="not built")
+
+
 def over_paper(folder: str, shape: str, args: Namespace, texts: int, tokens: int) -> Row:
     """Returns samples per second over the paper's loop, on one model and the same columns."""
     model = trained_model(folder, "5" if args.quick else "paper-5", checkpointing=False, device=args.device)
@@ -137,7 +154,9 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     if args.device == "cuda":
         shape, texts, tokens = "qwen3-0.6b", 32, 256
     with tempfile.TemporaryDirectory() as scratch:
-        rows = over_mean(random_backbone(shape, Path(scratch)), shape, args, texts, tokens)
+        folder = random_backbone(shape, Path(scratch))
+        rows = over_mean(folder, shape, args, texts, tokens)
+        rows.append(in_one_forward(folder, shape, args, texts))
         shape = "tiny" if args.quick else "qwen2-0.5b"
         texts, tokens = (16, 128) if args.device == "cuda" else (1, 16)
         rows.append(over_paper(random_backbone(shape, Path(scratch)), shape, args, texts, tokens))

@@ -12,7 +12,15 @@ from types import ModuleType
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-RATIOS = ("folded_head", "encoding_overhead", "prefix_reuse", "padding", "training")
+RATIOS = (
+    "folded_head",
+    "encoding_overhead",
+    "prefix_reuse",
+    "padding",
+    "utilisation",
+    "training",
+    "in_batch_loss",
+)
 
 
 @pytest.fixture
