@@ -160,6 +160,9 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Folder that holds the suite's data sets.")] = None,
     benchmark: Annotated[str | None, typer.Option(help='An mteb benchmark, such as "MTEB(eng, v2)".')] = None,
     task: Annotated[list[str] | None, typer.Option(help="An mteb task by name; may be repeated.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="The most rows, queries or documents of each task of the suite.", min=1)
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts to a batch.", min=1)] = 32,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
@@ -174,6 +177,7 @@ def evaluate(
         data_dir=data,
         benchmark=benchmark,
         tasks=task,
+        limit=limit,
         output_dir=out,
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
