@@ -33,7 +33,9 @@ def floor(queries: Tensor, documents: Tensor) -> Tensor:
 
 def in_chunks(rows: int, queries: Tensor, documents: Tensor) -> Tensor:
     """Returns sentence-transformers' loss in chunks of so many rows, with gradients."""
-    loss = CachedMultipleNegativesRankingLoss(SentenceTransformer(modules=[Normalize()]), scale=SCALE, mini_batch_size=rows)
+    loss = CachedMultipleNegativesRankingLoss(
+        SentenceTransformer(modules=[Normalize()]), scale=SCALE, mini_batch_size=rows
+    )
     return loss.calculate_loss([[queries], [documents]], with_backward=True).detach()
 
 

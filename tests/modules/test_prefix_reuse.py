@@ -45,7 +45,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gemma2": Gemma2Config(**SIZES, head_dim=8, sliding_window=7),
     "gpt2": GPT2Config(n_embd=32, n_layer=4, n_head=4, n_positions=128),
 }
-SHARED, LENGTHS = 12, [13, 40, 20, 14, 39, 13, 22]
+SHARED, LENGTHS = 12, [13, 40, 20, 14, 39, 13, 22, 33, 17, 28]
 PROMPT = "the quick brown fox: over the lazy dog: "
 
 
@@ -82,7 +82,7 @@ def test_vectors_are_those_of_the_plain_forward(backbone, readout, monkeypatch):
             outputs, shapes = run(trusted(backbone), features)
             assert_same(outputs, plain(backbone, features))
             assert shapes[0] == (1, SHARED)
-            assert shapes[1:] == [(7, 28)] if not split else len(shapes) > 2
+            assert shapes[1:] == [(10, 28)] if not split else len(shapes) > 2
             assert max(columns for _, columns in shapes) == 40 - SHARED
 
 
@@ -157,7 +157,7 @@ def reasons(caplog: pytest.LogCaptureFixture) -> list[str]:
         (lambda features: {name: value[1:2] for name, value in features.items()}, "one text"),
         (lambda features: {name: value[:2] for name, value in features.items()}, "too few"),
         (lambda features: {name: value.flip(1) for name, value in features.items()}, "too few"),
-        (lambda features: features | {"cu_seq_lens_q": torch.tensor([0, 280])}, "without padding"),
+        (lambda features: features | {"cu_seq_lens_q": torch.tensor([0, 400])}, "without padding"),
     ],
 )
 def test_where_it_cannot_help_one_line_says_why(llama, caplog, change, reason):
@@ -165,7 +165,7 @@ def test_where_it_cannot_help_one_line_says_why(llama, caplog, change, reason):
     features = change(id_batch(LENGTHS, shared=SHARED))
     if "cu_seq_lens_q" in features:
         features = {name: value.reshape(1, -1) for name, value in features.items() if name != "cu_seq_lens_q"}
-        features["cu_seq_lens_q"] = torch.tensor([0, 280])
+        features["cu_seq_lens_q"] = torch.tensor([0, 400])
     for _ in range(3):
         run(llama, features)
     assert len(reasons(caplog)) == (0 if reason is None else 1)
@@ -185,7 +185,7 @@ def test_models_whose_start_depends_on_what_follows_are_run_as_they_are(tiny_llm
         caplog.clear()
         model.length_split = False
         outputs, shapes = run(model, features)
-        assert shapes == [(7, 40)]
+        assert shapes == [(10, 40)]
         assert reason in reasons(caplog)[0]
         assert_same(outputs, plain(model, features))
 
@@ -230,12 +230,12 @@ def test_only_a_batch_longer_than_any_before_is_run_both_ways(llama):
     llama.length_split = False
     counts = []
     for lengths in ([13, 20, 14, 16], [13, 19, 14, 17], [13, 40, 20, 30], [13, 40, 20, 14]):
-        counts.append(len(run(llama, id_batch(lengths, shared=SHARED))[1]))
+        counts.append(len(run(llama, id_batch(3 * lengths, shared=SHARED))[1]))
     assert counts == [3, 2, 3, 2]
 
 
 def test_threads_share_a_model(llama):
-    batches = [id_batch([13 + n, 40, 20, 14], shared=SHARED, seed=n) for n in range(8)]
+    batches = [id_batch(3 * [13 + n, 40, 20, 14], shared=SHARED, seed=n) for n in range(8)]
     expected = [plain(llama, features) for features in batches]
     with ThreadPoolExecutor(4) as pool:
         for outputs, other in zip(pool.map(torch.no_grad()(functools.partial(llama)), batches), expected, strict=True):

@@ -27,12 +27,12 @@ def forward_cost(device: torch.device) -> int:
 
     Example:
         >>> forward_cost(torch.device("cpu"))
-        24
+        96
     """
-    # Counted, not measured; benchmarks/padding.py --fit measures it. A CPU reads every weight once for each forward: in
-    # float32, at 10 GB/s and 100 GFLOP/s, that takes as long as 20 tokens. Elsewhere starting the kernels costs most,
-    # some 20 ms for a model of 24 layers, thousands of tokens: the figure is on the high side on purpose.
-    return 24 if device.type == "cpu" else 8192
+    # A CPU reads every weight once for each forward: benchmarks/padding.py --fit measures 47 to 61 tokens. Twice that,
+    # as smaller models lose more: at 24 and 48 batches of short texts were slower in groups. Elsewhere starting the
+    # kernels costs most, some 20 ms for a model of 24 layers, thousands of tokens: not measured, and on the high side.
+    return 96 if device.type == "cpu" else 8192
 
 
 def length_groups(lengths: Sequence[int], cost: int) -> list[list[int]]:

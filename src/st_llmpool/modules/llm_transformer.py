@@ -248,7 +248,7 @@ class LLMTransformer(Transformer, PortableModule):
         features = dict(features)
         for_pooling = {name: features.pop(name) for name in POOLING_FEATURES if name in features}
         spans = TokenSpans.of(features, include_prompt=self.include_prompt)
-        if kwargs or not self._may_run_in_parts(spans):
+        if kwargs or not self._may_run_otherwise():
             features = self._read(features, spans, **kwargs)
         elif self.prefix_reuse:
             # The shared tokens first, then the rest by length: they are computed once, and not once for each group.
@@ -257,17 +257,17 @@ class LLMTransformer(Transformer, PortableModule):
             features = self._run(features, spans, self._read)
         return spans.compact(features | for_pooling)
 
-    def _may_run_in_parts(self, spans: TokenSpans) -> bool:
-        """Allows more forwards than one, unless gradients, a compiler, other ranks or offloaded weights count them."""
+    def _may_run_otherwise(self) -> bool:
+        """Allows other forwards than the plain one, unless gradients, a compiler, other ranks or offloading mind."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return False
-        if spans.mask.numel() <= forward_cost(spans.mask.device):  # the most that could be saved
             return False
         return not getattr(self.config, "output_hidden_states", False) and _why_unchecked(self.model) is None
 
     def _run(self, features: dict[str, Any], spans: TokenSpans, read: Read, *, shared: int = 0) -> dict[str, Any]:
         def padded() -> dict[str, Any]:
-            return read_in_groups(features, spans, read, shared=shared) if self.length_split else read(features, spans)
+            if not self.length_split or spans.mask.numel() <= forward_cost(spans.mask.device):  # all it could save
+                return read(features, spans)
+            return read_in_groups(features, spans, read, shared=shared)
 
         # The rest of texts after a shared start has keys that are no tokens of its own: only whole texts are packed.
         if not self.packing or shared or spans.mask.device.type not in KERNELS:

@@ -22,6 +22,7 @@ from .length_split import OUTPUTS, Read, forward_cost, per_token
 from .shortcut import Shortcut
 
 Run = Callable[..., dict[str, Any]]
+_TOO_FEW = "a batch shares too few of them"
 
 
 @dataclass
@@ -56,7 +57,7 @@ class PrefixReuse(Shortcut):
             mask = features["attention_mask"]
             length = shared_start(features, mask)
             if (len(mask) - 1) * length <= forward_cost(mask.device):
-                reason = "a batch shares too few of them"
+                reason = _TOO_FEW
         if reason:
             self.decline(reason)
             return run(features, spans, read)
@@ -91,6 +92,8 @@ def _why_not(model: nn.Module, spans: TokenSpans) -> str | None:
         return "texts are concatenated without padding"
     if len(spans.mask) == 1:
         return "the batch has one text"
+    if spans.mask.numel() <= forward_cost(spans.mask.device):
+        return _TOO_FEW
     if attention_of(model) != "causal":
         return "its tokens attend in both directions, so they depend on what follows"
     config = find_backbone(model).config.get_text_config(decoder=True)
