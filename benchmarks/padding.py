@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         Row(what, left - after, left, share, share, share, at_least=True, note=f"{left / (real + left):.0%} padding")
     ]
     # Whole batches of the sorted corpus: encode sorts again and leaves them as they are.
-    starts = range(0, len(many), size if args.quick else len(many) // 4)
+    starts = range(0, len(many), size) if args.quick else range(len(many) // 8, len(many), len(many) // 4)
     few = [text for start in starts for text in many[start : start + size]]
     real, left, _ = padding(few, ours.tokenizer, size, cost)
     ceiling = (real + left) / real
