@@ -47,6 +47,11 @@ def save_tiny_llm(
     return str(folder)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Starts the one test that takes minutes first: at the end, the other workers would wait for it."""
+    items.sort(key=lambda item: "test_sharing_table" not in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a four-layer Llama, 32 wide. Read only: tests share it."""
