@@ -37,6 +37,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
         monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path / "harnesses"), raising=False)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setenv("HF_TOKEN", "hf_alice")
+        # transformers keeps one client for the life of the process: another test's would speak to a Hub that is gone.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         # Waiting between the client's own retries tests nothing.
         monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
         huggingface_hub.close_session()
