@@ -101,13 +101,22 @@ def test_each_order_of_the_product_gives_the_formula(form, folds, merges_values,
     expected = torch.stack([slow(block, rows) for rows in inputs])
     assert_same(kept(block, inputs), expected)
     constants = block._kept.constants
-    assert (constants.are_folded, constants.values is not None) == (folds, merges_values), form
+    assert (constants.form == "folded", constants.values is not None) == (folds, merges_values), form
 
 
 @pytest.mark.parametrize("queries", QUERIES)
-def test_gradients_are_those_of_the_plain_arithmetic(queries):
-    block, inputs = trained_block(queries=queries), torch.randn(64, 5, 8)
-    target = torch.randn(64, 8)
+@pytest.mark.parametrize(
+    ("form", "num_texts", "sizes"),
+    [
+        ("folded", 64, {}),
+        ("projected", 64, {"num_latents": 6, "num_heads": 8, "head_dim": 1}),
+        ("through inputs", 2, {"num_latents": 40, "head_dim": 16}),
+    ],
+)
+def test_gradients_are_those_of_the_plain_arithmetic(queries, form, num_texts, sizes):
+    block, inputs = trained_block(queries=queries, **sizes), torch.randn(num_texts, 5, 8)
+    assert block._compute_constants(num_texts * 5).form == form
+    target = torch.randn(num_texts, 8)
     gradients = []
     for forward in (block, lambda x: plain(block, x)):
         block.zero_grad()
@@ -166,6 +175,14 @@ def test_kept_constants_never_cost_more_than_the_plain_arithmetic(queries, num_i
     with torch.no_grad():
         block(inputs)
     assert multiply_adds(lambda: block(inputs)) <= multiply_adds(lambda: plain(block, inputs))
+
+
+def test_a_small_batch_in_training_does_not_pay_for_the_projection_of_the_papers_latents():
+    with torch.device("meta"):
+        block = CrossAttention(896, **resolve_sizes(896, "paper"))
+        inputs = torch.empty(2, 24, 896)
+    projection = block.latents.shape[0] * block.to_query.weight.numel()
+    assert multiply_adds(lambda: block(inputs)) < projection
 
 
 @pytest.mark.parametrize("queries", QUERIES)

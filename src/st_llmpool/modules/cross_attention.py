@@ -2,8 +2,9 @@
 
 Two facts of algebra make the block cheap without changing its output:
 
-* A score is (W_k x) · (W_q z) = x · (W_kᵀ W_q z). One of the two sides is a latent and constant, so in eval mode
-  the bracket is computed once: R vectors of size D for each head, in place of projecting every input.
+* A score is (W_k x) · (W_q z) = x · (W_kᵀ W_q z) = (W_qᵀ W_k x) · z. One of the two sides is a latent and constant, so
+  in eval mode the first bracket is computed once: R vectors of size D for each head, in place of projecting every
+  input. In training, where nothing is constant, the second spares a small batch the projection of many latents.
 * The output is W_o Σ a W_v x, a sum over inputs between two constant matrices. Matrices and sum may be taken in
   any order, and W_o W_v may be one matrix for each head.
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 QUERIES = ("latents", "inputs")
+Form = Literal["folded", "projected", "through inputs"]
 
 
 class CrossAttention(nn.Module):
@@ -113,16 +115,19 @@ class CrossAttention(nn.Module):
 
     def _scores(self, normed: Tensor, constants: _Constants) -> Tensor:
         """Returns (B, K, H, R)."""
-        if constants.are_folded:
+        if constants.form == "folded":
             return F.linear(normed, constants.scores).unflatten(-1, (self.num_heads, -1))
         projected = self._heads(F.linear(normed, self._input_weight))
-        return torch.einsum("bkhd,rhd->bkhr", projected, constants.scores)
+        if constants.form == "projected":
+            return torch.einsum("bkhd,rhd->bkhr", projected, constants.scores)
+        latent_weight = self._latent_weight.unflatten(0, (self.num_heads, self.head_dim))
+        return torch.einsum("bkhd,hdi->bkhi", projected, latent_weight) @ constants.scores.T
 
     def _read_latents(self, scores: Tensor, constants: _Constants) -> Tensor:
         """Returns what each input reads from the latents, (B, K, D)."""
         assert constants.values is not None
         weights = scores.softmax(dim=-1)
-        if constants.are_folded:
+        if constants.form == "folded":
             return weights.flatten(2) @ constants.values
         return self.to_output(torch.einsum("bkhr,rhd->bkhd", weights, constants.values).flatten(2))
 
@@ -183,31 +188,44 @@ class CrossAttention(nn.Module):
         return kept.constants
 
     def _compute_constants(self, rows: int | None) -> _Constants:
-        """Computes what depends on no text, folded where that is cheaper for `rows` inputs, None for many calls."""
-        folds = self._folding_pays(rows)
+        """Computes what depends on no text, in the form that is cheapest for `rows` inputs, None for many calls."""
+        form = self._cheapest_form(rows)
         latents = self.norm_latents(self.latents)
-        scores = self._heads(F.linear(latents, self._latent_weight)) * self.head_dim**-0.5
-        if folds:
+        if form == "through inputs":
+            scores = latents * self.head_dim**-0.5
+        else:
+            scores = self._heads(F.linear(latents, self._latent_weight)) * self.head_dim**-0.5
+        if form == "folded":
             input_weight = self._input_weight.unflatten(0, (self.num_heads, self.head_dim))
             scores = torch.einsum("rhd,hdi->hri", scores, input_weight).flatten(0, 1)
         values = None
         output_weight = self._heads(self.to_output.weight)
         if self.queries == "inputs":
             values = self._heads(F.linear(latents, self._value_weight))
-            if folds:
+            if form == "folded":
                 values = torch.einsum("rhd,ohd->hro", values, output_weight).flatten(0, 1)
         elif rows is None and self.head_dim >= self.to_output.out_features:  # at most half of W_v and W_o together
             value_weight = self._value_weight.unflatten(0, (self.num_heads, self.head_dim))
             values = torch.einsum("hdi,ohd->iho", value_weight, output_weight).contiguous()
-        return _Constants(folds, scores, values)
+        return _Constants(form, scores, values)
 
-    def _folding_pays(self, rows: int | None) -> bool:
+    def _cheapest_form(self, rows: int | None) -> Form:
         num_latents, dimension = self.latents.shape
         inner = self.to_output.in_features
-        folded, plain = self.num_heads * num_latents * dimension, (dimension + num_latents) * inner
+        projection, latents = inner * dimension, self.num_heads * num_latents * dimension
+        for_each_row: dict[Form, int] = {
+            "folded": latents,
+            "projected": projection + num_latents * inner,
+            "through inputs": 2 * projection + latents,
+        }
+        once: dict[Form, int] = {
+            "folded": 2 * num_latents * projection,
+            "projected": num_latents * projection,
+            "through inputs": 0,
+        }
         if rows is None:
-            return folded < plain
-        return rows * folded + num_latents * inner * dimension < rows * plain
+            return min(for_each_row, key=lambda form: for_each_row[form])
+        return min(for_each_row, key=lambda form: rows * for_each_row[form] + once[form])
 
     def _heads(self, projected: Tensor) -> Tensor:
         """Splits the last dimension into heads: (..., H, head_dim)."""
@@ -250,13 +268,14 @@ class _Constants(NamedTuple):
     """What depends on no text.
 
     Attributes:
-        are_folded: Which form `scores` has, and `values` if inputs query.
-        scores: The latents' side of the scores, scaled: (H * R, D) if folded, else (R, H, head_dim).
-        values: If inputs query, the latents' values, in the same two forms. If latents query, W_o W_v of each
-            head, (D, H, D), or None where the two matrices are not more than it.
+        form: Which form `scores` has, and `values` if inputs query.
+        scores: The latents' side of the scores, scaled: (H * R, D) if folded, (R, H, head_dim) if projected, and
+            (R, D) if the inputs go through both matrices.
+        values: If inputs query, the latents' values: (H * R, D) if folded, else (R, H, head_dim). If latents query,
+            W_o W_v of each head, (D, H, D), or None where the two matrices are not more than it.
     """
 
-    are_folded: bool
+    form: Form
     scores: Tensor
     values: Tensor | None
 
