@@ -38,7 +38,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch.nn import functional as F
 
-from st_llmpool.designs import add_adapter
+from st_llmpool.adapters import add_adapter
 from st_llmpool.training.arguments import enable_gradient_checkpointing
 
 OVERHEAD, OVER_PAPER = 1.10, 2.0

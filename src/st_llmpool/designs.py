@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,10 +11,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.module import Module
 from sentence_transformers.base.modules.normalize import Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
-from transformers import AutoModel
 
+from .adapters import add_adapter
 from .card import EmbedderCardData
-from .modules.attention import set_attention
 from .modules.attention_proof import verify_attention
 from .modules.attsets_pooling import AttSetsPooling
 from .modules.errors import ConfigurationError, nearest
@@ -216,83 +213,12 @@ def build_embedder(
     return model
 
 
-def add_adapter(model: SentenceTransformer, peft_config: PeftConfig | Mapping[str, Any] | str) -> None:
-    """Adds a trainable PEFT adapter to the backbone; the pooling stays fully trainable.
-
-    Args:
-        model: Changed in place.
-        peft_config: A ``peft`` config, the fields of a ``LoraConfig`` as a dict, or ``"paper"``.
-
-    Raises:
-        ConfigurationError: If the config is unknown or its targets match no layer of the backbone.
-    """
-    config = lora_config(peft_config)
-    try:
-        model.add_adapter(config)
-    except ValueError as error:
-        raise ConfigurationError(
-            f"peft_config with target_modules={getattr(config, 'target_modules', None)} does not fit "
-            f"{type(model.transformers_model).__name__}: {error}. Use target_modules='all-linear', or names from "
-            f"model.transformers_model.named_modules()."
-        ) from error
-    # New submodules may carry an is_causal of their own.
-    set_attention(model, model[0].attention)
-
-
-def merge_adapter(model: SentenceTransformer, source: Path) -> None:
-    """Replaces the adapted backbone of `model` by its base with the adapter merged in, in place.
-
-    The base is loaded afresh: merging a reloaded adapter in place leaves transformers with the adapter's weight
-    names, and what it then saves loads with random weights.
-
-    Args:
-        model: Loaded from `source`.
-        source: Folder with ``adapter_config.json``.
-    """
-    from peft import PeftModel
-
-    base = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    backbone = AutoModel.from_pretrained(base, dtype=model.dtype)
-    model[0].model = PeftModel.from_pretrained(backbone, str(source)).merge_and_unload()
-    model.eval()
-
-
 def _pooling_spec(pooling: str) -> PoolingSpec:
     if pooling not in POOLINGS:
         raise ConfigurationError(
             f"pooling={pooling!r} is unknown; known: {list(POOLINGS)}.{nearest(pooling, POOLINGS)}"
         )
     return POOLINGS[pooling]
-
-
-def lora_config(peft_config: PeftConfig | Mapping[str, Any] | str) -> PeftConfig:
-    """Returns the peft config that a user's short form stands for.
-
-    Args:
-        peft_config: A ``peft`` config (returned as it is), the fields of a ``LoraConfig`` as a dict, or ``"paper"``.
-
-    Raises:
-        ConfigurationError: If the name or a field is unknown, or a value is none that peft takes.
-
-    Example:
-        >>> lora_config("paper").r
-        16
-    """
-    from peft import LoraConfig
-
-    if isinstance(peft_config, str):
-        if peft_config != "paper":
-            raise ConfigurationError(
-                f"peft_config={peft_config!r} is unknown; the one name is 'paper'. Pass a dict of LoraConfig fields."
-            )
-        peft_config = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1}
-    if not isinstance(peft_config, Mapping):
-        return peft_config
-    fields = {"target_modules": "all-linear", "task_type": "FEATURE_EXTRACTION", **peft_config}
-    try:
-        return LoraConfig(**fields)
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"peft_config={dict(peft_config)} is not a LoraConfig: {error}.") from error
 
 
 def _quantization(config: Any, dtype: torch.dtype | str | None) -> Any:

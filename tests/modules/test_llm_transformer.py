@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
-from transformers import AutoModel, BertConfig, GPT2Config, T5Config
+from transformers import AutoModel, BertConfig, BitsAndBytesConfig, GPT2Config, T5Config
 
 from st_llmpool.modules.attention import attention_of
 from st_llmpool.modules.errors import ConfigurationError, InputError, StLlmpoolError
@@ -151,6 +151,21 @@ def test_no_keys_and_values_are_cached(tiny_llm):
     backbone.model = AutoModel.from_pretrained(tiny_llm)
     backbone(backbone.preprocess(["fox"]))
     assert backbone.model(input_ids=torch.tensor([[3, 4]])).past_key_values is None
+
+
+def test_layers_in_4_bits_compute_alike_before_and_after_an_inference(tiny_llm):
+    """On CPUs with bf16 instructions bitsandbytes repacks them, loses digits, and trains on what it has repacked."""
+    quantised = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}
+    backbone = LLMTransformer(tiny_llm, model_kwargs=quantised)
+    whole = LLMTransformer(tiny_llm, model_kwargs=quantised)
+    whole.model = whole.model.dequantize()
+    features = backbone.preprocess(["fox", WORDS])
+    expected = whole(dict(features))["token_embeddings"]
+    for mode in (False, True):
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                found = backbone.train(mode)(dict(features))["token_embeddings"]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 # --- EOS ------------------------------------------------------------------------------------------------------------

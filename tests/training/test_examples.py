@@ -92,7 +92,7 @@ def tune(tiny_llm, write_pairs, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", ["squad_rslora", "squad_dora"])
+@pytest.mark.parametrize("name", ["squad_rslora", "squad_dora", "squad_loftq"])
 def test_a_recipe_for_an_adapter_gives_a_model_that_loads_as_it_was_trained(name, tune):
     result = tune(name)
     config = result.model.transformers_model.peft_config["default"]
@@ -101,7 +101,7 @@ def test_a_recipe_for_an_adapter_gives_a_model_that_loads_as_it_was_trained(name
     texts = ["q1 quick fox", "a longer text about the lazy dog"]
     np.testing.assert_allclose(loaded.encode(texts), result.model.encode(texts), atol=1e-5)
     layer = next(module for module in result.model.modules() if isinstance(module, LoraLayer))
-    assert layer.scaling["default"] == pytest.approx(16 / (16**0.5 if config.use_rslora else 16))
+    assert layer.scaling["default"] == pytest.approx({"squad_rslora": 4, "squad_dora": 1, "squad_loftq": 2}[name])
     assert ("lora_magnitude_vector" in str(list(result.model.state_dict()))) == config.use_dora
 
 

@@ -380,7 +380,7 @@ def test_a_save_that_breaks_off_leaves_no_model_folder(make_recipe, monkeypatch)
         (["model.lora={rank: 4}"], ConfigurationError, "rank"),
         (["model.lora=papr"], ConfigurationError, "the one name is 'paper'"),
         (["model.lora={init_lora_weights: pissa}"], ConfigurationError, "'pissa' changes the base's weights.*gaussian"),
-        (["model.lora={init_lora_weights: loftq}"], ConfigurationError, "'loftq' changes.*model.quantization=nf4"),
+        (["model.lora={init_lora_weights: loftq}"], ConfigurationError, "'loftq'.*not in 4 bits.*nf4"),
         (["model.freeze_layers=4"], ConfigurationError, "leaves none of the base's 4 layers.*at most 3"),
         (["model.freeze_layers=4", "model.tune=full"], ConfigurationError, "none of the base's 4 layers"),
         (["training.sparse_tuning.layers=5"], ConfigurationError, "layers=5 is more than the 4 layers"),

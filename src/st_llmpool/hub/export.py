@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from sentence_transformers import SentenceTransformer
 
+from ..adapters import merge_adapter
 from ..card import write_card_of
-from ..designs import merge_adapter
 from ..modules.errors import ConfigurationError, InputError
 from ..modules.portable import MANIFEST
 from ..whole_files import refuse_existing, whole_folder
@@ -19,7 +21,8 @@ from .fresh_process import PROBES, embed_in_fresh_process
 NATIVE_BACKBONE = "sentence_transformers.base.modules.transformer.Transformer"
 _OUR_KEYS = ("attention", "layer_readout", "layers", "add_eos_token", "include_prompt", "causal_layers")
 _TOLERANCE = 1e-5
-# In half precision a merge rounds the sum of base and adapter once more than the adapter beside its base.
+# In half precision a merge rounds the sum of base and adapter once more than the adapter beside its base, and layers
+# in 8 bits round their inputs, which whole ones do not.
 _TOLERANCE_HALF = 2e-2
 
 
@@ -31,8 +34,8 @@ def export(source: Path, target: Path, *, native: bool = False, merge: bool = Fa
         target: A folder that does not exist yet.
         native: Only types of sentence-transformers, so that it loads with neither flag nor package. Refused where
             plain sentence-transformers would give other vectors: that is measured, padded on both sides and alone.
-        merge: Merge the adapter into the backbone. An adapter that was trained on a quantised base is merged into the
-            base as it was before; the vectors compared are then those of the adapter beside that base.
+        merge: Merge the adapter into the backbone; one that was trained on a base in 4 or 8 bits into what these bits
+            stand for, so that the vectors stay those that were trained.
         trust_remote_code: Run the module code in `source`, as loading it needs.
 
     Returns:
@@ -44,13 +47,13 @@ def export(source: Path, target: Path, *, native: bool = False, merge: bool = Fa
     """
     refuse_existing(target)
     has_adapter = (source / "adapter_config.json").is_file()
-    whole_base = {"quantization_config": None} if merge else None
-    model = SentenceTransformer(str(source), trust_remote_code=trust_remote_code, device="cpu", model_kwargs=whole_base)
+    model = SentenceTransformer(str(source), trust_remote_code=trust_remote_code, device="cpu")
     if merge and not has_adapter:
         raise ConfigurationError(f"{source} has no adapter, so there is nothing to merge. Leave --merge out.")
     if native:
         _check_native(model, has_adapter=has_adapter and not merge)
     expected = _vectors(model)
+    tolerance = _tolerance(model.transformers_model)
     if merge:
         merge_adapter(model, source)
     with whole_folder(target) as folder:
@@ -58,9 +61,16 @@ def export(source: Path, target: Path, *, native: bool = False, merge: bool = Fa
         _write_card(model, source, folder, native=native, merged=merge)
         if native:
             _make_native(model, folder)
-        half = model.dtype is not None and model.dtype.itemsize < 4
-        _compare(folder, expected, tolerance=_TOLERANCE_HALF if half else _TOLERANCE, native=native)
+        _compare(folder, expected, tolerance=tolerance, native=native)
     return target
+
+
+def _tolerance(backbone: Any) -> float:
+    """Returns how far the vectors of a copy may be from those of the backbone as it is now."""
+    quantization = getattr(backbone.config, "quantization_config", None)
+    rounds = getattr(quantization, "load_in_8bit", False)  # the inputs of its layers too
+    computed_in = {backbone.get_input_embeddings().weight.dtype, getattr(quantization, "bnb_4bit_compute_dtype", None)}
+    return _TOLERANCE_HALF if rounds or computed_in & {torch.float16, torch.bfloat16} else _TOLERANCE
 
 
 def foreign_types(folder: Path) -> list[str]:

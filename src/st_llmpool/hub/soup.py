@@ -13,9 +13,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from ..adapters import merge_adapter
 from ..card import EmbedderCardData
 from ..data.training_data import DatasetSettings, load_pairs
-from ..designs import merge_adapter
 from ..evaluation import SuiteEvaluator
 from ..modules.attention import set_attention
 from ..modules.errors import ConfigurationError
@@ -154,8 +154,7 @@ def _load(name: str, trust_remote_code: bool) -> SentenceTransformer:
     if not (folder / "modules.json").is_file():
         raise ConfigurationError(f"{name} is no saved embedding model: it has no modules.json.")
     has_adapter = (folder / "adapter_config.json").is_file()
-    whole_base = {"quantization_config": None} if has_adapter else None
-    model = SentenceTransformer(str(folder), trust_remote_code=trust_remote_code, device="cpu", model_kwargs=whole_base)
+    model = SentenceTransformer(str(folder), trust_remote_code=trust_remote_code, device="cpu")
     if has_adapter:
         merge_adapter(model, folder)
         if hasattr(model[0], "attention"):

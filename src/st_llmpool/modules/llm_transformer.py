@@ -221,6 +221,11 @@ class LLMTransformer(Transformer, PortableModule):
         """
         set_attention(self.model, self.attention)
         hook_layers(list(decoder_layers(self.model)), self.layers)
+        for module in self.model.modules():
+            # On a CPU with bf16 instructions bitsandbytes repacks 4-bit layers in their first inference: they compute in
+            # bf16 from then on, whatever they are asked for, and training gets no right gradient (seen in 0.50).
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         # Keys and values of every layer would be held for nothing; sentence-transformers sees to it from 6.2, at load.
         self.config.get_text_config(decoder=True).use_cache = False
         # In a tuple, or torch would register the model as a second submodule.

@@ -21,8 +21,8 @@ from transformers import (
     set_seed,
 )
 
+from ..adapters import lora_config
 from ..data.texts import load_texts
-from ..designs import lora_config
 from ..modules.attention import set_attention
 from ..modules.errors import ConfigurationError, DataError
 from ..whole_files import whole_folder

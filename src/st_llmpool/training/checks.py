@@ -10,7 +10,8 @@ import torch
 from datasets import Dataset, DatasetDict
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
-from ..designs import DESIGNS, POOLINGS, lora_config
+from ..adapters import check_start, lora_config, without_loftq
+from ..designs import DESIGNS, POOLINGS
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..modules.trainable_pooling import TrainablePooling
 from .freezing import check_freezing
@@ -21,9 +22,6 @@ from .sparse_tuning import check_number_of_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-#: Initial values of an adapter that peft pays for by other weights in the base.
-_CHANGES_THE_BASE = ("loftq", "pissa", "olora", "corda")
 
 
 def check_names(recipe: Recipe) -> None:
@@ -47,8 +45,9 @@ def check_names(recipe: Recipe) -> None:
             f"model.tune=pooling with model.pooling={pooling!r} trains nothing, since that pooling has no weights. "
             f"Use model.tune=lora, or a pooling with weights such as multi_layer."
         )
-    _check_adapter_start(model)
     check_machine(recipe.training, adapter=model.tune == "lora", quantized=model.quantization is not None)
+    if model.tune == "lora":
+        check_start(lora_config(model.lora), in_4_bits=model.quantization == "nf4")
 
 
 def check_machine(training: TrainingSettings, *, adapter: bool, quantized: bool = False) -> None:
@@ -71,21 +70,6 @@ def check_machine(training: TrainingSettings, *, adapter: bool, quantized: bool 
     for setting, (library, is_wanted) in wanted.items():
         if is_wanted and importlib.util.find_spec(library) is None:
             raise ConfigurationError(f"{setting} needs {library}: pip install 'st_llmpool[train]'.")
-
-
-def _check_adapter_start(model: ModelSettings) -> None:
-    """Refuses adapters that fit only a base with other weights than the base has.
-
-    What is saved is the adapter, without the base: beside the base as it is, it would give other vectors.
-    """
-    start = model.lora.get("init_lora_weights") if model.tune == "lora" and isinstance(model.lora, dict) else None
-    if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
-        way_out = "For LoftQ's aim, an adapter that trains on the quantised base, use model.quantization=nf4 with"
-        raise ConfigurationError(
-            f"model.lora: init_lora_weights={start!r} changes the base's weights too, which are not saved with an "
-            f"adapter: the saved model would give other vectors than the trained one. "
-            f"{way_out if start == 'loftq' else 'Use'} another start, such as gaussian or orthogonal, or the default."
-        )
 
 
 def design_arguments(model: ModelSettings) -> dict[str, Any]:
@@ -131,7 +115,7 @@ def check_adapter(model: ModelSettings, base: str) -> None:
     """
     from peft import inject_adapter_in_model
 
-    config = lora_config(model.lora)
+    config = without_loftq(lora_config(model.lora))
     targets = getattr(config, "target_modules", None)  # peft replaces it by what it found
     empty = _without_weights(model, base)
     with torch.device("meta"):

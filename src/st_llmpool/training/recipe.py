@@ -65,7 +65,8 @@ class ModelSettings:
             keeps all.
         tune: What trains beside the pooling: a ``lora`` adapter, the ``full`` backbone, or the ``pooling`` alone.
         lora: ``paper`` (r 16, alpha 32, dropout 0.1, all linear layers) or fields of a ``peft.LoraConfig``, such as
-            ``use_rslora: true`` (arXiv 2312.03732) or ``use_dora: true`` (2402.09353).
+            ``use_rslora: true`` (arXiv 2312.03732), ``use_dora: true`` (2402.09353) or, with ``quantization: nf4``,
+            ``init_lora_weights: loftq`` (2310.08659).
         freeze_layers: Leave the embeddings and so many of the lowest layers as they are (Telly-k, Shi et al. 2023,
             arXiv 2304.05216); under an adapter, theirs stays without effect.
         quantization: ``nf4`` or ``int8`` (bitsandbytes) for the frozen backbone under an adapter.

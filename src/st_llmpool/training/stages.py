@@ -13,8 +13,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from transformers import AutoModel
 
+from ..adapters import merge_adapter
 from ..data.texts import load_texts
-from ..designs import merge_adapter
 from ..random_state import preserve_rng_state
 from .adapt_recipe import AdaptEvaluationSettings, AdaptRecipe
 from .adaptation import adapt, check_adapt

@@ -1,0 +1,197 @@
+"""PEFT adapters on the backbone: their config, where they start, and merging them into the base."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import nn
+from transformers import AutoModel
+
+from .modules.attention import set_attention
+from .modules.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+#: Starts that peft pays for by other weights in the base, which no adapter is saved with.
+_CHANGES_THE_BASE = ("loftq", "pissa", "olora", "corda", "lora_ga")
+
+
+def lora_config(peft_config: PeftConfig | Mapping[str, Any] | str) -> PeftConfig:
+    """Returns the peft config that a user's short form stands for.
+
+    Args:
+        peft_config: A ``peft`` config (returned as it is), the fields of a ``LoraConfig`` as a dict, or ``"paper"``.
+
+    Raises:
+        ConfigurationError: If the name or a field is unknown, or a value is none that peft takes.
+
+    Example:
+        >>> lora_config("paper").r
+        16
+    """
+    from peft import LoftQConfig, LoraConfig
+
+    if isinstance(peft_config, str):
+        if peft_config != "paper":
+            raise ConfigurationError(
+                f"peft_config={peft_config!r} is unknown; the one name is 'paper'. Pass a dict of LoraConfig fields."
+            )
+        peft_config = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1}
+    if not isinstance(peft_config, Mapping):
+        return peft_config
+    fields = {"target_modules": "all-linear", "task_type": "FEATURE_EXTRACTION", **peft_config}
+    if fields.get("init_lora_weights") == "loftq":
+        fields.setdefault("loftq_config", LoftQConfig())  # peft asks for one
+    try:
+        return LoraConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"peft_config={dict(peft_config)} is not a LoraConfig: {error}.") from error
+
+
+def add_adapter(model: SentenceTransformer, peft_config: PeftConfig | Mapping[str, Any] | str) -> None:
+    """Adds a trainable PEFT adapter to the backbone; the pooling stays fully trainable.
+
+    Args:
+        model: Changed in place.
+        peft_config: A ``peft`` config, the fields of a ``LoraConfig`` as a dict, or ``"paper"``. With
+            ``init_lora_weights="loftq"`` the adapter starts at what the backbone's 4 bits have lost.
+
+    Raises:
+        ConfigurationError: If the config is unknown, its targets match no layer of the backbone, or its start does not
+            fit the backbone.
+    """
+    wanted = lora_config(peft_config)
+    check_start(wanted, in_4_bits=is_in_4_bits(model.transformers_model))
+    config = without_loftq(wanted)
+    try:
+        model.add_adapter(config)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"peft_config with target_modules={getattr(config, 'target_modules', None)} does not fit "
+            f"{type(model.transformers_model).__name__}: {error}. Use target_modules='all-linear', or names from "
+            f"model.transformers_model.named_modules()."
+        ) from error
+    if config is not wanted:
+        start_at_what_is_lost(model.transformers_model)
+    # New submodules may carry an is_causal of their own.
+    set_attention(model, model[0].attention)
+
+
+def check_start(peft_config: Any, *, in_4_bits: bool) -> None:
+    """Refuses adapters that fit only a base with other weights than the base has.
+
+    What is saved is the adapter, without the base: beside the base as it is, it would give other vectors.
+
+    Args:
+        peft_config: The adapter's config.
+        in_4_bits: Whether the base is quantised to 4 bits, where LoftQ changes the adapter alone.
+
+    Raises:
+        ConfigurationError: If it is one.
+    """
+    start = getattr(peft_config, "init_lora_weights", None)
+    if not isinstance(start, str) or not start.startswith(_CHANGES_THE_BASE):
+        return
+    if start != "loftq":
+        raise ConfigurationError(
+            f"init_lora_weights={start!r} changes the base's weights too, which are not saved with an adapter: the "
+            f"saved model would give other vectors than the trained one. Use another start, such as gaussian or "
+            f"orthogonal, or the default."
+        )
+    if not in_4_bits:
+        raise ConfigurationError(
+            "init_lora_weights='loftq' starts an adapter at what 4 bits have lost of the base's weights, and this base "
+            "is not in 4 bits. Use quantization nf4 with it, or another start."
+        )
+    if peft_config.use_dora:
+        raise ConfigurationError(
+            "init_lora_weights='loftq' and use_dora do not go together: DoRA measures lengths before LoftQ moves the "
+            "weights. Use one of them."
+        )
+
+
+def without_loftq(peft_config: Any) -> Any:
+    """Returns the config, with the default start if it is LoftQ's, for which peft changes the base."""
+    if getattr(peft_config, "init_lora_weights", None) != "loftq":
+        return peft_config
+    return dataclasses.replace(peft_config, init_lora_weights=True, loftq_config={})
+
+
+def start_at_what_is_lost(backbone: nn.Module) -> None:
+    """Sets each adapter on a 4-bit layer to what 4 bits have lost of the layer's weight W, as far as its rank goes.
+
+    With Q the dequantised weight and the singular values of ``W − Q = U S Vᵀ``, ``A = √S Vᵀ`` and ``B = U √S`` of the r
+    largest (over the adapter's scale), so that Q + scale · B A is the nearest to W that the rank allows. It is LoftQ
+    (Li et al. 2023, arXiv 2310.08659, algorithm 1) with one step, which leaves Q as any load of the base gives it;
+    peft's ``replace_lora_weights_loftq`` computes the same on a GPU. The singular vectors are found by a randomised
+    method, a few per cent from the optimum.
+
+    Args:
+        backbone: With adapters of default start on bitsandbytes' 4-bit layers. Its weights in full are read from where
+            it was loaded, into the machine's memory, in the checkpoint's dtype.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from peft.tuners.lora import LoraLayer
+
+    config: Any = backbone.config
+    whole = type(backbone).from_pretrained(  # type: ignore[attr-defined]
+        config._name_or_path, revision=getattr(config, "_commit_hash", None), dtype="auto"
+    )
+    found: dict[str, Any] = {name: module for name, module in backbone.named_modules() if isinstance(module, LoraLayer)}
+    for name, layer in found.items():
+        if not _is_in_4_bits(layer.get_base_layer()):
+            continue
+        kept = layer.get_base_layer().weight
+        weight = whole.get_submodule(name).weight.to(device=kept.device, dtype=torch.float32)
+        if weight.shape != kept.quant_state.shape:
+            raise ConfigurationError(
+                f"init_lora_weights='loftq' needs the weights that were quantised, and {config._name_or_path!r} holds "
+                f"{name} in 4 bits. Name the base in full with quantization nf4, or use another start."
+            )
+        lost = weight - dequantize_4bit(kept.data, kept.quant_state).float()
+        for adapter, rank in layer.r.items():
+            left, sizes, right = torch.svd_lowrank(lost, q=min(rank + 16, *lost.shape), niter=4)
+            root = sizes[:rank].sqrt()
+            with torch.no_grad():
+                layer.lora_A[adapter].weight[: len(root)] = root.unsqueeze(1) * right.T[:rank]
+                layer.lora_B[adapter].weight[:, : len(root)] = left[:, :rank] * root / layer.scaling[adapter]
+
+
+def is_in_4_bits(model: nn.Module) -> bool:
+    """Returns whether a model has layers that bitsandbytes holds in 4 bits."""
+    return any(_is_in_4_bits(module) for module in model.modules())
+
+
+def _is_in_4_bits(module: nn.Module) -> bool:
+    return type(module).__name__ == "Linear4bit"
+
+
+def merge_adapter(model: SentenceTransformer, source: Path) -> None:
+    """Replaces the adapted backbone of `model` by its base with the adapter merged in, in place.
+
+    The base is loaded afresh: merging a reloaded adapter in place leaves transformers with the adapter's weight
+    names, and what it then saves loads with random weights. A base that the adapter was trained on in 4 or 8 bits is
+    what these bits stand for, in full: beside it the adapter gives the vectors that it was trained to give.
+
+    Args:
+        model: Loaded from `source`, its base quantised as it was trained.
+        source: Folder with ``adapter_config.json``.
+    """
+    from peft import PeftModel
+
+    base = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    dtype = model.transformers_model.get_input_embeddings().weight.dtype
+    quantization = getattr(model.transformers_model.config, "quantization_config", None)
+    given = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": "cpu"}}
+    backbone = AutoModel.from_pretrained(base, dtype=dtype, **given)
+    if quantization is not None:
+        backbone = backbone.dequantize(dtype)
+    model[0].model = PeftModel.from_pretrained(backbone, str(source)).merge_and_unload()
+    model.eval()
