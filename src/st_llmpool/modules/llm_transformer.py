@@ -222,8 +222,8 @@ class LLMTransformer(Transformer, PortableModule):
         set_attention(self.model, self.attention)
         hook_layers(list(decoder_layers(self.model)), self.layers)
         for module in self.model.modules():
-            # On a CPU with bf16 instructions bitsandbytes repacks 4-bit layers in their first inference: they compute in
-            # bf16 from then on, whatever they are asked for, and training gets no right gradient (seen in 0.50).
+            # On a CPU with bf16 instructions bitsandbytes repacks 4-bit layers in their first inference: from then on
+            # they compute in bf16, whatever they are asked for, and give no right gradients (seen in 0.50).
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         # Keys and values of every layer would be held for nothing; sentence-transformers sees to it from 6.2, at load.
