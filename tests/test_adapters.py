@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModel, LlamaConfig
+from transformers import AutoModel, LlamaConfig, LlamaModel
 
 from st_llmpool import build_embedder
+from st_llmpool.adapters import load_again, merge_adapter
 from st_llmpool.modules.errors import ConfigurationError
 
 LOFTQ = {"r": 8, "lora_alpha": 32, "init_lora_weights": "loftq"}
@@ -64,3 +69,38 @@ def test_loftq_gives_vectors_nearer_to_the_whole_model_and_survives_a_save(llm, 
 def test_starts_that_would_not_survive_a_save_are_refused(llm, given, message):
     with pytest.raises(ConfigurationError, match=message):
         build_embedder(llm, **given)
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaModel
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llm"
+
+class OwnModel(LlamaModel):
+    config_class = OwnConfig
+"""
+
+
+def test_an_adapter_merges_into_a_base_that_brings_its_own_code(llm, tmp_path):
+    base = Path(shutil.copytree(llm, tmp_path / "base"))
+    (base / "own.py").write_text(OWN_CODE)
+    config = json.loads((base / "config.json").read_text()) | {"model_type": "own_llm", "architectures": ["OwnModel"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
+    (base / "config.json").write_text(json.dumps(config))
+    start = {"r": 4, "init_lora_weights": False}
+    model = build_embedder(str(base), pooling="mean", peft_config=start, trust_remote_code=True)
+    expected = model.encode(TEXTS)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    merge_adapter(model, tmp_path / "adapter")
+    assert type(model.transformers_model).__name__ == "OwnModel"
+    np.testing.assert_allclose(model.encode(TEXTS), expected, atol=1e-5)
+
+
+def test_a_base_is_loaded_again_from_the_commit_that_it_was_loaded_from(llm, monkeypatch):
+    model = build_embedder(llm, pooling="mean", peft_config="paper")
+    model.transformers_model.config._commit_hash = "c0ffee"
+    asked = {}
+    monkeypatch.setattr(LlamaModel, "from_pretrained", lambda base, **given: asked.update(base=base, **given))
+    load_again(model.transformers_model, "org/base", dtype="auto")
+    assert asked == {"base": "org/base", "revision": "c0ffee", "dtype": "auto"}

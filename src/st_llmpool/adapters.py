@@ -6,18 +6,18 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import nn
-from transformers import AutoModel
 
 from .modules.attention import set_attention
 from .modules.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from transformers import PreTrainedModel
 
 #: Starts that peft pays for by other weights in the base, which no adapter is saved with.
 _CHANGES_THE_BASE = ("loftq", "pissa", "olora", "corda", "lora_ga")
@@ -140,10 +140,8 @@ def start_at_what_is_lost(backbone: nn.Module) -> None:
     from bitsandbytes.functional import dequantize_4bit
     from peft.tuners.lora import LoraLayer
 
-    config: Any = backbone.config
-    whole = type(backbone).from_pretrained(  # type: ignore[attr-defined]
-        config._name_or_path, revision=getattr(config, "_commit_hash", None), dtype="auto"
-    )
+    base = cast("PreTrainedModel", backbone).config._name_or_path
+    whole = load_again(backbone, base, dtype="auto")
     found: dict[str, Any] = {name: module for name, module in backbone.named_modules() if isinstance(module, LoraLayer)}
     for name, layer in found.items():
         if not _is_in_4_bits(layer.get_base_layer()):
@@ -152,7 +150,7 @@ def start_at_what_is_lost(backbone: nn.Module) -> None:
         weight = whole.get_submodule(name).weight.to(device=kept.device, dtype=torch.float32)
         if weight.shape != kept.quant_state.shape:
             raise ConfigurationError(
-                f"init_lora_weights='loftq' needs the weights that were quantised, and {config._name_or_path!r} holds "
+                f"init_lora_weights='loftq' needs the weights that were quantised, and {base!r} holds "
                 f"{name} in 4 bits. Name the base in full with quantization nf4, or use another start."
             )
         lost = weight - dequantize_4bit(kept.data, kept.quant_state).float()
@@ -162,6 +160,18 @@ def start_at_what_is_lost(backbone: nn.Module) -> None:
             with torch.no_grad():
                 layer.lora_A[adapter].weight[: len(root)] = root.unsqueeze(1) * right.T[:rank]
                 layer.lora_B[adapter].weight[:, : len(root)] = left[:, :rank] * root / layer.scaling[adapter]
+
+
+def load_again(backbone: nn.Module, base: str, **kwargs: Any) -> Any:
+    """Loads a base once more, as the class and from the commit that `backbone` is of, with its own code if it has any.
+
+    Args:
+        backbone: Loaded from `base`; an adapter may be on it.
+        base: Hub id or folder.
+        **kwargs: For ``from_pretrained``.
+    """
+    loaded: Any = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone  # type: ignore[operator]
+    return type(loaded).from_pretrained(base, revision=getattr(loaded.config, "_commit_hash", None), **kwargs)
 
 
 def is_in_4_bits(model: nn.Module) -> bool:
@@ -190,7 +200,7 @@ def merge_adapter(model: SentenceTransformer, source: Path) -> None:
     dtype = model.transformers_model.get_input_embeddings().weight.dtype
     quantization = getattr(model.transformers_model.config, "quantization_config", None)
     given = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": "cpu"}}
-    backbone = AutoModel.from_pretrained(base, dtype=dtype, **given)
+    backbone = load_again(model.transformers_model, base, dtype=dtype, **given)
     if quantization is not None:
         backbone = backbone.dequantize(dtype)
     model[0].model = PeftModel.from_pretrained(backbone, str(source)).merge_and_unload()

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
-from transformers import AutoModel
 
-from ..adapters import merge_adapter
+from ..adapters import load_again, merge_adapter
 from ..data.texts import load_texts
 from ..random_state import preserve_rng_state
 from .adapt_recipe import AdaptEvaluationSettings, AdaptRecipe
@@ -156,6 +155,6 @@ def settle(
         with preserve_rng_state():
             return float(evaluator(model)[evaluation.metric])
 
-    weights = AutoModel.from_pretrained(base, dtype=torch.float32).state_dict()
+    weights = load_again(model[0].model, base, dtype=torch.float32).state_dict()
     chosen, scores = merge_with_base(model[0].model, weights, shares, score)
     return {"merge": chosen, "merge_scores": [[share, found] for share, found in scores.items()]}
