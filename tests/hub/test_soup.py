@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from st_llmpool import build_embedder
@@ -84,7 +85,7 @@ def test_a_uniform_soup_is_the_mean_made_by_hand(models, tiny_llm, tmp_path):
 def test_a_greedy_soup_takes_what_does_not_lower_the_score(models, tmp_path, monkeypatch):
     """Of three models scored 0.5, 0.7 and 0.6: the best, then the next lowers the pair's score, then the last helps."""
     solo = dict(zip(models, (0.5, 0.7, 0.6), strict=True))
-    loaded = {name: soup_file._weights(soup_file._load(name, True)) for name in models}
+    loaded = {name: soup_file._load_embedder(name, Path(name), True).weights for name in models}
     together = {(models[1], models[2]): 0.65, (models[1], models[0]): 0.7}
     asked = []
 
@@ -134,6 +135,7 @@ def test_models_that_differ_are_refused_and_told_in_what(models, tiny_llm, tmp_p
         "readout": ({"layer_readout": "eos"}, "LLMTransformer.layer_readout is 'eos' in"),
         "layers": ({"layers": [1, -1]}, r"LLMTransformer.layers is \[1, 4\] in"),
         "sizes": ({"pooling_kwargs": {"num_latents": 4}}, "num_latents is 4 in"),
+        "length": ({"max_seq_length": 17}, "max_seq_length is 17 in"),
     }
     for name, (options, message) in cases.items():
         other = save(tmp_path / name, tiny_llm, 4, **options)
@@ -157,5 +159,25 @@ def test_what_is_no_choice_of_models_is_refused(models, tiny_llm, tmp_path):
     for few in (models[:1], [models[0], models[0]]):
         with pytest.raises(ConfigurationError, match="two different models"):
             soup(few, tmp_path / "soup", trust_remote_code=True)
-    with pytest.raises(ConfigurationError, match="no saved embedding model"):
+    with pytest.raises(ConfigurationError, match="no saved model"):
+        soup([str(tmp_path / "there"), models[0]], tmp_path / "soup", trust_remote_code=True)
+    with pytest.raises(ConfigurationError, match="cannot be averaged with each other"):
         soup([tiny_llm, models[0]], tmp_path / "soup", trust_remote_code=True)
+    with pytest.raises(ConfigurationError, match=r"code of its own.*--trust-remote-code"):
+        soup(models, tmp_path / "soup")
+
+
+def test_a_soup_of_adapted_bases_is_a_base(tiny_llm, tmp_path):
+    folders = [str(tmp_path / f"adapted-{seed}") for seed in range(3)]
+    for seed, folder in enumerate(folders):
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_llm)).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tiny_llm).save_pretrained(folder)
+    made = soup(folders, tmp_path / "soup")
+    parts = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in folders]
+    for name, tensor in AutoModelForCausalLM.from_pretrained(made.model_dir).state_dict().items():
+        expected = sum(part[name].double() for part in parts) / 3
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-7, msg=name)
+    assert build_embedder(str(made.model_dir)).encode(TEXTS).shape[0] == 2
+    with pytest.raises(ConfigurationError, match="are bases, which no validation scores"):
+        soup(folders, tmp_path / "greedy", validation=DatasetSettings("pairs.jsonl"))

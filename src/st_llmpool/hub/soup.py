@@ -1,4 +1,4 @@
-"""Model soups: the average of the weights of several models that were trained from one base."""
+"""Model soups: the average of the weights of several embedding models, or of several adapted bases."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapters import merge_adapter
 from ..card import EmbedderCardData
@@ -22,6 +22,7 @@ from ..modules.errors import ConfigurationError
 from ..random_state import preserve_rng_state
 from ..training.held_out import held_out_evaluator
 from ..whole_files import refuse_existing, whole_folder
+from .export import foreign_types
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,17 @@ _NOT_COMPARED = {"architectures", "transformers_version", "torch_dtype", "dtype"
 
 Weights = dict[str, Tensor]
 Score = Callable[[SentenceTransformer], float]
+
+
+@dataclass
+class _Ingredient:
+    """A whole model, its adapter merged, and what must be equal in all that are averaged."""
+
+    name: str
+    model: Any
+    settings: dict[str, Any]
+    tokenizer: Any
+    weights: Weights
 
 
 @dataclass(frozen=True)
@@ -61,13 +73,14 @@ def soup(
 ) -> Soup:
     """Averages models, backbone and pooling (Wortsman et al. 2022, arXiv 2203.05482).
 
+    The models are embedding models, or all are bases, such as :func:`adapt` leaves: then so is the soup, and uniform.
     Without `validation` and `suite` the soup is uniform: the mean of all. With one of them it is greedy (their recipe
     1): from the best model on, each is added that does not make the score of the average lower. Adapters are merged
     into their bases first. The average is computed in float32, one weight of one model counting like another.
     sentence-transformers has ``SentenceTransformer.merge`` for many more ways of merging whole models, with mergekit.
 
     Args:
-        models: Folders or Hub ids, two at least, trained from one base with one design.
+        models: Folders or Hub ids, two at least, trained from one base with one design; or folders of bases.
         out: A folder that does not exist yet. It gets the model, with the first one's prompts, and ``soup.json``.
         validation: Pairs for a greedy soup, by nDCG@10.
         suite: A suite of local tasks for a greedy soup, by the mean of its scores.
@@ -76,8 +89,8 @@ def soup(
         trust_remote_code: Run the models' own code, as loading portable models needs.
 
     Raises:
-        ConfigurationError: If `out` exists, there are fewer than two models, or they differ in design, tokenizer or
-            the shapes of their weights; the message names what differs.
+        ConfigurationError: If `out` exists, there are fewer than two models, or they differ in kind, design, tokenizer
+            or the shapes of their weights, the message names in what; or if they cannot be loaded without their code.
         DataError: If the validation pairs cannot be read.
 
     Example:
@@ -89,18 +102,28 @@ def soup(
         raise ConfigurationError(f"models={names}: a soup is of two different models at least.")
     if validation is not None and suite is not None:
         raise ConfigurationError("A soup is chosen by validation pairs or by a suite; give one of them.")
+    folders = {name: _folder(name) for name in names}
+    kinds = {_is_embedder(folder) for folder in folders.values()}
+    if len(kinds) > 1:
+        kind = {name: "an embedding model" if _is_embedder(folder) else "a base" for name, folder in folders.items()}
+        raise ConfigurationError(f"Embedding models and bases cannot be averaged with each other: {kind}.")
+    load = _load_embedder if kinds == {True} else _load_base
+    if load is _load_base and (validation is not None or suite is not None):
+        raise ConfigurationError(f"models={names} are bases, which no validation scores: leave it out for their mean.")
     score = _score(validation, suite, data_dir, batch_size)
 
-    first = _load(names[0], trust_remote_code)
-    weights = {names[0]: _weights(first)}
+    first = load(names[0], folders[names[0]], trust_remote_code)
+    weights = {first.name: first.weights}
     for name in names[1:]:
-        other = _load(name, trust_remote_code)
-        _check_agreement(names[0], first, name, other)
-        weights[name] = _weights(other)
-        if other.prompts != first.prompts:
-            logger.warning("%s has other prompts than %s, whose prompts the soup gets.", name, names[0])
-    chosen, scores, final = (names, {}, None) if score is None else _greedy(first, weights, score)
-    first.load_state_dict(average([weights[name] for name in chosen]))
+        other = load(name, folders[name], trust_remote_code)
+        _check_agreement(first, other)
+        weights[name] = other.weights
+        if load is _load_embedder and other.model.prompts != first.model.prompts:
+            logger.warning("%s has other prompts than %s, whose prompts the soup gets.", name, first.name)
+    chosen, scores, final = (names, {}, None) if score is None else _greedy(first.model, weights, score)
+    first.model.load_state_dict(average([weights[name] for name in chosen]))
+    if load is _load_embedder:
+        _name_anew(first.model, len(chosen))
     _save(first, out, chosen, scores, final)
     return Soup(out, list(chosen), scores, final)
 
@@ -146,23 +169,49 @@ def _score(
     return score
 
 
-def _load(name: str, trust_remote_code: bool) -> SentenceTransformer:
-    """Loads a whole model, its adapter merged."""
+def _folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
-    if not (folder / "modules.json").is_file():
-        raise ConfigurationError(f"{name} is no saved embedding model: it has no modules.json.")
-    has_adapter = (folder / "adapter_config.json").is_file()
+    if not any((folder / file).is_file() for file in ("modules.json", "config.json")):
+        raise ConfigurationError(f"{name} is no saved model: it has neither modules.json nor config.json.")
+    return folder
+
+
+def _is_embedder(folder: Path) -> bool:
+    return (folder / "modules.json").is_file()
+
+
+def _load_embedder(name: str, folder: Path, trust_remote_code: bool) -> _Ingredient:
+    foreign = foreign_types(folder)
+    if foreign and not trust_remote_code:
+        raise ConfigurationError(
+            f"{name} brings code of its own ({foreign[0]}). To run it pass trust_remote_code=True "
+            f"(--trust-remote-code)."
+        )
     model = SentenceTransformer(str(folder), trust_remote_code=trust_remote_code, device="cpu")
-    if has_adapter:
+    if (folder / "adapter_config.json").is_file():
         merge_adapter(model, folder)
         if hasattr(model[0], "attention"):
             set_attention(model, model[0].attention)  # the base came afresh, and its config is compared below
-    return model.eval()
+    settings: dict[str, Any] = {"modules": [type(module).__name__ for module in model]}
+    settings |= {"max_seq_length": model.max_seq_length}
+    for place, module in enumerate(model):
+        label, kept = f"{place} {type(module).__name__}", module.get_config_dict().items()
+        settings |= {f"{label}.{key}": value for key, value in kept if key != "model_kwargs"}  # how to load it
+    settings |= _config(model[0].model)
+    return _Ingredient(name, model.eval(), settings, model.tokenizer, _weights(model))
 
 
-def _weights(model: SentenceTransformer) -> Weights:
+def _load_base(name: str, folder: Path, trust_remote_code: bool) -> _Ingredient:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    code = {"trust_remote_code": trust_remote_code}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **code)
+    return _Ingredient(name, model, _config(model), AutoTokenizer.from_pretrained(folder, **code), _weights(model))
+
+
+def _weights(model: nn.Module) -> Weights:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
@@ -183,57 +232,47 @@ def _greedy(
     return chosen, scores, best
 
 
-def _check_agreement(name: str, model: SentenceTransformer, other_name: str, other: SentenceTransformer) -> None:
-    ours, theirs = _settings(model), _settings(other)
+def _check_agreement(first: _Ingredient, other: _Ingredient) -> None:
+    ours, theirs = first.settings, other.settings
     for key in dict.fromkeys([*ours, *theirs]):
         if ours.get(key) != theirs.get(key):
             raise ConfigurationError(
-                f"{key} is {theirs.get(key)!r} in {other_name} and {ours.get(key)!r} in {name}: only models of one "
-                f"design and base can be averaged."
+                f"{key} is {theirs.get(key)!r} in {other.name} and {ours.get(key)!r} in {first.name}: only models of "
+                f"one design and base can be averaged."
             )
-    if _tokenizer(model) != _tokenizer(other):
+    if _rules(first.tokenizer) != _rules(other.tokenizer):
         raise ConfigurationError(
-            f"{other_name} and {name} have different tokenizers (vocabulary, special tokens or rules), so that a row "
-            f"of the one's embeddings is not the same token as in the other's."
+            f"{other.name} and {first.name} have different tokenizers (vocabulary, special tokens or rules), so that a "
+            f"row of the one's embeddings is not the same token as in the other's."
         )
-    mine, yours = model.state_dict(), other.state_dict()
-    for key in dict.fromkeys([*mine, *yours]):
-        shapes = [tuple(state[key].shape) if key in state else None for state in (yours, mine)]
-        if shapes[0] != shapes[1]:
-            raise ConfigurationError(f"The weight {key!r} is {shapes[0]} in {other_name} and {shapes[1]} in {name}.")
+    for key in dict.fromkeys([*first.weights, *other.weights]):
+        mine, yours = (tuple(kept[key].shape) if key in kept else None for kept in (first.weights, other.weights))
+        if mine != yours:
+            raise ConfigurationError(f"The weight {key!r} is {yours} in {other.name} and {mine} in {first.name}.")
 
 
-def _settings(model: SentenceTransformer) -> dict[str, Any]:
-    """Returns everything but weights and tokenizer that the embeddings depend on, by name."""
-    settings: dict[str, Any] = {"modules": [type(module).__name__ for module in model]}
-    for module in model:
-        kept = {
-            key: value for key, value in module.get_config_dict().items() if key != "model_kwargs"
-        }  # how to load it
-        settings |= {f"{type(module).__name__}.{key}": value for key, value in kept.items()}
-    config: Any = model[0].model.config
-    settings |= {
-        f"config.{key}": value
-        for key, value in config.to_dict().items()
-        if key not in _NOT_COMPARED and not key.startswith("_")
-    }
-    return settings
+def _config(model: Any) -> dict[str, Any]:
+    """Returns what of the backbone's config the embeddings depend on."""
+    settings = model.config.to_dict().items()
+    return {f"config.{key}": value for key, value in settings if key not in _NOT_COMPARED and not key.startswith("_")}
 
 
-def _tokenizer(model: SentenceTransformer) -> list[Any]:
-    tokenizer: Any = model.tokenizer
+def _rules(tokenizer: Any) -> list[Any]:
     rules = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else {}
     rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}  # of the last call
     return [tokenizer.get_vocab(), tokenizer.special_tokens_map, rules]
 
 
-def _save(
-    model: SentenceTransformer, out: Path, chosen: Sequence[str], scores: Mapping[str, float], final: float | None
-) -> None:
-    # The first model's card tells of its training and results, which are not the soup's.
+def _name_anew(model: SentenceTransformer, number: int) -> None:
+    """The first model's card tells of its training and results, which are not the soup's."""
     model._model_card_text = None
-    model.model_card_data = EmbedderCardData(model_name=f"Average of {len(chosen)} models", local_files_only=True)
+    model.model_card_data = EmbedderCardData(model_name=f"Average of {number} models", local_files_only=True)
     model.model_card_data.register_model(model)
+
+
+def _save(
+    first: _Ingredient, out: Path, chosen: Sequence[str], scores: Mapping[str, float], final: float | None
+) -> None:
     short = {name: "/".join(Path(name).parts[-2:]) for name in (*scores, *chosen)}  # no folders of this machine
     facts = {
         "ingredients": [short[name] for name in chosen],
@@ -241,5 +280,7 @@ def _save(
         "score": final,
     }
     with whole_folder(out) as folder:
-        model.save_pretrained(str(folder))
+        first.model.save_pretrained(str(folder))
+        if not _is_embedder(folder):
+            first.tokenizer.save_pretrained(str(folder))
         (folder / "soup.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
