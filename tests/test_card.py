@@ -126,6 +126,25 @@ def test_card_and_pictures_survive_saving_elsewhere_and_deleting_the_first(run, 
     }
 
 
+def test_the_sets_of_earlier_stages_are_told_too(run, tiny_llm, tmp_path):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    (folder / "recipe.yaml").write_text(
+        "data: [{source: pairs.csv, license: cc-by-4.0}]\n"
+        "stages:\n- {kind: mntp, texts: [{source: words.txt, license: cc0-1.0}]}\n"
+        "- {kind: contrastive, data: [{source: more.csv}]}\n"
+    )
+    (folder / "stages" / "2-contrastive").mkdir(parents=True)
+    (folder / "stages" / "2-contrastive" / "training.json").write_text(json.dumps({"rows": {"more": 77}}))
+    write_card(folder / "model", results=[], model_id=None, license=None, trust_remote_code=True)
+    card = (folder / "model" / "README.md").read_text()
+    for row in (
+        "| words (mntp) |  | cc0-1.0 |",
+        "| more (contrastive) | 77 | not stated |",
+        "| pairs | 1,234 | cc-by-4.0 |",
+    ):
+        assert row in card
+
+
 def test_an_adapters_card_names_its_base_and_size(tiny_llm, tmp_path):
     model = build_embedder(tiny_llm, peft_config=LoraConfig(r=3, target_modules=["q_proj"]), verify=False)
     model.save_pretrained(str(tmp_path))

@@ -15,6 +15,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.model_card import generate_model_card
 
+from .data.texts import TextSettings
 from .data.training_data import DatasetSettings
 from .layer_use import SAMPLE_TEXTS, layer_use
 from .modules.attention_proof import verify_attention
@@ -43,7 +44,7 @@ class EmbedderCardData(IdentifiedCardData):
         training: Content of ``training.json``.
         recipe: The recipe as YAML.
         base_title: What to call the base; None goes by where it was loaded from.
-        data: Training sets, each with ``name``, ``rows`` and ``license``.
+        data: Training sets, each with ``name``, ``rows`` (None if not counted) and ``license``.
         results: Scores, each with ``task``, ``type``, ``metric``, ``score`` and, if a study gave one, ``interval``.
         native: Write how to load a native export rather than a portable model.
 
@@ -228,13 +229,29 @@ def training_facts(run: Path) -> dict[str, Any]:
         recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     sets = [DatasetSettings(**item) for item in recipe.get("data", ())]
     licenses = {item.label: item.license for item in sets}
+    own = [{"name": name, "rows": rows, "license": licenses.get(name)} for name, rows in facts["rows"].items()]
     base = recipe.get("model", {}).get("base")
     return {
         "training": facts,
         "recipe": yaml.safe_dump(_without_places(recipe), sort_keys=False) if recipe else None,
-        "data": [{"name": name, "rows": rows, "license": licenses.get(name)} for name, rows in facts["rows"].items()],
+        "data": [*_stage_sets(run, recipe), *own],
         "base_title": "the built-in backbone of st_llmpool" if base == "builtin" else base,
     }
+
+
+def _stage_sets(run: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the sets of the stages before the training, as :class:`EmbedderCardData` takes them."""
+    found = []
+    for number, stage in enumerate(recipe.get("stages") or (), start=1):
+        report = run / "stages" / f"{number}-{stage['kind']}" / "training.json"
+        rows = json.loads(report.read_text(encoding="utf-8")).get("rows", {}) if report.is_file() else {}
+        texts = [TextSettings(**item) for item in stage.get("texts") or ()]
+        pairs = [DatasetSettings(**item) for item in stage.get("data") or ()]
+        found += [
+            {"name": f"{item.label} ({stage['kind']})", "rows": rows.get(item.label), "license": item.license}
+            for item in (*texts, *pairs)
+        ]
+    return found
 
 
 def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
