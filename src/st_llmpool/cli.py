@@ -287,7 +287,14 @@ def select(
     ],
     target: Annotated[str, typer.Option(help="The rows to look like; a file as POOL.", metavar="SET")],
     k: Annotated[int, typer.Option("--k", help="How many rows to choose.", min=1)],
-    out: Annotated[Path, typer.Option(help="A .parquet file; a note goes into .json beside it.", metavar="FILE")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A new .parquet file; a note goes into .json beside it; <POOL>_selected.parquet by default, after the "
+            "first POOL.",
+            metavar="FILE",
+        ),
+    ] = None,
     model: Annotated[str, typer.Option(help="Folder or Hub id; builtin is the small one here.")] = "builtin",
     column: Annotated[
         list[str] | None, typer.Option(help="Column of POOL with text; may be repeated; text or query by default.")
@@ -303,6 +310,7 @@ def select(
 
     from .training.selection import select_rows
 
+    out = out or Path(f"{Path(pool[0]).absolute().stem}_selected.parquet")
     selection = select_rows(
         pool,
         target,

@@ -35,7 +35,7 @@ vectors = st.lists(st.tuples(st.integers(-2, 2), st.integers(-2, 2)), min_size=1
 @given(vectors, vectors, st.data())
 def test_any_blocks_and_candidates_give_the_whole_matrix(pool, target, data):
     count = data.draw(st.integers(1, len(pool)))
-    options = {"candidates": data.draw(st.integers(1, 4)), "block_scores": data.draw(st.integers(1, 40))}
+    options = {"candidates": data.draw(st.integers(1, 4)), "block_scores": data.draw(st.integers(1, 80))}
     shares = round_robin(np.array(pool, dtype=np.float32), np.array(target, dtype=np.float32), count, **options)
     rows, targets = brute_force(pool, target, count)
     assert shares.rows.tolist() == rows
@@ -60,7 +60,26 @@ def test_equal_vectors_are_equal_whatever_block_they_are_in():
     target = generator.normal(size=(2, 193)).astype(np.float32)
     target[0] = same
     for block in (1, 7, 50, 10_000):
-        assert round_robin(pool, target[:1], 3, block_scores=block).rows.tolist() == [3, 40, 77]
+        assert round_robin(pool, target[:1], 3, block_scores=block * 193).rows.tolist() == [3, 40, 77]
+
+
+@pytest.mark.parametrize("targets", [2, 150])
+def test_memory_does_not_grow_with_the_pool_whether_targets_are_few_or_many(targets):
+    class Watched(np.ndarray):
+        read: list[int] = []
+
+        def __getitem__(self, key):
+            part = super().__getitem__(key)
+            self.read.append(len(part))
+            return part
+
+    generator = np.random.default_rng(0)
+    pool, target = (generator.normal(size=(size, 50)) for size in (3_000, targets))
+    Watched.read.clear()
+    shares = round_robin(pool.view(Watched), target, 300, block_scores=30_000)
+    assert max(Watched.read) * max(targets, 50) <= 30_000
+    assert sum(Watched.read) >= 3_000
+    assert shares.rows.tolist() == round_robin(pool, target, 300).rows.tolist()
 
 
 @pytest.mark.parametrize("count", [0, 3])

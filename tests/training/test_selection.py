@@ -35,10 +35,10 @@ def files(tmp_path):
     return tmp_path
 
 
-def choose(files, count, **options):
+def choose(files, count, out="chosen", **options):
     pool = [files / "second.parquet", files / "first.parquet"]
     options = {"target_columns": ["sentence"]} | options
-    return select_rows(pool, files / "target.parquet", count, files / "out" / "chosen.parquet", **options)
+    return select_rows(pool, files / "target.parquet", count, files / "out" / f"{out}.parquet", **options)
 
 
 def weighted_mean(model, tokenizer, text):
@@ -101,10 +101,11 @@ def test_a_trained_model_chooses_with_its_own_backbone(files, tiny_llm, tmp_path
     model = build_embedder(tiny_llm, peft_config={"r": 4, "init_lora_weights": False})
     model.save_pretrained(str(tmp_path / "trained"))
     base = choose(files, 9, model=tiny_llm).note
-    trained = choose(files, 9, model=str(tmp_path / "trained"), trust_remote_code=True).note
+    trained = choose(files, 9, "trained", model=str(tmp_path / "trained"), trust_remote_code=True).note
     assert trained["score"] != base["score"]
     SentenceTransformer(modules=[Transformer(tiny_llm), Pooling(64, "mean")]).save_pretrained(str(tmp_path / "plain"))
-    assert choose(files, 9, model=str(tmp_path / "plain")).note["score"] == pytest.approx(base["score"], abs=1e-5)
+    plain = choose(files, 9, "plain", model=str(tmp_path / "plain")).note
+    assert plain["score"] == pytest.approx(base["score"], abs=1e-5)
 
 
 def test_the_command_prints_what_it_chose(files, tiny_llm):
@@ -115,6 +116,30 @@ def test_the_command_prints_what_it_chose(files, tiny_llm):
     assert "Nearest" in result.output
     assert "Farthest" in result.output
     assert parquet.read_metadata(files / "chosen.parquet").num_rows == 4
+
+
+def test_without_out_the_rows_go_into_a_new_file_here_that_is_named_after_the_pool(files, tiny_llm, monkeypatch):
+    (files / "here").mkdir()
+    monkeypatch.chdir(files / "here")
+    arguments = ["select", "../first.parquet", "../second.parquet", "--target", "../target.parquet", "--k", "4"]
+    arguments += ["--target-column", "sentence", "--model", tiny_llm]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "Written: first_selected.parquet and first_selected.json" in result.output
+    assert sorted(path.name for path in (files / "here").iterdir()) == ["first_selected.json", "first_selected.parquet"]
+    assert parquet.read_metadata("first_selected.parquet").num_rows == 4
+    again = CliRunner().invoke(app, arguments)
+    assert "first_selected.parquet exists" in str(again.exception)
+
+
+@pytest.mark.parametrize("name", ["chosen.parquet", "chosen.json"])
+def test_a_file_that_is_there_is_not_replaced(files, name, monkeypatch):
+    monkeypatch.setattr(selection, "build_embedder", None)
+    (files / "out").mkdir()
+    (files / "out" / name).write_text("kept")
+    with pytest.raises(ConfigurationError, match=rf"{name} exists; name another file"):
+        choose(files, 3)
+    assert (files / "out" / name).read_text() == "kept"
 
 
 @pytest.mark.parametrize(
@@ -143,10 +168,39 @@ def test_pools_that_do_not_fit_together_are_refused(files):
         choose(files, 3)
 
 
-def test_a_row_without_text_is_named_and_nothing_is_left_behind(files, tiny_llm):
-    parquet.write_table(pa.table({"text": ["a fox", " "]}), files / "second.parquet")
-    with pytest.raises(DataError, match=r"Row 2 of .*second\.parquet.* has no text"):
+@pytest.mark.parametrize("blank", [" ", "\u3000\n", "", None])
+@pytest.mark.parametrize("name", ["second", "target"])
+def test_a_row_without_text_is_named_before_a_model_is_loaded(files, blank, name, monkeypatch):
+    monkeypatch.setattr(selection, "build_embedder", None)
+    monkeypatch.setattr(selection, "CHUNK", 2)
+    column = "sentence" if name == "target" else "text"
+    parquet.write_table(pa.table({column: ["a fox", "dogs", "b", blank, "c", blank]}), files / f"{name}.parquet")
+    with pytest.raises(DataError, match=rf"Row 4 of .*{name}\.parquet.* has no text in \['{column}'\]"):
+        choose(files, 3)
+    assert not (files / "out").exists()
+
+
+def test_a_row_needs_text_in_one_of_the_columns_only_and_a_number_is_text(files, tiny_llm):
+    table = pa.table({"title": [None, " ", "a fox"], "year": [1999, 7, None], "body": ["x", None, ""]})
+    parquet.write_table(table, files / "pool.parquet")
+    arguments = ([files / "pool.parquet"], files / "target.parquet", 3)
+    options = {"columns": ["title", "year", "body"], "target_columns": ["sentence"], "model": tiny_llm}
+    note = select_rows(*arguments, files / "chosen.parquet", **options).note
+    assert {row["text"] for row in note["nearest"]} == {"1999\nx", " \n7", "a fox\n"}
+    with pytest.raises(DataError, match=r"Row 2 of .* has no text in \['title', 'body'\]"):
+        select_rows(*arguments, files / "other.parquet", **options | {"columns": ["title", "body"]})
+
+
+def test_the_vectors_have_no_name_that_a_kill_could_leave_behind(files, tiny_llm, monkeypatch):
+    def killed(vectors, wanted, count):
+        assert len(vectors) == 9
+        assert np.abs(vectors).sum(axis=1).min() > 0
+        raise KeyboardInterrupt(list((files / "out").iterdir()))
+
+    monkeypatch.setattr(selection, "round_robin", killed)
+    with pytest.raises(KeyboardInterrupt) as stop:
         choose(files, 3, model=tiny_llm)
+    assert stop.value.args == ([],)
     assert list((files / "out").iterdir()) == []
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..modules.errors import ConfigurationError
 
-#: Similarities that are in memory together.
+#: Similarities, or numbers of the pool's rows, that are in memory together: 32 MB in float64.
 BLOCK_SCORES = 4_000_000
 
 
@@ -46,7 +46,7 @@ def round_robin(
         target: (M, D) of length 1.
         count: How many rows to take, k.
         candidates: How many each target row keeps; None keeps what a quiet pool needs, and 64 more.
-        block_scores: How many similarities are in memory together.
+        block_scores: How many similarities, or numbers of the pool's rows, are in memory together.
 
     Raises:
         ConfigurationError: If the pool has fewer than k rows, or there is no target row.
@@ -63,13 +63,14 @@ def round_robin(
     takers = np.arange(min(count, len(target))) * len(target) // min(count, len(target))
     rounds = -(-count // len(takers))
     size = min(candidates or 2 * rounds + 64, len(pool))
+    block = max(block_scores // max(len(takers), target.shape[1]), 1)
     wanted = target[takers].astype(np.float64)
     is_left = np.ones(len(pool), dtype=bool)
     rows, scores, passes = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.float32), 0
     taken = 0
     while taken < count:
         passes += 1
-        best_scores, best_rows = _candidates(pool, wanted, is_left, size, max(block_scores // len(takers), 1))
+        best_scores, best_rows = _candidates(pool, wanted, is_left, size, block)
         while taken < count:
             turn = taken % len(takers)
             free = np.flatnonzero((best_rows[turn] >= 0) & is_left[best_rows[turn]])

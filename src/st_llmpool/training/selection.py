@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -91,15 +92,16 @@ def select_rows(
     attention the later tokens have seen more. Then each target row in turn takes the row of the pool with the largest
     cosine similarity that none has taken before; :func:`~st_llmpool.data.round_robin.round_robin` has the details.
 
-    The pool's vectors are kept in a file beside `out` while this runs, 4 D bytes a row, and the pool itself is read
-    through an Arrow file of ``datasets``; memory does not grow with the pool. Same input, same result.
+    The pool's vectors are kept in a nameless file on the disk of `out` while this runs, 4 D bytes a row, which the
+    system frees even after a kill, and the pool itself is read through an Arrow file of ``datasets``; memory does not
+    grow with the pool. Same input, same result.
 
     Args:
         pool: Files (parquet, JSONL, CSV, TSV), folders with a file for the split ``train``, or names on the Hub.
         target: As one of them; the rows to look like.
         count: How many rows to choose.
         out: A ``.parquet`` file for the chosen rows, with all their columns and those in :data:`ADDED`, in the order of
-            choosing; the note goes into ``.json`` beside it. Both are written whole or not at all.
+            choosing; the note goes into ``.json`` beside it. Neither may exist; both are written whole or not at all.
         model: Name or folder of a language model, or of a sentence-transformers model, whose backbone is taken as it
             is; ``builtin`` is the small one that comes with the package.
         columns: The pool's columns with text, joined by a line break; none is ``text`` or else ``query``.
@@ -111,7 +113,7 @@ def select_rows(
         console: For the progress bar; None is standard error.
 
     Raises:
-        ConfigurationError: If the model cannot be loaded, or the pool has fewer rows.
+        ConfigurationError: If the model cannot be loaded, a file to write exists, or the pool has fewer rows.
         DataError: If a file or column is missing, or a row has no text.
         InputError: If a vector is not finite.
 
@@ -123,6 +125,9 @@ def select_rows(
     out = Path(out)
     if out.suffix != ".parquet":
         raise ConfigurationError(f"{str(out)!r} must end in .parquet, since that is what is written.")
+    for file in (out, out.with_suffix(".json")):
+        if file.exists():
+            raise ConfigurationError(f"{file} exists; name another file as out, or remove it.")
     sources = {str(source): read_rows(DatasetSettings(str(source))) for source in pool}
     targets = read_rows(DatasetSettings(str(target)))
     if len(targets) == 0:
@@ -133,12 +138,15 @@ def select_rows(
     sizes = [len(rows) for rows in sources.values()]
     if not 1 <= count <= sum(sizes):
         raise ConfigurationError(f"{count} rows cannot be chosen from a pool of {sum(sizes)}: 1 to {sum(sizes)} can.")
+    for source, rows in sources.items():
+        _check_texts(source, rows, texts_of[source])
+    _check_texts(str(target), targets, target_names)
     encoder = _encoder(model, max_length, trust_remote_code)
     out.parent.mkdir(parents=True, exist_ok=True)
     with _bar(sum(sizes) + len(targets), console) as advance:
         options: dict[str, Any] = {"encoder": encoder, "batch_size": batch_size, "advance": advance}
         wanted = np.concatenate(list(_vectors(str(target), targets, target_names, **options)))
-        with _vectors_file(out, sum(sizes), wanted.shape[1]) as vectors:
+        with _vectors_file(out.parent, sum(sizes), wanted.shape[1]) as vectors:
             place = 0
             for source, rows in sources.items():
                 for chunk in _vectors(source, rows, texts_of[source], **options):
@@ -202,6 +210,24 @@ def _check_columns(sources: dict[str, Dataset], by: str | None) -> None:
         raise DataError(f"The pools do not fit into one file: {error}. Rename or convert the column.") from error
 
 
+def _check_texts(source: str, rows: Dataset, columns: Sequence[str]) -> None:
+    """Refuses a row without text, before the rows in front of it are embedded for nothing."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    start = 0
+    for chunk in rows.select_columns(list(columns)).with_format("arrow").iter(batch_size=CHUNK):
+        has_text = np.zeros(len(chunk), dtype=bool)
+        for cells in chunk.columns:
+            is_text = pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)
+            is_filled = pc.not_equal(pc.utf8_trim_whitespace(cells), "") if is_text else cells.is_valid()
+            has_text |= pc.fill_null(is_filled, False).to_numpy()
+        if not has_text.all():
+            row = start + int(np.argmin(has_text)) + 1
+            raise DataError(f"Row {row} of {source!r} has no text in {list(columns)}. Drop such rows.")
+        start += len(chunk)
+
+
 def _encoder(model: str, max_length: int, trust_remote_code: bool) -> SentenceTransformer:
     """Returns a model that gives the position-weighted mean of the last hidden states, of length 1."""
     base = builtin_backbone() if model == "builtin" else model
@@ -234,9 +260,6 @@ def _vectors(
     start = 0
     for chunk in rows.select_columns(list(columns)).iter(batch_size=CHUNK):
         texts = [_text(dict(zip(chunk, row, strict=True)), columns) for row in zip(*chunk.values(), strict=True)]
-        for place, text in enumerate(texts, start=start + 1):
-            if not text.strip():
-                raise DataError(f"Row {place} of {source!r} has no text in {list(columns)}. Drop such rows.")
         vectors = encoder.encode(texts, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
         if not np.isfinite(vectors).all():
             broken = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
@@ -254,13 +277,10 @@ def _text(row: Mapping[str, Any], columns: Sequence[str]) -> str:
 
 
 @contextmanager
-def _vectors_file(out: Path, rows: int, dimension: int) -> Iterator[np.ndarray]:
-    """Gives an array (N, D) in a file that is gone afterwards."""
-    file = out.with_name(f".{out.name}.{os.getpid()}.vectors")
-    try:
+def _vectors_file(folder: Path, rows: int, dimension: int) -> Iterator[np.ndarray]:
+    """Gives an array (N, D) in a file without a name, which is gone afterwards and after a kill."""
+    with TemporaryFile(dir=folder) as file:
         yield np.memmap(file, dtype=np.float32, mode="w+", shape=(rows, dimension))
-    finally:
-        file.unlink(missing_ok=True)
 
 
 @contextmanager
