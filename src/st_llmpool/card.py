@@ -247,9 +247,10 @@ def _stage_sets(run: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
         rows = json.loads(report.read_text(encoding="utf-8")).get("rows", {}) if report.is_file() else {}
         texts = [TextSettings(**item) for item in stage.get("texts") or ()]
         pairs = [DatasetSettings(**item) for item in stage.get("data") or ()]
+        sets: list[TextSettings | DatasetSettings] = [*texts, *pairs]
         found += [
             {"name": f"{item.label} ({stage['kind']})", "rows": rows.get(item.label), "license": item.license}
-            for item in (*texts, *pairs)
+            for item in sets
         ]
     return found
 

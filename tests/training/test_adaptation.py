@@ -1,8 +1,10 @@
 """Adaptation: exact resumption, figures that say what they claim, and a base folder at the end."""
 
 import dataclasses
+import gc
 import json
 import shutil
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig
+from typer.testing import CliRunner
 
 from st_llmpool import build_embedder, set_attention
+from st_llmpool.cli import app
 from st_llmpool.data.texts import TextSettings
 from st_llmpool.modules.errors import ConfigurationError, DataError
 from st_llmpool.training import AdaptRecipe, adapt, adaptation
@@ -20,7 +24,7 @@ from st_llmpool.training.masked_accuracy import masked_score
 TUNES = {
     "full": {"tune": "full", "masking": {"replacement": "bert"}},
     "lora": {"tune": "lora", "lora": {"r": 4, "lora_dropout": 0.2}},
-    "new token": {"tune": "lora", "lora": {"r": 4, "lora_dropout": 0.2}, "masking": {"token": "<new>"}},
+    "old token": {"tune": "lora", "lora": {"r": 4, "lora_dropout": 0.2}, "masking": {"token": "<pad>"}},
 }
 
 
@@ -71,8 +75,8 @@ def test_the_result_is_a_base_like_any_other(unbroken, tiny_lm):
     assert not (result.model_dir / "adapter_config.json").exists()
     assert AutoModel.from_pretrained(result.model_dir).embed_tokens.weight.equal(model.model.embed_tokens.weight)
     tokenizer = AutoTokenizer.from_pretrained(result.model_dir)
-    assert tokenizer.mask_token == (recipe.masking.token or "<pad>")
-    assert len(tokenizer) == model.config.vocab_size
+    assert tokenizer.mask_token == (recipe.masking.token or "<mask>")
+    assert len(tokenizer) == model.config.vocab_size == before["vocab_size"] + (recipe.masking.token is None)
     embedder = build_embedder(str(result.model_dir), pooling="mean", device="cpu")
     assert embedder.encode(["a text"]).shape == (1, 32)
     assert sorted(path.name for path in result.model_dir.parent.iterdir() if path.name.startswith(".")) == []
@@ -124,7 +128,8 @@ def test_the_figures_are_those_of_a_slow_loop(tmp_path, tiny_lm, words_file, mon
         return finish(trainer, recipe, base, tokenizer, texts)
 
     monkeypatch.setattr(adaptation, "_finish", spy)
-    result = adapt(make(tmp_path / "run", tiny_lm, words_file, tune="full", evaluation={"limit": 4}))
+    masking = {"token": "<pad>"}  # one that the base has too
+    result = adapt(make(tmp_path / "run", tiny_lm, words_file, tune="full", evaluation={"limit": 4}, masking=masking))
     texts = [(one["input_ids"].tolist(), one["labels"].tolist()) for one in kept["held_out"]]
     assert len(texts) == 4
     found = result.report["masked_accuracy"]
@@ -162,7 +167,7 @@ def test_evaluation_while_training_changes_nothing(unbroken, tmp_path):
 
 
 def test_the_share_of_trained_weights_with_the_best_accuracy_is_taken(tmp_path, tiny_lm, words_file):
-    whole = make(tmp_path / "whole", tiny_lm, words_file, tune="full")
+    whole = make(tmp_path / "whole", tiny_lm, words_file, tune="full", masking={"token": "<pad>"})
     base, tuned = (load_file(Path(f) / "model.safetensors") for f in (tiny_lm, adapt(whole).model_dir))
     result = adapt(dataclasses.replace(whole, output_dir=str(tmp_path / "mixed"), merge=[0.25, 0.75]))
     share, scores = result.report["merge"], dict(result.report["merge_scores"])
@@ -171,6 +176,84 @@ def test_the_share_of_trained_weights_with_the_best_accuracy_is_taken(tmp_path, 
     for name, weight in load_file(result.model_dir / "model.safetensors").items():
         expected = (1 - share) * base[name].double() + share * tuned[name].double()
         torch.testing.assert_close(weight.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("unbroken", ["full", "lora"], indirect=True)
+def test_the_base_comes_into_memory_when_the_trained_model_is_gone_from_it(unbroken, tmp_path, monkeypatch):
+    recipe, expected = unbroken
+    weights, loads = [], []
+    load, finish = adaptation.load_language_model, adaptation._finish
+
+    def spy_on_finish(trainer, *args):
+        assert trainer.optimizer is None
+        assert trainer.callback_handler.optimizer is None
+        weights.extend(weakref.ref(weight) for weight in trainer.model.parameters())
+        return finish(trainer, *args)
+
+    def spy_on_load(*args, **kwargs):
+        gc.collect()
+        held = [weight for reference in weights if (weight := reference()) is not None]
+        loads.append(sum(weight.numel() for weight in held if not weight.is_meta))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(adaptation, "_finish", spy_on_finish)
+    monkeypatch.setattr(adaptation, "load_language_model", spy_on_load)
+    result = adapt(dataclasses.replace(recipe, output_dir=str(tmp_path / "run")))
+    assert loads == [0, 0]
+    assert result.report["masked_accuracy"] == expected.report["masked_accuracy"]
+
+
+@pytest.mark.parametrize("unbroken", ["old token"], indirect=True)
+def test_a_share_of_the_trained_weights_leaves_the_rest_to_the_base(unbroken, tmp_path):
+    recipe, expected = unbroken
+    result = adapt(dataclasses.replace(recipe, output_dir=str(tmp_path / "run"), merge=0.25))
+    assert (result.report["merge"], result.report["merge_scores"]) == (0.25, [])
+    assert result.report["masked_accuracy"]["base"] == expected.report["masked_accuracy"]["base"]
+    base, tuned, merged = (
+        load_file(Path(folder) / "model.safetensors") for folder in (recipe.base, expected.model_dir, result.model_dir)
+    )
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight, 0.75 * base[name] + 0.25 * tuned[name], rtol=1e-5, atol=1e-6)
+
+
+CHANGES = [
+    ({"limit": 4}, "evaluation.limit"),
+    ({"texts": [{"source": "other.txt"}]}, "evaluation.texts"),
+    ({"steps": 3, "batch_size": 2}, None),
+]
+
+
+@pytest.mark.parametrize("unbroken", ["lora"], indirect=True)
+@pytest.mark.parametrize(("change", "refused"), CHANGES)
+def test_what_changes_the_training_texts_is_not_free_when_a_run_is_resumed(unbroken, change, refused):
+    recipe, result = unbroken
+    values = recipe.to_dict()
+    changed = AdaptRecipe.from_dict(values | {"evaluation": values["evaluation"] | change})
+    if refused is None:
+        assert adapt(changed, resume=True).report == result.report
+        return
+    with pytest.raises(ConfigurationError, match=f"{refused} changed"):
+        adapt(changed, resume=True)
+
+
+@pytest.mark.parametrize("options", [[], ["--merge", "0.5", "--tune", "full"]])
+def test_the_command_leaves_a_base_and_says_what_it_brought(tmp_path, tiny_lm, words_file, options):
+    out = tmp_path / "adapted"
+    arguments = ["adapt", tiny_lm, "--data", words_file, "--out", str(out), "--steps", "2", "--batch-size", "4"]
+    settings = ["max_seq_length=24", "lora.r=4", "lora.lora_dropout=0"] if not options else ["max_seq_length=24"]
+    result = CliRunner().invoke(app, [*arguments, "--mask-share", "0.3", *options, *settings])
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "training.json").read_text())
+    assert f"{report['masked_accuracy']['adapted']:.1%}".replace("%", " %") in result.output
+    assert str(out / "model") in result.output
+    assert report["steps"] == 2
+    recipe = AdaptRecipe.from_yaml(out / "recipe.yaml")
+    assert (recipe.masking.share, recipe.max_seq_length, recipe.training.batch_size) == (0.3, 24, 4)
+    assert recipe.merge == (0.5 if options else None)
+    assert build_embedder(str(out / "model"), pooling="mean", device="cpu").encode(["a text"]).shape == (1, 32)
+    again = CliRunner().invoke(app, [*arguments, "--mask-share", "0.3", *options, *settings])
+    assert again.exit_code != 0
+    assert "already holds a run" in again.output + str(again.exception)
 
 
 def test_scoring_keeps_the_model_as_it_was(tiny_lm):

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from st_llmpool.modules.errors import ConfigurationError
 from st_llmpool.training.checkpoints import last_checkpoint
+from st_llmpool.training.run_folder import check_output
 
 
 def write(folder: Path, step: int, ranks: tuple[str, ...] = ("",)) -> Path:
@@ -43,3 +45,30 @@ def test_every_process_must_have_written_its_random_state(tmp_path):
     whole = write(tmp_path, 10, ranks=("_0", "_1"))
     write(tmp_path, 20, ranks=("_0",))
     assert last_checkpoint(tmp_path, world_size=2) == whole
+
+
+BEST = ["evaluation.keep_best=true", "evaluation.data=[{source: held_out.jsonl}]"]
+
+
+@pytest.mark.parametrize(
+    ("start", "change", "refused"),
+    [
+        ([], ["evaluation.steps=7", "evaluation.batch_size=3", "evaluation.at_start=true"], None),
+        ([], BEST, "evaluation.data, evaluation.keep_best"),
+        (BEST, ["evaluation.data.0.limit=5"], "evaluation.data"),
+        (BEST, ["evaluation.suite=builtin"], "evaluation.suite"),
+        (BEST, ["evaluation.steps=7"], "evaluation.steps"),
+        (BEST, ["evaluation.batch_size=3", "evaluation.at_start=true", "training.logging_steps=3"], None),
+        (["loss.teacher=t", "loss.name=distill"], ["evaluation.batch_size=3"], "evaluation.batch_size"),
+    ],
+)
+def test_a_resumed_run_may_change_only_what_leaves_the_weights_as_they_are(
+    make_recipe, tmp_path, start, change, refused
+):
+    make_recipe(None, *start).to_yaml(tmp_path / "recipe.yaml")
+    changed = make_recipe(None, *start, *change)
+    if refused is None:
+        check_output(changed, tmp_path, resume=True)
+        return
+    with pytest.raises(ConfigurationError, match=rf": {refused} changed\. Restore"):
+        check_output(changed, tmp_path, resume=True)

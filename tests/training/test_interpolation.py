@@ -25,6 +25,15 @@ def test_a_merged_weight_is_the_weighted_mean_of_both(alpha):
     assert torch.equal(base.weight, torch.ones(3, 2))
 
 
+def test_trained_weights_that_stay_are_neither_copied_nor_compared():
+    """Nothing is asked of the base, which need not be in memory."""
+    model = linear(5.0)
+    places = [weight.data_ptr() for weight in model.parameters()]
+    assert merge_with_base(model, {}, [1.0], pytest.fail) == (1.0, {})
+    assert [weight.data_ptr() for weight in model.parameters()] == places
+    assert torch.equal(model.weight, torch.full((3, 2), 5.0))
+
+
 def test_half_precision_weights_are_merged_in_float32_and_the_trained_ones_stay_exact():
     base, tuned = torch.full((4,), 1.0).bfloat16(), torch.full((4,), 1.0078125).bfloat16()
     merged = interpolate(base, tuned, 0.5)

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from datasets import Dataset
+from transformers import ByT5Tokenizer
 
 from st_llmpool.modules.eos import append_eos
 from st_llmpool.training.masked_texts import MaskedTexts, collate, tokenize
@@ -42,6 +43,37 @@ def test_texts_are_cut_or_truncated_and_never_put_together(tokenizer, with_eos):
     truncated = tokenize(dataset, tokenizer, max_length=4, long_texts="truncate")
     assert rows(truncated) == first
     assert truncated["special"][:] == [[0] * (len(piece) - len(end)) + [1] * len(end) for piece in first]
+
+
+def test_a_tokenizer_without_a_fast_backend_loses_nothing_of_a_long_text():
+    tokenizer = ByT5Tokenizer()  # a token a byte, EOS at the end
+    assert not tokenizer.is_fast
+    texts = ["the quick brown fox", "a dog", "of"]
+    pieces = rows(tokenize(Dataset.from_dict({"text": texts}), tokenizer, max_length=6, long_texts="cut"))
+    assert all(len(piece) <= 6 and piece[-1] == tokenizer.eos_token_id for piece in pieces)
+    cut = [text[start : start + 5] for text in texts for start in range(0, len(text), 5)]
+    assert [tokenizer.decode(piece[:-1]) for piece in pieces] == cut
+    whole = tokenize(Dataset.from_dict({"text": texts}), tokenizer, max_length=40, long_texts="cut")
+    assert rows(whole) == [tokenizer(text)["input_ids"] for text in texts]
+    assert whole["special"][:] == [[0] * len(text) + [1] for text in texts]
+    truncated = tokenize(Dataset.from_dict({"text": texts}), tokenizer, max_length=6, long_texts="truncate")
+    assert rows(truncated) == [tokenizer(text[:5])["input_ids"] for text in texts]
+
+
+@pytest.mark.parametrize("long_texts", ["cut", "truncate"])
+def test_special_tokens_that_a_text_spells_out_are_not_predicted(long_texts):
+    tokenizer = tiny_tokenizer(eos_token="<eos>", pad_token="<pad>")
+    tokenizer.add_tokens(["<|im_start|>"], special_tokens=True)
+    texts = ["a<pad> dog<|im_start|>x", "a<eos>"]
+    pieces = tokenize(Dataset.from_dict({"text": texts}), tokenizer, max_length=20, long_texts=long_texts)
+    assert len(pieces) == 1  # of the other one nothing is left to predict
+    ids, special = pieces["input_ids"][0], pieces["special"][0]
+    marked = [token for token, flag in zip(ids, special, strict=True) if flag]
+    assert marked == tokenizer.convert_tokens_to_ids(["<pad>", "<|im_start|>"])
+    examples = MaskedTexts(pieces, MaskingSettings(share=0.9), VOCABULARY, length=20)
+    predicted = {label for place in range(20) for label in examples[place]["labels"].tolist()}
+    assert not predicted & set(marked)
+    assert len(predicted) > 2
 
 
 def test_an_example_depends_on_seed_and_place_alone():

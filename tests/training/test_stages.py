@@ -8,12 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, LlamaConfig, Trainer
 
+from st_llmpool import build_embedder
 from st_llmpool.modules.errors import ConfigurationError, DataError
 from st_llmpool.training import Recipe, train
 from st_llmpool.training import run as run_file
 from st_llmpool.training import stages as stages_file
+from st_llmpool.training.checks import check_views
+from st_llmpool.training.recipe import StageSettings
 
 LORA = {"r": 4, "lora_dropout": 0.2}
 FEW = {"steps": 2, "batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "warmup_steps": 0}
@@ -215,3 +218,100 @@ TEXTS = [{"source": "t.txt"}]
 def test_stages_that_contradict_themselves_are_refused_when_they_are_read(make_recipe, changes, message):
     with pytest.raises(ConfigurationError, match=message):
         make_recipe(changes)
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_layers_to_freeze_are_refused_before_an_mntp_stage_would_train_them(
+    tmp_path, tiny_lm, words_file, pairs, monkeypatch, tune
+):
+    monkeypatch.setattr(run_file, "build_embedder", None)
+    monkeypatch.setattr(stages_file, "adapt", None)
+    recipe = chain(tmp_path / "run", tiny_lm, words_file, pairs).to_dict()
+    recipe["model"] |= {"freeze_layers": 1, "tune": tune}
+    with pytest.raises(ConfigurationError, match=r"freeze_layers=1 is not for .*kind=mntp.*model\.base"):
+        train(Recipe.from_dict(recipe))
+
+
+class Killed(Exception):
+    """What stops a run in a test."""
+
+
+@pytest.mark.parametrize("kind", ["mntp", "simcse"])
+def test_a_stage_that_was_killed_between_its_checkpoints_ends_as_one_that_was_not(
+    tmp_path, tiny_lm, words_file, pairs, monkeypatch, kind
+):
+    """Killed in the fourth of five steps, with a checkpoint after the second."""
+    training = FEW | {"steps": 5, "save_steps": 2, "learning_rate": 1e-2}
+    stage = {"kind": kind, "texts": [{"source": words_file}], "tune": "lora", "training": training}
+
+    def recipe(name: str) -> Recipe:
+        values = chain(tmp_path / name, tiny_lm, words_file, pairs).to_dict() | {"stages": [stage]}
+        return Recipe.from_dict(values, ["training.steps=1", "evaluation.data=[]"])
+
+    expected = train(recipe("unbroken"))
+    step, calls = Trainer.training_step, []
+
+    def killed(self, *args, **kwargs):
+        calls.append(self.state.global_step)
+        if len(calls) == 4:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", killed)
+        with pytest.raises(Killed):
+            train(recipe("killed"))
+    folders = [tmp_path / name / "stages" / f"1-{kind}" for name in ("unbroken", "killed")]
+    assert not (folders[1] / "model").exists()
+    assert [path.name for path in (folders[1] / "checkpoints").iterdir()] == ["checkpoint-2"]
+
+    with monkeypatch.context() as patch:
+        seen = []
+        patch.setattr(
+            Trainer, "training_step", lambda self, *a, **k: seen.append(self.state.global_step) or step(self, *a, **k)
+        )
+        resumed = train(recipe("killed"), resume=True)
+    assert seen == [2, 3, 4, 0]  # and one of the recipe's own training
+    reports = [json.loads((folder / "training.json").read_text()) for folder in folders]
+    assert reports[0]["losses"] == reports[1]["losses"]
+    first, second = (load_file(folder / "model/model.safetensors") for folder in folders)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert resumed.report["losses"] == expected.report["losses"]
+
+
+def simcse(folder: Path, base: str, words_file: str, pairs: str) -> tuple[Recipe, StageSettings]:
+    recipe = chain(folder, base, words_file, pairs)
+    stage = recipe.stages[1]
+    stage.tune, stage.merge = "full", None
+    return stages_file.embedder_recipe(recipe, stage, folder), stage
+
+
+def falcon(folder: Path, tokenizer_of: str, **dropout: float) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(FalconConfig(**sizes, **dropout)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_dropout_that_the_architecture_never_calls_is_refused(tmp_path, tiny_lm, words_file, pairs):
+    recipe, stage = simcse(tmp_path / "run", falcon(tmp_path, tiny_lm, attention_dropout=0.1), words_file, pairs)
+    run_file._prepare(recipe, stage)  # the modules alone look as if they dropped
+    with pytest.raises(ConfigurationError, match=r"FalconModel of .* has none: .*lora_dropout above 0"):
+        run_file._train_stage(recipe, None, stage)
+    assert not (tmp_path / "run").exists()
+
+
+def test_looking_for_dropout_leaves_model_and_random_state_as_they_were(tmp_path, tiny_lm, words_file, pairs):
+    recipe, _ = simcse(tmp_path / "run", falcon(tmp_path, tiny_lm, hidden_dropout=0.1), words_file, pairs)
+    model = build_embedder(recipe.model.base, pooling="mean", device="cpu")
+    for training in (True, False):
+        model.train(training)
+        state = torch.get_rng_state()
+        check_views(model, recipe.model)
+        assert model.training is training
+        assert torch.equal(torch.get_rng_state(), state)
+    recipe.model.lora, recipe.model.tune = "paper", "lora"
+    check_views(None, recipe.model)  # nothing to look at: the adapter's dropout shows after the first step only

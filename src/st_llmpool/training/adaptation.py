@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -118,6 +118,7 @@ def adapt(recipe: AdaptRecipe, *, resume: bool = False) -> AdaptResult:
 
     set_seed(recipe.seed)
     model = load_language_model(recipe, base, dtype=_dtype(recipe))
+    use_cache = model.config.use_cache
     token = choose_mask_token(tokenizer, recipe.masking.token)
     vocabulary = Vocabulary(use_mask_token(tokenizer, model, token), ordinary_tokens(tokenizer))
     texts = _tokenize(recipe, tokenizer, train, held_out, vocabulary)
@@ -131,6 +132,8 @@ def adapt(recipe: AdaptRecipe, *, resume: bool = False) -> AdaptResult:
     checkpoint = checkpoint_of(folder, arguments.world_size) if resume else None
     if checkpoint is None or not trainer.restore_finished(checkpoint):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    model.config.use_cache = use_cache  # the trainer turns it off
+    _release(trainer)
     report = _finish(trainer, recipe, base, tokenizer, texts) if arguments.process_index == 0 else {}
     trainer.accelerator.wait_for_everyone()
     return AdaptResult(folder / "model", report)
@@ -251,6 +254,15 @@ def _trainer(
     return trainer
 
 
+def _release(trainer: MaskedTokenTrainer) -> None:
+    """Lets go of what only training needed: optimizer, schedule, loader, and what was wrapped around the model."""
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.model_wrapped = trainer.model  # type: ignore[assignment]
+    handler = trainer.callback_handler
+    handler.optimizer = handler.lr_scheduler = handler.train_dataloader = None
+    trainer.accelerator.free_memory()
+
+
 def _finish(
     trainer: MaskedTokenTrainer,
     recipe: AdaptRecipe,
@@ -258,29 +270,16 @@ def _finish(
     tokenizer: PreTrainedTokenizerBase,
     texts: _Texts,
 ) -> dict[str, Any]:
-    """Merges, measures and saves."""
+    """Merges, measures and saves; outside of a merge with one model in memory at a time."""
     folder = Path(recipe.output_dir)
     model: Any = trainer.model
+    device = model.device
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if recipe.tune == "lora":
         model = model.float().merge_and_unload()  # in float32, or the sum would be rounded to the base's 16 bits
-    untouched: Any = load_language_model(recipe, base, dtype=_dtype(recipe))
-    untouched.to(model.device)
-    use_mask_token(load_tokenizer(recipe, base), untouched, str(tokenizer.mask_token))
-
     measure = partial(masked_score, examples=texts.held_out, batch_size=recipe.evaluation.batch_size)
-    alpha, scores = merge_with_base(
-        model, untouched.state_dict(), shares_of(recipe.merge), lambda: measure(model).accuracy
-    )
+    alpha, scores = _merge(model, recipe, base, tokenizer, lambda: measure(model).accuracy)
     adapted = measure(model)
-    causal = measure(untouched, unmasked=True)
-    set_attention(untouched, recipe.attention)
-    accuracy = {
-        "adapted": adapted.accuracy,
-        "base": measure(untouched).accuracy,
-        "causal": causal.accuracy,
-        "no_context": constant_accuracy(texts.held_out, most_frequent_token(texts.pieces)),
-    }
     facts = {
         "wall_seconds": round(seconds_of(trainer), 1),
         "processes": trainer.args.world_size,
@@ -290,17 +289,45 @@ def _finish(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trained_parameters": trained,
         "mask_token": tokenizer.mask_token,
-        "masked_accuracy": accuracy,
         "masked_tokens": adapted.tokens,
         "merge": alpha,
         "merge_scores": [[share, score] for share, score in scores.items()],
     }
-    report = write_report(folder, trainer.state, facts)
     set_attention(model, "causal")  # as bases come: the flag in config.json alone is half of the setting
-    model.config.use_cache = untouched.config.use_cache  # the trainer turns it off
     model.to(stored_dtype(recipe, base))
 
     with whole_folder(folder / "model") as target:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
-    return report
+        model.to("meta")  # frees its weights, whoever holds it
+
+        untouched = _untouched(recipe, base, tokenizer)
+        untouched.to(device)
+        causal = measure(untouched, unmasked=True)
+        set_attention(untouched, recipe.attention)
+        facts["masked_accuracy"] = {
+            "adapted": adapted.accuracy,
+            "base": measure(untouched).accuracy,
+            "causal": causal.accuracy,
+            "no_context": constant_accuracy(texts.held_out, most_frequent_token(texts.pieces)),
+        }
+        return write_report(folder, trainer.state, facts)
+
+
+def _merge(
+    model: PreTrainedModel,
+    recipe: AdaptRecipe,
+    base: str,
+    tokenizer: PreTrainedTokenizerBase,
+    score: Callable[[], float],
+) -> tuple[float, dict[float, float]]:
+    shares = shares_of(recipe.merge)
+    weights = {} if shares == [1.0] else _untouched(recipe, base, tokenizer).state_dict()
+    return merge_with_base(model, weights, shares, score)
+
+
+def _untouched(recipe: AdaptRecipe, base: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Returns the base as it was, with the mask token of `tokenizer`."""
+    model = load_language_model(recipe, base, dtype=_dtype(recipe))
+    use_mask_token(load_tokenizer(recipe, base), model, str(tokenizer.mask_token))
+    return model

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset, DatasetDict
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
+from sentence_transformers.util import batch_to_device
 
 from ..adapters import check_start, lora_config, without_loftq
 from ..designs import DESIGNS, POOLINGS
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..modules.trainable_pooling import TrainablePooling
+from ..random_state import preserve_rng_state
 from .freezing import check_freezing
 from .losses import check_loss
 from .optimizers import check_optimizer
@@ -21,7 +23,11 @@ from .recipe import ModelSettings, Recipe, TrainingSettings
 from .sparse_tuning import check_number_of_layers
 
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
     from transformers import PreTrainedConfig
+
+# Long enough that a small dropout meets some of its attention weights.
+_TEXT = "Two views of this sentence shall differ, or there is nothing to learn from them. " * 4
 
 
 def check_names(recipe: Recipe) -> None:
@@ -141,15 +147,36 @@ def check_dropout(model: ModelSettings, base: str) -> None:
     Raises:
         ConfigurationError: If there is none.
     """
-    if model.tune == "lora" and getattr(lora_config(model.lora), "lora_dropout", 0) > 0:
+    if _adapter_drops(model):
         return
     empty = _without_weights(model, base)
     if not any(_drops(module) for module in empty.modules()):
-        raise ConfigurationError(
-            f"kind=simcse compares two views of a text that differ by dropout, and {type(empty).__name__} of {base!r} "
-            f"has none: the views would be equal and nothing would be learned. Use tune=lora with a lora_dropout above "
-            f"0, such as lora=paper, or set attention_dropout in the base's config.json if it has that setting."
-        )
+        raise _equal_views(type(empty).__name__, base)
+
+
+def check_views(embedder: SentenceTransformer, model: ModelSettings) -> None:
+    """Checks what :func:`check_dropout` promises, on the model itself: some architectures never call their dropout.
+
+    What is drawn afterwards is as if it had not happened.
+
+    Args:
+        embedder: Stays as it is.
+        model: The settings that it was built from. With dropout in the adapter nothing is compared: an adapter has no
+            effect before its first step.
+
+    Raises:
+        ConfigurationError: If two passes of one text in training are equal.
+    """
+    if _adapter_drops(model):
+        return
+    features = batch_to_device(embedder.preprocess([_TEXT]), embedder.device)
+    was_training = embedder.training
+    embedder.train()
+    with preserve_rng_state(), torch.no_grad():
+        first, second = (embedder(dict(features))["sentence_embedding"] for _ in range(2))
+    embedder.train(was_training)
+    if torch.equal(first, second):
+        raise _equal_views(type(embedder.transformers_model).__name__, model.base)
 
 
 def _read_config(model: ModelSettings, base: str) -> PreTrainedConfig:
@@ -210,6 +237,18 @@ def _without_weights(model: ModelSettings, base: str) -> torch.nn.Module:
     architecture = _read_config(model, base)
     with torch.device("meta"):
         return AutoModel.from_config(architecture, trust_remote_code=model.trust_remote_code)
+
+
+def _adapter_drops(model: ModelSettings) -> bool:
+    return model.tune == "lora" and getattr(lora_config(model.lora), "lora_dropout", 0) > 0
+
+
+def _equal_views(architecture: str, base: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"kind=simcse compares two views of a text that differ by dropout, and {architecture} of {base!r} has none: "
+        f"the views would be equal and nothing would be learned. Use tune=lora with a lora_dropout above 0, such as "
+        f"lora=paper, or set attention_dropout in the base's config.json if it has that setting and applies it."
+    )
 
 
 def _drops(module: torch.nn.Module) -> bool:

@@ -33,7 +33,8 @@ def merge_with_base(
 
     Args:
         model: The trained model; changed in place.
-        base: Its base's weights, by the same names; buffers and what is not there stay as trained.
+        base: Its base's weights, by the same names; buffers and what is not there stay as trained. With 1 as the only
+            share it is not looked at.
         alphas: Shares of the trained weights. With more than one, each is tried and the best stays; of equal ones the
             smaller, which is nearer to the base.
         score: Scores `model` as it is; called only if there is a choice.
@@ -51,22 +52,28 @@ def merge_with_base(
         >>> merge_with_base(model, {"weight": torch.zeros(1, 1)}, [0.0, 0.5, 1.0], best)
         (0.5, {0.0: -0.5, 0.5: -0.0, 1.0: -0.5})
     """
+    if list(alphas) == [1]:
+        return alphas[0], {}
     tuned = {name: weight for name, weight in model.named_parameters() if name in base}
     _check_shapes(tuned, base)
-    kept = {name: weight.detach().clone() for name, weight in tuned.items()}
-
-    def take(alpha: float) -> None:
-        for name, weight in tuned.items():
-            weight.copy_(interpolate(base[name], kept[name], alpha))
-
+    if len(alphas) == 1:
+        _take(tuned, base, tuned, alphas[0])
+        return alphas[0], {}
+    kept = {
+        name: weight.detach().to("cpu", copy=True) for name, weight in tuned.items()
+    }  # a GPU may hold no second one
     scores: dict[float, float] = {}
-    if len(alphas) > 1:
-        for alpha in sorted(alphas):
-            take(alpha)
-            scores[alpha] = score()
-    chosen = max(scores, key=lambda alpha: scores[alpha]) if scores else alphas[0]
-    take(chosen)
+    for alpha in sorted(alphas):
+        _take(tuned, base, kept, alpha)
+        scores[alpha] = score()
+    chosen = max(scores, key=lambda alpha: scores[alpha])
+    _take(tuned, base, kept, chosen)
     return chosen, scores
+
+
+def _take(weights: Mapping[str, Tensor], base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float) -> None:
+    for name, weight in weights.items():
+        weight.copy_(interpolate(base[name], tuned[name].to(weight.device), alpha))
 
 
 def _check_shapes(tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
+import tempfile
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..modules.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
 
@@ -19,10 +22,13 @@ _SPARE = re.compile(r"mask|reserved|unused|extra_id|placeholder", re.IGNORECASE)
 def choose_mask_token(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -> str:
     """Returns the mask token: one that the tokenizer has, or one that it does not have yet.
 
+    The padding token is never taken: many bases have read it at the end of each document (Qwen's ``<|endoftext|>``),
+    so that it has a meaning of its own.
+
     Args:
         tokenizer: Stays as it is.
         wanted: A name; None takes the tokenizer's mask token, else a special token that is reserved or unused by its
-            name, else the padding token if it is neither EOS, BOS nor the unknown token, else ``<mask>``.
+            name, else ``<mask>``.
 
     Example:
         >>> from transformers import AutoTokenizer
@@ -34,11 +40,9 @@ def choose_mask_token(tokenizer: PreTrainedTokenizerBase, wanted: str | None = N
         return wanted
     if tokenizer.mask_token is not None:
         return tokenizer.mask_token
-    used = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
+    used = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, tokenizer.pad_token}
     special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
-    spare = [token for token in special if _SPARE.search(token) and token not in used | {tokenizer.pad_token}]
-    padding = [tokenizer.pad_token] if tokenizer.pad_token not in used | {None} else []
-    return next(iter([*spare, *padding]), NEW_TOKEN)
+    return next((token for token in special if _SPARE.search(token) and token not in used), NEW_TOKEN)
 
 
 def use_mask_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, token: str) -> int:
@@ -54,26 +58,53 @@ def use_mask_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, t
 
     Returns:
         Its id.
+
+    Raises:
+        ConfigurationError: If a new token cannot have an id of its own, here and in the tokenizer that is saved.
     """
-    size = len(tokenizer)
+    known = tokenizer.get_vocab()
     tokenizer.add_special_tokens({"mask_token": token})
-    if len(tokenizer) == size:
-        return int(tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
-    index = len(tokenizer) - 1
+    index = int(tokenizer.convert_tokens_to_ids(token))  # type: ignore[arg-type]
+    if not _is_settled(tokenizer, token, index, is_new=token not in known):
+        raise ConfigurationError(
+            f"The tokenizer leaves ids out, and the mask token {token!r} would get that of another token, now or when "
+            f"it is loaded again. Set masking.token to a token that the tokenizer has and that no text needs."
+        )
+    if token in known:
+        return index
     logger.info("The tokenizer has no spare token, so %s is added as token %d.", token, index)
-    if len(_rows(model)[0]) <= index:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    rows = len(_rows(model)[0])
+    old = torch.tensor(sorted({place for place in known.values() if place < rows}))
+    if rows <= index:
+        model.resize_token_embeddings(index + 1, mean_resizing=False)
     with torch.no_grad():
         for weight in _rows(model):
-            weight[index] = weight[:size].float().mean(dim=0).to(weight.dtype)
+            weight[index] = weight[old.to(weight.device)].float().mean(dim=0).to(weight.dtype)
     return index
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Returns the ids of all tokens that stand for no text."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {*tokenizer.all_special_ids} | added
+
+
 def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Returns the ids (V',) of all tokens that are not special."""
-    special = {*tokenizer.all_special_ids}
-    special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return torch.tensor([index for index in range(len(tokenizer)) if index not in special])
+    """Returns the ids (V',) of all tokens that are not special, in order; some tokenizers leave ids out."""
+    return torch.tensor(sorted({*tokenizer.get_vocab().values()} - special_ids(tokenizer)))
+
+
+def _is_settled(tokenizer: PreTrainedTokenizerBase, token: str, index: int, *, is_new: bool) -> bool:
+    """Whether `index` is the id of `token` alone, and stays it when the tokenizer is saved and loaded."""
+    vocabulary = tokenizer.get_vocab()
+    if list(vocabulary.values()).count(index) > 1:
+        return False
+    if not is_new or len(vocabulary) > max(vocabulary.values()):
+        return True
+    # The tokenizers library counts tokens to find a new id, and counts others when it loads them.
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return bool(type(tokenizer).from_pretrained(folder).convert_tokens_to_ids(token) == index)
 
 
 def _rows(model: PreTrainedModel) -> list[Tensor]:

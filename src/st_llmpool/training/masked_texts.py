@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
 
+from .mask_token import special_ids
 from .masking import IGNORE, Vocabulary, mask_tokens, maskable
 from .recipe import MaskingSettings
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Example = dict[str, Tensor]
+
+#: Tokens of a piece, and 1 for those that the tokenizer added.
+_Piece = tuple[list[int], list[int]]
 
 
 def tokenize(
@@ -31,16 +36,18 @@ def tokenize(
         long_texts: ``cut`` makes several pieces of a longer text, ``truncate`` leaves the rest out.
 
     Returns:
-        Columns ``input_ids`` and ``special``, 1 for special tokens; rows without a token that may be masked are left
-        out.
+        Columns ``input_ids`` and ``special``, 1 for special tokens, those that a text spells out too; rows without a
+        token that may be masked are left out.
     """
-    options: dict[str, Any] = {"truncation": True, "max_length": max_length, "return_special_tokens_mask": True}
-    if long_texts == "cut":
-        options["return_overflowing_tokens"] = True
+    cut = long_texts == "cut"
+    split = _cut_by_hand if cut and not tokenizer.is_fast else partial(_split, cut=cut)
+    never = special_ids(tokenizer)
 
     def pieces(rows: Mapping[str, list[str]]) -> dict[str, list[list[int]]]:
-        encoded = tokenizer(rows["text"], return_attention_mask=False, **options)
-        found = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+        found = [
+            (ids, [int(added or index in never) for index, added in zip(ids, special, strict=True)])
+            for ids, special in split(rows["text"], tokenizer, max_length)
+        ]
         kept = [(ids, special) for ids, special in found if 0 in special[1:]]
         return {"input_ids": [ids for ids, _ in kept], "special": [special for _, special in kept]}
 
@@ -116,3 +123,25 @@ def collate(examples: Sequence[Example], *, padding_side: str = "right") -> dict
         "attention_mask": pad([torch.ones_like(example["input_ids"]) for example in examples], 0),
         "labels": pad([example["labels"] for example in examples], IGNORE),
     }
+
+
+def _split(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, *, cut: bool) -> Iterator[_Piece]:
+    options: dict[str, Any] = {"return_overflowing_tokens": True} if cut else {}
+    encoded = tokenizer(
+        texts,
+        truncation=True,
+        max_length=max_length,
+        return_special_tokens_mask=True,
+        return_attention_mask=False,
+        **options,
+    )
+    return zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+
+
+def _cut_by_hand(texts: list[str], tokenizer: Any, max_length: int) -> Iterator[_Piece]:
+    """Cuts for tokenizers without a fast backend, which give no rows of what is beyond `max_length`."""
+    size = max_length - tokenizer.num_special_tokens_to_add()
+    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+        for start in range(0, len(ids), size):
+            piece = tokenizer.prepare_for_model(ids[start : start + size], return_special_tokens_mask=True)
+            yield piece["input_ids"], piece["special_tokens_mask"]

@@ -35,7 +35,7 @@ def maskable(ids: Tensor, special: Tensor) -> Tensor:
 
     Args:
         ids: (T,) Tokens of one text without padding.
-        special: (T,) 1 where the tokenizer added a special token.
+        special: (T,) 1 for special tokens.
 
     Example:
         >>> maskable(torch.tensor([5, 6, 7, 2]), torch.tensor([0, 0, 0, 1]))

@@ -138,8 +138,7 @@ class MaskingSettings:
         replacement: ``mask`` puts the mask token in every chosen place; ``bert`` in 80 % of them, another token in
             10 %, and leaves 10 % as they are.
         token: The mask token: one of the tokenizer's, or a new one that is added. None takes the tokenizer's mask
-            token, else a reserved or unused special token, else the padding token if it has no other use, else a new
-            one.
+            token, else a reserved or unused special token, else a new one.
 
     Raises:
         ConfigurationError: From the constructor, if `share` is not between 0 and 1.

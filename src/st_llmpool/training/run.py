@@ -25,7 +25,15 @@ from ..random_state import preserve_rng_state
 from ..whole_files import whole_folder
 from .arguments import enable_gradient_checkpointing, precision_of, resolve_base, shared_arguments, use_one_gpu
 from .checkpoints import load_poolings
-from .checks import check_adapter, check_batches, check_dropout, check_layers, check_names, design_arguments
+from .checks import (
+    check_adapter,
+    check_batches,
+    check_dropout,
+    check_layers,
+    check_names,
+    check_views,
+    design_arguments,
+)
 from .clock import Clock, seconds_of
 from .freezing import freeze_lowest_layers
 from .hard_negative_mixing import HardNegativeMixing
@@ -149,6 +157,8 @@ def _train(
     model = _build_model(recipe, base, arguments)
     if start is not None and (start / "modules.json").is_file():
         load_poolings(model, start)
+    if stage is not None and stage.kind == "simcse":
+        check_views(model, recipe.model)
     arguments.learning_rate_mapping = _learning_rates(model, recipe)
     if recipe.loss.teacher is not None:
         datasets = _with_teacher_scores(recipe.loss.teacher, datasets, recipe, arguments)

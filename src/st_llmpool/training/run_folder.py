@@ -13,15 +13,17 @@ from .settings import differences
 logger = logging.getLogger(__name__)
 
 #: What may differ between a run and its resumption: nothing that changes the weights.
-_FREE_TO_CHANGE = (
+_FREE_TO_CHANGE = {
     "output_dir",
-    "evaluation",
+    "evaluation.steps",
+    "evaluation.batch_size",
+    "evaluation.at_start",
     "training.logging_steps",
     "training.save_steps",
     "training.keep_checkpoints",
     "training.report_to",
     "training.workers",
-)
+}
 
 
 class SavedRecipe(Protocol):
@@ -55,14 +57,23 @@ def check_output(recipe: SavedRecipe, folder: Path, *, resume: bool) -> None:
             f"output_dir={str(folder)!r} already holds a run. Resume it (--resume), choose another output_dir, or "
             f"delete it."
         )
-    earlier = type(recipe).from_yaml(folder / "recipe.yaml")
-    changes = differences(earlier.to_dict(), recipe.to_dict())
-    changes = [name for name in changes if not name.startswith(_FREE_TO_CHANGE)]
+    earlier, now = type(recipe).from_yaml(folder / "recipe.yaml").to_dict(), recipe.to_dict()
+    changes = [name for name in differences(earlier, now) if name not in _FREE_TO_CHANGE - _bound(now)]
     if changes:
         raise ConfigurationError(
             f"The recipe is not the one that {str(folder)!r} was started with: {', '.join(changes)} changed. Restore "
             f"it ({folder / 'recipe.yaml'} has every value), or choose another output_dir."
         )
+
+
+def _bound(settings: dict[str, Any]) -> set[str]:
+    """Returns what is free to change in general, but changes the weights of this run."""
+    bound = set()
+    if settings["evaluation"].get("keep_best"):
+        bound.add("evaluation.steps")  # which checkpoints there are to choose from
+    if settings.get("loss", {}).get("teacher"):
+        bound.add("evaluation.batch_size")  # of the teacher too, whose scores differ in the last bits by it
+    return bound
 
 
 def checkpoint_of(folder: Path, world_size: int) -> Path | None:

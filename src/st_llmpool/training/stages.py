@@ -14,6 +14,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 
 from ..adapters import load_again, merge_adapter
 from ..data.texts import load_texts
+from ..modules.errors import ConfigurationError
 from ..random_state import preserve_rng_state
 from .adapt_recipe import AdaptEvaluationSettings, AdaptRecipe
 from .adaptation import adapt, check_adapt
@@ -72,8 +73,16 @@ def adapt_recipe(recipe: Recipe, stage: StageSettings, folder: Path, start: Path
         stage: The stage.
         folder: Its folder.
         start: What the stage before it left; None is the recipe's base.
+
+    Raises:
+        ConfigurationError: If the recipe freezes layers, which an adaptation cannot.
     """
     model = recipe.model
+    if model.freeze_layers:
+        raise ConfigurationError(
+            f"model.freeze_layers={model.freeze_layers} is not for a stage of kind=mntp, which adapts every layer. Run "
+            f"st-llmpool adapt by itself, and name its result as model.base; or drop model.freeze_layers."
+        )
     return AdaptRecipe(
         output_dir=str(folder),
         base=model.base if start is None else str(start),
