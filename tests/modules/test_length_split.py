@@ -60,9 +60,56 @@ def test_vectors_are_those_of_the_whole_batch(backbone, side, readout, monkeypat
                 outputs = backbone(features)
             assert_same(outputs, plain(backbone, features))
             computed = sum(rows * columns for rows, columns in shapes)
-            best = length_groups(LENGTHS, length_split.forward_cost(torch.device("cpu")))
+            best = length_groups(LENGTHS, length_split.forward_cost(torch.device("cpu"), 0))
             assert computed == cost_of(best, LENGTHS, 0) < 0.6 * features["input_ids"].numel()
             assert len(shapes) == len(best) > 1
+
+
+@pytest.mark.parametrize(
+    ("device", "weights", "pays"),
+    [("cpu", 4e6, 3), ("cuda", 6e8, 270), ("cuda", 7.2e9, 20), ("cuda", 7e10, 4)],
+)
+def test_the_larger_the_model_the_fewer_tokens_pay_for_a_forward_on_a_gpu(device, weights, pays):
+    """`pays` texts save more than the forward of 40 shared tokens costs, half as many do not."""
+    cost = length_split.forward_cost(torch.device(device), int(weights))
+    assert pays / 2 * 40 < cost < pays * 40
+
+
+def compiling(backbone, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+def quantised(backbone, monkeypatch):
+    monkeypatch.setattr(backbone.model, "is_quantized", True, raising=False)
+
+
+def spread(backbone, monkeypatch):
+    monkeypatch.setattr(backbone.model, "hf_device_map", {"layers.0": 0, "layers.1": "cpu"}, raising=False)
+
+
+def sharded_by_deepspeed(backbone, monkeypatch):
+    monkeypatch.setattr(next(backbone.model.layers[0].parameters()), "ds_id", 1, raising=False)
+
+
+def all_states_kept(backbone, monkeypatch):
+    monkeypatch.setattr(backbone.model.config, "output_hidden_states", True)
+
+
+def test_where_more_forwards_would_be_wrong_the_batch_is_whole(backbone, monkeypatch):
+    features = id_batch(LENGTHS, shared=0)
+    for change in (compiling, quantised, spread, sharded_by_deepspeed, all_states_kept):
+        with monkeypatch.context() as patch, torch.no_grad(), computed_tokens(backbone) as shapes:
+            change(backbone, patch)
+            backbone(dict(features))
+        assert shapes == [(8, 60)], change.__name__
+    positions = {"position_ids": torch.arange(60)[None]}
+    for more, kwargs in ((positions, {}), ({}, {"use_cache": False})):
+        with torch.no_grad(), computed_tokens(backbone) as shapes:
+            backbone({**features, **more}, **kwargs)
+        assert shapes == [(8, 60)]
+    with torch.no_grad(), computed_tokens(backbone) as shapes:
+        backbone(dict(features))
+    assert len(shapes) > 1
 
 
 def test_padding_on_both_sides_gradients_and_the_switch_leave_the_batch_whole(backbone, monkeypatch):
@@ -91,10 +138,10 @@ def test_every_feature_with_an_entry_per_token_is_cut(make_llm):
     assert_same(outputs, plain(backbone, features))
 
 
-def test_encode_gives_the_same_vectors_for_hundreds_of_texts(backbone, monkeypatch):
+def test_encode_gives_the_same_vectors_for_thousands_of_texts(backbone, monkeypatch):
     model = SentenceTransformer(modules=[backbone, Pooling(32, pooling_mode="mean")], device="cpu")
     words = "the quick brown fox jumps over the lazy dog " * 2
-    texts = [words[n % 9 : n % 9 + 3 * n % 70] for n in range(300)]
-    fast = model.encode(texts, batch_size=16, convert_to_tensor=True)
+    texts = [words[n % 9 : n % 9 + 3 * n % 70] for n in range(2000)]
+    fast = model.encode(texts, batch_size=64, convert_to_tensor=True)
     monkeypatch.setattr(backbone, "length_split", False)
-    torch.testing.assert_close(fast, model.encode(texts, batch_size=16, convert_to_tensor=True), rtol=0, atol=1e-5)
+    torch.testing.assert_close(fast, model.encode(texts, batch_size=64, convert_to_tensor=True), rtol=0, atol=1e-5)

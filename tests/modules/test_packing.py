@@ -19,10 +19,19 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import BertConfig, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    BertConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+    RobertaConfig,
+)
 
 from st_llmpool import build_embedder
 from st_llmpool.modules import packing
+from st_llmpool.modules.attention import implementation_of
 from st_llmpool.modules.llm_transformer import LLMTransformer
 from st_llmpool.modules.packing import IMPLEMENTATION, Packing, Texts
 from tests.conftest import save_tiny_llm
@@ -35,8 +44,16 @@ CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=8),
     "mistral": MistralConfig(**SIZES, sliding_window=6),
+    "granite": GraniteConfig(**SIZES, attention_multiplier=0.9),
     "bert": BertConfig(**ENCODER),
+    "roberta": RobertaConfig(**ENCODER, pad_token_id=1),
 }
+MODES = [
+    (name, mode)
+    for name, config in CONFIGS.items()
+    for mode in ("causal", "bidirectional")
+    if mode == "bidirectional" or not isinstance(config, BertConfig | RobertaConfig)
+]
 
 
 def text_by_text(
@@ -74,7 +91,7 @@ def run(backbone: LLMTransformer, features: dict[str, Any]) -> tuple[dict[str, A
 
 @pytest.fixture(
     scope="module",
-    params=[(name, mode) for name in sorted(CONFIGS) for mode in ("causal", "bidirectional")][1:],
+    params=MODES,
     ids="-".join,
 )
 def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LLMTransformer:
@@ -167,6 +184,65 @@ def test_wrong_vectors_and_failures_turn_it_off_loudly(llama, fault, words, monk
     assert words in caplog.records[0].getMessage()
 
 
+def one_too_far(query: Tensor, key: Tensor, value: Tensor, texts: Texts, window: Any, scale: Any) -> Tensor:
+    return text_by_text(query, key, value, texts, (window[0] + 1, window[1] + 1), scale)
+
+
+def other_scale(query: Tensor, key: Tensor, value: Tensor, texts: Texts, window: Any, scale: float) -> Tensor:
+    return text_by_text(query, key, value, texts, window, 1.2 * scale)
+
+
+@pytest.mark.parametrize(
+    ("fault", "weights"), [(one_too_far, 0.02), (other_scale, 0.1), (text_by_text, 0.02), (text_by_text, 0.1)]
+)
+def test_in_half_precision_too_wrong_vectors_turn_it_off_and_rounding_does_not(make_llm, fault, weights, monkeypatch):
+    monkeypatch.setitem(packing.KERNELS, "cpu", ((torch.bfloat16,), fault))
+    config = MistralConfig(**SIZES, sliding_window=6, initializer_range=weights)
+    backbone = LLMTransformer(make_llm(config), attention="bidirectional").to(torch.bfloat16).eval()
+    run(backbone, id_batch(LENGTHS))
+    assert (backbone._packing.off is None) == (fault is text_by_text)
+
+
+def test_memory_that_runs_out_is_no_reason_to_turn_it_off(llama, monkeypatch):
+    def too_large(*args: Any) -> Tensor:
+        raise torch.OutOfMemoryError("too large")
+
+    features = id_batch(LENGTHS)
+    with monkeypatch.context() as patch:
+        patch.setitem(packing.KERNELS, "cpu", ((torch.float32,), too_large))
+        assert_same(run(llama, features)[0], plain(llama, features))
+    run(llama, features)
+    assert (llama._packing.off, llama._packing.checked) == (None, 60)
+
+
+def test_a_later_failure_gives_the_plain_vectors_and_turns_it_off(llama, monkeypatch, caplog):
+    run(llama, id_batch(LENGTHS))
+    monkeypatch.setitem(packing.KERNELS, "cpu", ((torch.float32,), no_kernel))
+    features = id_batch([3, 20, 14])
+    assert_same(run(llama, features)[0], plain(llama, features))
+    assert "no such kernel" in llama._packing.off
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_the_kernel_of_cuda_is_told_scale_window_and_groups_of_heads(monkeypatch):
+    told = {}
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda *args, **kwargs: told.update(kwargs) or args[0])
+    query, key = torch.zeros(9, 4, 8), torch.zeros(9, 2, 8)
+    texts = Texts(torch.tensor([0, 4, 9], dtype=torch.int32), 5)
+    packing._by_varlen_kernel(query, key, key, texts, (3, 0), 0.7)
+    assert told == {"scale": 0.7, "window_size": (3, 0), "enable_gqa": True}
+    packing._by_varlen_kernel(key, key, key, texts, (-1, -1), None)
+    assert told == {"scale": None, "window_size": (-1, -1), "enable_gqa": False}
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
+def test_what_the_kernel_does_not_know_is_an_error_and_not_left_out(llama, name):
+    query = torch.zeros(1, 4, 9, 8)
+    texts = Texts(torch.tensor([0, 4, 9], dtype=torch.int32), 5)
+    with packing._within(texts), pytest.raises(ValueError, match=name):
+        packing._attention(llama.model.layers[0].self_attn, query, query, query, None, **{name: 1.0})
+
+
 def test_threads_share_a_model(llama):
     batches = [id_batch([13 + n, 40, 20, 14], seed=n) for n in range(8)]
     expected = [plain(llama, features) for features in batches]
@@ -180,6 +256,8 @@ def test_neither_switch_nor_kernel_is_part_of_a_saved_model(llama, tmp_path):
     features = id_batch(LENGTHS)
     expected, _ = run(trusted(llama), features)
     assert llama.model.config._attn_implementation == IMPLEMENTATION
+    assert implementation_of(llama.model) == "sdpa"
+    assert "flash" not in IMPLEMENTATION  # which transformers would take for another
     model = SentenceTransformer(modules=[llama], device="cpu")
     model.save_pretrained(str(tmp_path))
     assert (tmp_path / "packing.py").is_file()

@@ -20,6 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from .errors import AttentionError, ConfigurationError, nearest
 
 ATTENTION_MODES = ("causal", "bidirectional")
+#: How the name of the attention begins that runs packed batches, and all others as sdpa does.
+PACKED = "packed_"
 # bert-generation is BERT under another name, and missing from transformers' list.
 _ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
 
@@ -164,6 +166,20 @@ def position_ids_from(attention_mask: Tensor) -> Tensor:
                 [0, 1, 2, 2]])
     """
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def batch_sets_positions(model: nn.Module) -> bool:
+    """Returns whether rotary positions depend on the longest text of a batch, so that a part of it gets others."""
+    config = find_backbone(model).config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    return bool(kinds & {"dynamic", "longrope"})
+
+
+def implementation_of(model: nn.Module) -> str:
+    """Returns the name of the attention implementation; what packs batches stands in for ``sdpa``."""
+    name = str(find_backbone(model).config._attn_implementation)
+    return "sdpa" if name.startswith(PACKED) else name
 
 
 def needs_position_ids(model: nn.Module) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .attention import ATTENTION_MODES, attention_of, decoder_layers, find_backbone
+from .attention import ATTENTION_MODES, attention_of, decoder_layers, find_backbone, implementation_of
 from .errors import AttentionError, ConfigurationError, nearest
 
 VERDICTS = ("causal", "bidirectional", "partial", "batch_dependent", "padding_leak", "padding_side")
@@ -227,7 +227,7 @@ def verify_attention(model: nn.Module, expected: str | None = None, *, light: bo
     about: dict[str, Any] = {
         "expected": expected,
         "architecture": type(backbone).__name__,
-        "attn_implementation": str(backbone.config._attn_implementation),
+        "attn_implementation": implementation_of(backbone),
         "dtype": str(backbone.dtype).removeprefix("torch."),
     }
     with _undisturbed(backbone), torch.no_grad():

@@ -22,17 +22,22 @@ Read = Callable[..., dict[str, Any]]
 OUTPUTS = {"token_embeddings", "readout", "layer_summaries"}
 
 
-def forward_cost(device: torch.device) -> int:
+def forward_cost(device: torch.device, weights: int) -> int:
     """Returns what a forward costs whatever it holds, in tokens that could be computed in that time.
 
+    Args:
+        device: Where the backbone is.
+        weights: How many numbers its weights are.
+
     Example:
-        >>> forward_cost(torch.device("cpu"))
-        96
+        >>> forward_cost(torch.device("cpu"), 500_000_000), forward_cost(torch.device("cuda"), 500_000_000)
+        (96, 10000)
     """
     # A CPU reads every weight once for each forward: benchmarks/padding.py --fit measures 47 to 61 tokens. Twice that,
     # as smaller models lose more: at 24 and 48 batches of short texts were slower in groups. Elsewhere starting the
-    # kernels costs most, some 20 ms for a model of 24 layers, thousands of tokens: not measured, and on the high side.
-    return 96 if device.type == "cpu" else 8192
+    # kernels costs most, whatever the width: 20 ms for 24 layers, in which 5e14 FLOPs a second compute 5e12 / weights
+    # tokens. Not measured, and on the high side.
+    return 96 if device.type == "cpu" else max(96, int(5e12 / max(1, weights)))
 
 
 def length_groups(lengths: Sequence[int], cost: int) -> list[list[int]]:
@@ -67,13 +72,16 @@ def length_groups(lengths: Sequence[int], cost: int) -> list[list[int]]:
     return groups[::-1]
 
 
-def read_in_groups(features: dict[str, Any], spans: TokenSpans, read: Read, *, shared: int = 0) -> dict[str, Any]:
+def read_in_groups(
+    features: dict[str, Any], spans: TokenSpans, read: Read, *, cost: int, shared: int = 0
+) -> dict[str, Any]:
     """Runs `read` on each group of texts of like length and returns what it returns for the whole batch.
 
     Args:
         features: Padded on the right or on the left; otherwise, and if flat, the batch is run as it is.
         spans: Of the whole batch.
         read: Runs one batch.
+        cost: What a forward costs, in tokens.
         shared: First tokens that `read` does not compute for each text.
 
     Returns:
@@ -88,7 +96,7 @@ def read_in_groups(features: dict[str, Any], spans: TokenSpans, read: Read, *, s
     width = mask.shape[1]
     count = torch.arange(1, width + 1, device=mask.device)
     lengths = (mask.bool() * (count.flip(0) if starts_padded else count)).amax(dim=1).tolist()
-    groups = length_groups([length - shared for length in lengths], forward_cost(mask.device))
+    groups = length_groups([length - shared for length in lengths], cost)
     if len(groups) == 1 and max(lengths) == width:
         return read(features, spans)
     whole: dict[str, Tensor] = {}

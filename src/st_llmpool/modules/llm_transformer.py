@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from .attention import (
     ATTENTION_MODES,
+    batch_sets_positions,
     decoder_layers,
     is_encoder,
     needs_position_ids,
@@ -233,6 +234,11 @@ class LLMTransformer(Transformer, PortableModule):
         self._prefixes = PrefixReuse()
         self._packing = Packing()
         self._counts_positions = needs_position_ids(self.model)
+        self._batch_sets_positions = batch_sets_positions(self.model)
+        self._first_position = self._infer_flatten_position_offset()
+        self._weights = sum(parameter.numel() for parameter in self.model.parameters())
+        # Where a look at one parameter tells how the model is spread; to look at all takes as long as a layer.
+        self._samples = (self.model, decoder_layers(self.model)[0])
 
     def _prepare_if_replaced(self) -> None:
         if self._prepared[0] is not self.model:
@@ -253,31 +259,38 @@ class LLMTransformer(Transformer, PortableModule):
         features = dict(features)
         for_pooling = {name: features.pop(name) for name in POOLING_FEATURES if name in features}
         spans = TokenSpans.of(features, include_prompt=self.include_prompt)
-        if kwargs or not self._may_run_otherwise():
+        if kwargs or not self._may_run_otherwise(features):
             features = self._read(features, spans, **kwargs)
         elif self.prefix_reuse:
             # The shared tokens first, then the rest by length: they are computed once, and not once for each group.
-            features = self._prefixes.read(self.model, features, spans, self.layer_readout, self._read, self._run)
+            cost = forward_cost(spans.mask.device, self._weights)
+            features = self._prefixes.read(
+                self.model, features, spans, self.layer_readout, self._read, self._run, cost=cost
+            )
         else:
             features = self._run(features, spans, self._read)
         return spans.compact(features | for_pooling)
 
-    def _may_run_otherwise(self) -> bool:
+    def _may_run_otherwise(self, features: dict[str, Any]) -> bool:
         """Allows other forwards than the plain one, unless gradients, a compiler, other ranks or offloading mind."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        return not getattr(self.config, "output_hidden_states", False) and _why_unchecked(self.model) is None
+        if "position_ids" in features:  # the caller's own, which need not have an entry for each token
+            return False
+        parameters = (next(module.parameters()) for module in self._samples)
+        return not getattr(self.config, "output_hidden_states", False) and not _why_unchecked(self.model, parameters)
 
     def _run(self, features: dict[str, Any], spans: TokenSpans, read: Read, *, shared: int = 0) -> dict[str, Any]:
         def padded() -> dict[str, Any]:
-            if not self.length_split or spans.mask.numel() <= forward_cost(spans.mask.device):  # all it could save
+            cost = forward_cost(spans.mask.device, self._weights)
+            if not self.length_split or self._batch_sets_positions or spans.mask.numel() <= cost:  # all it could save
                 return read(features, spans)
-            return read_in_groups(features, spans, read, shared=shared)
+            return read_in_groups(features, spans, read, cost=cost, shared=shared)
 
         # The rest of texts after a shared start has keys that are no tokens of its own: only whole texts are packed.
-        if not self.packing or shared or spans.mask.device.type not in KERNELS:
+        if not self.packing or shared or self._batch_sets_positions or spans.mask.device.type not in KERNELS:
             return padded()
-        return self._packing.read(self.model, features, spans, read, padded)
+        return self._packing.read(self.model, features, spans, read, padded, first_position=self._first_position)
 
     def _read(self, features: dict[str, Any], spans: TokenSpans, **kwargs: Any) -> dict[str, Any]:
         """Runs the backbone on one batch and reads it out."""
@@ -447,18 +460,23 @@ def _check_backend(backend: str) -> None:
         )
 
 
-def _why_unchecked(model: nn.Module) -> str | None:
-    """Returns why a forward at load would be costly or impossible, None if it is neither."""
+def _why_unchecked(model: nn.Module, parameters: Iterable[nn.Parameter] | None = None) -> str | None:
+    """Returns why a forward at load would be costly or impossible, None if it is neither.
+
+    Args:
+        model: The backbone.
+        parameters: Those to look at; None is all.
+    """
     if getattr(model, "is_quantized", False):
         return "quantised"
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return "spread over devices or offloaded"
-    parameters = list(model.parameters())
-    if any(parameter.is_meta for parameter in parameters):
-        return "on the meta device"
-    # By name: importing DTensor costs every load half a second.
-    if any(type(parameter).__name__ == "DTensor" for parameter in parameters):
-        return "sharded"
+    for parameter in model.parameters() if parameters is None else parameters:
+        if parameter.is_meta:
+            return "on the meta device"
+        # By name: importing DTensor costs every load half a second. DeepSpeed marks the parameters that it shards.
+        if type(parameter).__name__ in ("DTensor", "FlatParameter") or hasattr(parameter, "ds_id"):
+            return "sharded"
     return None
 
 

@@ -7,6 +7,7 @@ position of each in its own text. FlashAttention as a package does the same; sen
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .attention import find_backbone, position_ids_from
+from .attention import PACKED, find_backbone, implementation_of, position_ids_from
 from .layer_readout import TokenSpans
 from .length_split import OUTPUTS, Read, per_token
 from .prefix_reuse import other_state
@@ -27,7 +28,8 @@ from .shortcut import Outputs, Shortcut
 
 # A model loaded from a repository runs the repository's copy of this file: each copy needs a name of its own, or one
 # would be asked for the texts of a forward that another one has noted.
-IMPLEMENTATION = f"packed_{__name__.replace('.', '_')}"
+# The name is a number, as transformers looks for words such as "flash" in it.
+IMPLEMENTATION = f"{PACKED}{zlib.crc32(__name__.encode())}"
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,14 @@ class Packing(Shortcut):
     message = "Padding is computed: %s."
 
     def read(
-        self, model: nn.Module, features: dict[str, Any], spans: TokenSpans, read: Read, plain: Callable[[], Outputs]
+        self,
+        model: nn.Module,
+        features: dict[str, Any],
+        spans: TokenSpans,
+        read: Read,
+        plain: Callable[[], Outputs],
+        *,
+        first_position: int = 0,
     ) -> Outputs:
         """Runs a batch.
 
@@ -73,6 +82,7 @@ class Packing(Shortcut):
             spans: Of the batch.
             read: Runs one batch, padded or flat.
             plain: Runs this one with its padding.
+            first_position: Of a text's first token; RoBERTa counts from two.
 
         Returns:
             The features with the outputs of `read`, padded as the batch was, zero where it is padding.
@@ -83,7 +93,7 @@ class Packing(Shortcut):
         if reason:
             self.decline(reason)
             return plain()
-        return self.take(model, spans, plain, lambda: _read_packed(model, features, spans, read))
+        return self.take(model, spans, plain, lambda: _read_packed(model, features, spans, read, first_position))
 
 
 def why_not_packed(model: nn.Module, device: str) -> str | None:
@@ -94,13 +104,17 @@ def why_not_packed(model: nn.Module, device: str) -> str | None:
         return f"there is no kernel for texts of different lengths in {backbone.dtype}"
     if not backbone.is_backend_compatible():
         return "its attention cannot be replaced"
-    used = backbone.config._attn_implementation
-    if used not in ("sdpa", IMPLEMENTATION):
+    used = implementation_of(model)
+    if used != "sdpa":
         return f"its attention is {used}, and only sdpa is replaced"
+    if getattr(backbone.config.get_text_config(decoder=True), "use_bidirectional_attention", False):
+        return "its windows are its own"
     return other_state(backbone)
 
 
-def _read_packed(model: nn.Module, features: dict[str, Any], spans: TokenSpans, read: Read) -> Outputs:
+def _read_packed(
+    model: nn.Module, features: dict[str, Any], spans: TokenSpans, read: Read, first_position: int
+) -> Outputs:
     backbone: Any = find_backbone(model)
     if backbone.config._attn_implementation != IMPLEMENTATION:
         backbone.set_attn_implementation(IMPLEMENTATION)  # which is sdpa in every other forward
@@ -110,7 +124,7 @@ def _read_packed(model: nn.Module, features: dict[str, Any], spans: TokenSpans, 
     offsets = nn.functional.pad(lengths.cumsum(dim=0), (1, 0)).int()
     flat = {name: value[kept].unsqueeze(0) if per_token(value, mask) else value for name, value in features.items()}
     del flat["attention_mask"]
-    flat |= {"cu_seq_lens_q": offsets, "position_ids": position_ids_from(mask)[kept].unsqueeze(0)}
+    flat |= {"cu_seq_lens_q": offsets, "position_ids": position_ids_from(mask)[kept].unsqueeze(0) + first_position}
     with _within(Texts(offsets, int(lengths.max()))):
         outputs = read(flat, TokenSpans(spans.mask[kept], offsets[:-1].long(), lengths))
     found = {name: outputs[name] for name in OUTPUTS & outputs.keys()}

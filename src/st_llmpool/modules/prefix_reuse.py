@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from .attention import attention_of, find_backbone
+from .attention import attention_of, batch_sets_positions, find_backbone
 from .layer_readout import TokenSpans
-from .length_split import OUTPUTS, Read, forward_cost, per_token
+from .length_split import OUTPUTS, Read, per_token
 from .shortcut import Shortcut
 
 Run = Callable[..., dict[str, Any]]
@@ -37,7 +37,15 @@ class PrefixReuse(Shortcut):
     message = "The tokens that all texts of a batch start with are computed for each of them: %s."
 
     def read(
-        self, model: nn.Module, features: dict[str, Any], spans: TokenSpans, readout: str, read: Read, run: Run
+        self,
+        model: nn.Module,
+        features: dict[str, Any],
+        spans: TokenSpans,
+        readout: str,
+        read: Read,
+        run: Run,
+        *,
+        cost: int,
     ) -> dict[str, Any]:
         """Runs a batch.
 
@@ -48,15 +56,16 @@ class PrefixReuse(Shortcut):
             readout: ``"eos"`` or ``"mean"``.
             read: Runs a batch, or the rest of one after ``past_key_values``.
             run: Runs a batch by a `read`, whole or in groups, as ``read_in_groups`` does.
+            cost: What a forward costs, in tokens.
 
         Returns:
             The features with the outputs of `read`.
         """
-        reason, length = self.off or _why_not(model, spans), 0
+        reason, length = self.off or _why_not(model, spans, cost), 0
         if not reason:
             mask = features["attention_mask"]
             length = shared_start(features, mask)
-            if (len(mask) - 1) * length <= forward_cost(mask.device):
+            if (len(mask) - 1) * length <= cost:
                 reason = _TOO_FEW
         if reason:
             self.decline(reason)
@@ -87,19 +96,16 @@ def shared_start(features: dict[str, Any], mask: Tensor) -> int:
     return int(same.long().cumprod(dim=0).sum())
 
 
-def _why_not(model: nn.Module, spans: TokenSpans) -> str | None:
+def _why_not(model: nn.Module, spans: TokenSpans, cost: int) -> str | None:
     if spans.is_flat:
         return "texts are concatenated without padding"
     if len(spans.mask) == 1:
         return "the batch has one text"
-    if spans.mask.numel() <= forward_cost(spans.mask.device):
+    if spans.mask.numel() <= cost:
         return _TOO_FEW
     if attention_of(model) != "causal":
         return "its tokens attend in both directions, so they depend on what follows"
-    config = find_backbone(model).config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
-    if kinds & {"dynamic", "longrope"}:
+    if batch_sets_positions(model):
         return "its rotary positions depend on the length of the batch"
     return other_state(model)
 

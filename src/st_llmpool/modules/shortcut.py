@@ -53,19 +53,29 @@ class Shortcut:
         """
         width = spans.mask.shape[1]
         if width <= self.checked:
-            return short()
+            found = self._try(model, short)
+            return plain() if found is None else found
         expected = plain()
-        try:
-            share = _difference(expected, short(), spans)
-        except Exception as error:  # whatever an architecture raises over input that it does not expect
-            self.off = f"{_name(model)} fails with it ({type(error).__name__}: {error})"
-        else:
+        found = self._try(model, short)
+        if found is not None:
             self.checked = width
+            share = _difference(expected, found, spans)
             if share > _rounding(expected["token_embeddings"]):
-                self.off = f"vectors of {_name(model)} differ by {share:.1e} with it"
-        if self.off:
-            self._say(self.off, logging.WARNING)
+                self._turn_off(f"vectors of {_name(model)} differ by {share:.1e} with it")
         return expected
+
+    def _try(self, model: nn.Module, short: Callable[[], Outputs]) -> Outputs | None:
+        try:
+            return short()
+        except torch.OutOfMemoryError:  # of this batch beside whatever else is there now
+            self.decline("memory ran out")
+        except Exception as error:  # whatever an architecture raises over input that it does not expect
+            self._turn_off(f"{_name(model)} fails with it ({type(error).__name__}: {error})")
+        return None
+
+    def _turn_off(self, reason: str) -> None:
+        self.off = reason
+        self._say(reason, logging.WARNING)
 
     def decline(self, reason: str) -> None:
         """Says why a batch is run the plain way, each reason once."""
@@ -92,7 +102,7 @@ def _rounding(tokens: torch.Tensor) -> float:
     """Returns the share that other orders of the same sums may explain; autocast rounds more than `tokens` tell."""
     kind = tokens.device.type
     low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
-    return max(1e-4, 16 * torch.finfo(low).eps, 16 * torch.finfo(tokens.dtype).eps)
+    return max(1e-4, 4 * torch.finfo(low).eps, 4 * torch.finfo(tokens.dtype).eps)
 
 
 def _name(model: nn.Module) -> str:

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..modules.attention import implementation_of
 from ..modules.errors import ConfigurationError
 from ..parameters import count_parameters
 from ..random_state import preserve_rng_state
@@ -168,8 +169,7 @@ def _features(model: SentenceTransformer, texts: list[str]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _flops(model: SentenceTransformer, features: dict[str, Any]) -> tuple[int | None, str]:
-    config = getattr(getattr(model[0], "model", None), "config", None)
-    kernel = getattr(config, "_attn_implementation", None)
+    kernel = implementation_of(model[0].model) if hasattr(model[0], "model") else None
     if kernel is not None and kernel not in _COUNTED:
         return None, f"operations are not counted: those of attention by {kernel!r} cannot be seen"
     own = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}  # torch counts the others
