@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 from typer.testing import CliRunner
 
 from st_llmpool.cli import app
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.training import BatchTrial, batch_search, largest_batch
+from st_llmpool.training import BatchTrial, batch_search, batch_trial, largest_batch
 
 
 @pytest.fixture
@@ -81,6 +82,32 @@ def test_real_steps_are_measured_and_what_is_too_much_is_stopped(make_recipe, tm
     with pytest.raises(ConfigurationError, match=r"Not even a batch of 2 fits in 0\.1 GiB"):
         largest_batch(recipe, memory=0.1, at_most=2)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_the_system_ends_for_its_memory_does_not_fit(make_recipe, tmp_path, monkeypatch):
+    (tmp_path / "python").write_text("#!/bin/sh\nkill -9 $$\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(batch_search.sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(ConfigurationError, match="Not even a batch of 2 fits in 50 GiB"):
+        largest_batch(make_recipe(), memory=50, at_most=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "fits"),
+    [
+        ("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried", False),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)", False),
+        ("shapes cannot be multiplied", None),
+    ],
+)
+def test_errors_that_tell_of_memory_are_told_from_others(make_recipe, tmp_path, monkeypatch, words, fits):
+    def fail(*args, **kwargs):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(batch_trial, "train", fail)
+    make_recipe().to_yaml(tmp_path / "recipe.yaml")
+    with nullcontext() if fits is False else pytest.raises(RuntimeError, match=words):
+        assert batch_trial.main(str(tmp_path / "recipe.yaml"), 2**40) == batch_trial.DOES_NOT_FIT
 
 
 def test_another_failure_is_no_matter_of_memory(make_recipe):

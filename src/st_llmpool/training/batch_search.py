@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from ..data.training_data import load_pairs
 from ..modules.errors import ConfigurationError
-from .batch_trial import DOES_NOT_FIT, STEPS
+from .batch_trial import DOES_NOT_FIT, REFUSED, STEPS
 from .recipe import Recipe
 
 GIB = 2**30
@@ -161,13 +162,15 @@ def _try(recipe: Recipe, folder: Path, memory: float) -> BatchTrial:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-        if returned == DOES_NOT_FIT:
+        if returned in (DOES_NOT_FIT, -signal.SIGKILL):  # by which a system saves its last memory
             return BatchTrial(size, fits=False)
-        if returned != 0:
-            log.seek(0)
-            raise ConfigurationError(f"A batch of {size} cannot be trained with: {log.read().strip()[-2000:]}")
+        log.seek(0)
         answer.seek(0)
+        if returned not in (0, REFUSED):
+            raise ConfigurationError(f"A batch of {size} cannot be trained with: {log.read().strip()[-2000:]}")
         found = json.loads(answer.read().splitlines()[-1])
+        if returned == REFUSED:
+            raise ConfigurationError(f"A batch of {size} cannot be trained with: {found['refused']}")
     if found["memory"] > limit:  # between two looks at it
         return BatchTrial(size, fits=False)
     return BatchTrial(size, True, found["memory"] / GIB, found["seconds"])

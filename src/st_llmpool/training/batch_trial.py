@@ -15,8 +15,10 @@ from ..modules.errors import StLlmpoolError
 from .recipe import Recipe
 from .run import train
 
-#: What the process returns if the steps do not fit.
-DOES_NOT_FIT = 75
+#: What the process returns if the steps do not fit, and if the recipe is refused.
+DOES_NOT_FIT, REFUSED = 75, 76
+# What errors say that are no MemoryError: torch's on a CPU, cuBLAS's, and CUDA's own.
+_RAN_OUT = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 #: The optimizer's state is there from the first step's end on, so the second is the one that counts.
 STEPS = 2
 
@@ -41,7 +43,7 @@ def main(recipe_file: str, memory: int) -> int:
     """Runs the steps within `memory` bytes of a GPU; a CPU's memory is watched from outside.
 
     Writes a JSON object with the peak in bytes (on a GPU what torch reserved, on a CPU what was resident) and the
-    seconds of the last step.
+    seconds of the last step; or why the recipe is refused.
     """
     stopwatch = _Stopwatch()
     if torch.cuda.is_available():
@@ -54,7 +56,12 @@ def main(recipe_file: str, memory: int) -> int:
     except (torch.OutOfMemoryError, MemoryError):
         return DOES_NOT_FIT
     except StLlmpoolError as error:
-        sys.exit(str(error))  # without the calls that led there
+        sys.stdout.write(json.dumps({"refused": str(error)}) + "\n")
+        return REFUSED
+    except RuntimeError as error:
+        if any(words in str(error) for words in _RAN_OUT):
+            return DOES_NOT_FIT
+        raise
     raise RuntimeError(f"The run ended before step {STEPS}.")
 
 
