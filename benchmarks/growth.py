@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = machine(args.device)
     with tempfile.TemporaryDirectory() as scratch:
         depths = {MIDDLE["layers"], *AXES["layers"]} if not args.quick else {MIDDLE["layers"]}
-        folders = {depth: random_backbone(shape, Path(scratch), layers=depth) for depth in sorted(depths)}
+        folders = {depth: random_backbone(shape, Path(scratch), args.device, layers=depth) for depth in sorted(depths)}
         for axis, values in AXES.items():
             chosen = (MIDDLE[axis],) if args.quick else values
             curves = {

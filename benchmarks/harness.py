@@ -112,7 +112,7 @@ def table(title: str, rows: list[Row]) -> Table:
 def cells(row: Row) -> tuple[str, ...]:
     """Returns a row's texts."""
     sign = "" if row.limit is None else f"{'>=' if row.at_least else '<='} {row.limit:g}"
-    interval = f"{row.ratio:.3g} ({row.low:.3g} to {row.high:.3g})"
+    interval = f"{row.ratio:.3g}" + (f" ({row.low:.3g} to {row.high:.3g})" if row.low < row.high else "")
     return row.what, f"{row.ours:.4g}", f"{row.plain:.4g}", interval, sign, row.verdict, row.note
 
 
@@ -143,6 +143,12 @@ def compare(what: str, ours: list[float], plain: list[float], **more: Any) -> Ro
     top, bottom = (plain, ours) if more.get("at_least") else (ours, plain)
     middle = [statistics.median(values) for values in (ours, plain, top, bottom)]
     return Row(what, *middle[:2], middle[2] / middle[3], *interval(top, bottom), **more)
+
+
+def once(what: str, ours: float, plain: float, **more: Any) -> Row:
+    """Returns the ratio of two figures that are the same each time, which have no interval."""
+    ratio = plain / ours if more.get("at_least") else ours / plain
+    return Row(what, ours, plain, ratio, ratio, ratio, **more)
 
 
 def interval(top: list[float], bottom: list[float], resamples: int = 5000) -> tuple[float, float]:
@@ -185,8 +191,12 @@ def peak_memory(device: str) -> Iterator[list[float]]:
         peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
-def random_backbone(shape: str, folder: Path, *, dtype: torch.dtype = torch.float32, layers: int | None = None) -> str:
-    """Saves a Llama of that shape with random weights and the built-in tokenizer; returns its folder."""
+def random_backbone(shape: str, folder: Path, device: str = "cpu", *, layers: int | None = None) -> str:
+    """Saves a Llama of that shape with random weights and the built-in tokenizer; returns its folder.
+
+    The weights are in float32 for a CPU and in bfloat16 for a GPU, as users run them there.
+    """
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     depth, width, heads, key_heads, inner = SHAPES[shape]
     tokenizer = AutoTokenizer.from_pretrained(builtin_backbone())
     config = LlamaConfig(

@@ -9,7 +9,6 @@ in its batches is the ceiling. Run it as
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import random
 import statistics
@@ -32,8 +31,7 @@ from harness import (
     seconds,
     words,
 )
-
-from st_llmpool.modules.length_split import forward_cost, length_groups
+from sentence_transformers import SentenceTransformer
 
 MEDIAN, PERCENTILE_95, LONGEST, REQUIRED_SHARE, REQUIRED_SPEED = 64, 512, 2048, 0.9, 1.3
 
@@ -47,23 +45,20 @@ def corpus(tokenizer: object, size: int, longest: int) -> list[str]:
     return ["".join(rng.choices(known, k=length)) for length in lengths]
 
 
-def padding(texts: list[str], tokenizer: object, batch_size: int, cost: int) -> tuple[int, int, int]:
-    """Returns the real tokens, the padding that the sort leaves, and the padding that is left after the split."""
-    ordered = sorted(texts, key=len, reverse=True)
-    left = after = real = 0
-    for start in range(0, len(ordered), batch_size):
-        lengths = [len(ids) for ids in tokenizer(ordered[start : start + batch_size])["input_ids"]]
-        groups = [[lengths[text] for text in group] for group in length_groups(lengths, cost)]
-        real += sum(lengths)
-        left += max(lengths) * len(lengths) - sum(lengths)
-        after += sum(max(group) * len(group) - sum(group) for group in groups)
-    return real, left, after
+def computed_tokens(model: SentenceTransformer, texts: list[str], batch_size: int) -> int:
+    """Returns the tokens, padding included, that the backbone computes for the texts."""
+    counts: list[int] = []
+    embeddings = model[0].model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda module, args, output: counts.append(args[0].numel()))
+    model.encode(texts, batch_size=batch_size)
+    hook.remove()
+    return sum(counts)
 
 
 def fit(device: str, shape: str, repetitions: int) -> float:
     """Returns the time of a forward of no tokens over the time of one token, from a line through several lengths."""
     with tempfile.TemporaryDirectory() as scratch:
-        model = our_model(random_backbone(shape, Path(scratch)), "mean-bidirectional", device)
+        model = our_model(random_backbone(shape, Path(scratch), device), "mean-bidirectional", device)
     lengths = [8, 16, 32, 64, 128, 256]
     times = []
     with torch.inference_mode():
@@ -85,31 +80,25 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         return []
     shape = "tiny" if args.quick else {"cpu": "small", "cuda": "qwen3-0.6b"}[args.device]
     with tempfile.TemporaryDirectory() as scratch:
-        ours = our_model(random_backbone(shape, Path(scratch)), "mean-bidirectional", args.device)
+        ours = our_model(random_backbone(shape, Path(scratch), args.device), "mean-bidirectional", args.device)
     plain = plain_model("", "bidirectional", "mean", args.device, like=ours)
     many = sorted(corpus(ours.tokenizer, *((64, 40) if args.quick else (3200, LONGEST))), key=len, reverse=True)
     size = args.batch_size
-    cost = forward_cost(torch.device(args.device))
-    real, left, after = padding(many, ours.tokenizer, size, cost)
-    what = f"padding not computed, {len(many)} texts, batch {size}"
-    share = 1 - after / left
-    rows = [
-        Row(what, left - after, left, share, share, share, at_least=True, note=f"{left / (real + left):.0%} padding")
-    ]
     # Whole batches of the sorted corpus: encode sorts again and leaves them as they are.
     starts = range(0, len(many), size) if args.quick else range(len(many) // 8, len(many), len(many) // 4)
-    few = [text for start in starts for text in many[start : start + size]]
-    real, left, _ = padding(few, ours.tokenizer, size, cost)
-    ceiling = (real + left) / real
-    runs = [lambda model=model: model.encode(few, batch_size=size) for model in (ours, plain)]
+    texts = [text for start in starts for text in many[start : start + size]]
+    runs = [lambda model=model: model.encode(texts, batch_size=size) for model in (ours, plain)]
     runs[0]()  # a backbone's first batch is run both ways
-    note = f"ceiling {ceiling:.2f}, max difference {abs(runs[0]() - runs[1]()).max():.0e}"
+    real = sum(map(len, ours.tokenizer(texts)["input_ids"]))
+    left, found = (computed_tokens(model, texts, size) - real for model in (plain, ours))
+    what = f"padding not computed, {len(texts)} texts, batch {size}"
+    note = f"{left / (real + left):.1%} of all tokens were padding"
+    share = 1 - found / left
+    rows = [Row(what, left - found, left, share, share, share, REQUIRED_SHARE, at_least=True, note=note)]
+    note = f"ceiling {(real + left) / real:.2f}, max difference {abs(runs[0]() - runs[1]()).max():.0e}"
     limit = REQUIRED_SPEED if args.device == "cuda" else None
-    speed = compare(f"texts per second {shape}, {len(few)} texts", *alternate(*runs, args), at_least=True, note=note)
-    gains = [(value - 1) / (ceiling - 1) for value in (speed.ratio, speed.low, speed.high)]
-    rows.append(dataclasses.replace(speed, limit=limit))
-    what = "share of what no padding at all would gain"
-    rows.append(Row(what, speed.ratio, ceiling, *gains, REQUIRED_SHARE, at_least=True))
+    what = f"texts per second {shape}, {len(texts)} texts"
+    rows.append(compare(what, *alternate(*runs, args), limit=limit, at_least=True, note=note))
     return finish("Padding", rows, args)
 
 

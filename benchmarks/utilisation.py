@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     shape, texts, tokens, side = CELLS["quick" if args.quick else args.device]
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     with tempfile.TemporaryDirectory() as scratch:
-        model = our_model(random_backbone(shape, Path(scratch), dtype=dtype), "5", args.device)
+        model = our_model(random_backbone(shape, Path(scratch), args.device), "5", args.device)
     batch = random_batch(model, texts, tokens)
     left, right = (torch.randn(side, side, device=args.device, dtype=dtype) for _ in range(2))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

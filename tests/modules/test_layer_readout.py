@@ -23,13 +23,15 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers import AutoModel, BertConfig, DataCollatorWithFlattening, LlamaConfig
 
 from st_llmpool.modules.attention import decoder_layers
 from st_llmpool.modules.errors import ConfigurationError
 from st_llmpool.modules.layer_readout import _ACTIVE, TokenSpans, capture_layers, hook_layers, unflatten
 from st_llmpool.modules.llm_transformer import LLMTransformer
+from tests.modules.token_batches import computed_tokens, id_batch
 
 TEXTS = ["fox", "the quick brown fox jumps over the lazy dog", "jumps over", "the lazy dog"]
 # peft 0.21 itself reads the property that transformers 5.23 deprecates.
@@ -450,6 +452,24 @@ def test_fully_sharded_data_parallel_changes_no_gradient(backbone, checkpointing
     torch.testing.assert_close(result, summaries)
     actual = gradients(backbone, weighted_sum(result))
     assert_same_gradients({name: gradient.full_tensor() for name, gradient in actual.items()}, expected)
+
+
+@pytest.mark.usefixtures("one_process_group")
+@pytest.mark.parametrize("way", ["fully_shard", "flat", "flat, original parameters"])
+def test_every_rank_runs_a_sharded_model_once_for_a_batch(tiny_llm, way):
+    backbone = LLMTransformer(tiny_llm).eval()
+    layers = decoder_layers(backbone.model)
+    if way == "fully_shard":
+        for layer in layers:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    else:
+        policy = ModuleWrapPolicy({type(layers[0])})
+        FullyShardedDataParallel(
+            backbone, auto_wrap_policy=policy, use_orig_params="original" in way, device_id=torch.device("cpu")
+        )
+    with torch.no_grad(), computed_tokens(backbone) as shapes:
+        backbone(id_batch([3, 60, 7, 4, 58, 30, 1, 31]))
+    assert shapes == [(8, 60)]
 
 
 @pytest.mark.parametrize("what", ["backbone", "model"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from accelerate import cpu_offload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
@@ -16,6 +19,12 @@ from st_llmpool.modules.llm_transformer import LLMTransformer
 from tests.modules.token_batches import assert_same, computed_tokens, id_batch, plain
 
 LENGTHS = [3, 60, 7, 4, 58, 30, 1, 31]
+
+
+@pytest.fixture(autouse=True)
+def no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed batches have no padding to split off, and are tested by themselves."""
+    monkeypatch.setattr(LLMTransformer, "packing", False)
 
 
 @pytest.fixture(scope="module", params=["causal", "bidirectional"])
@@ -110,6 +119,14 @@ def test_where_more_forwards_would_be_wrong_the_batch_is_whole(backbone, monkeyp
     with torch.no_grad(), computed_tokens(backbone) as shapes:
         backbone(dict(features))
     assert len(shapes) > 1
+
+
+def test_offloaded_weights_are_fetched_once_for_a_batch(backbone):
+    offloaded = copy.deepcopy(backbone)
+    cpu_offload(offloaded.model, execution_device=torch.device("cpu"))
+    with torch.no_grad(), computed_tokens(offloaded) as shapes:
+        offloaded(id_batch(LENGTHS))
+    assert shapes == [(8, 60)]
 
 
 def test_padding_on_both_sides_gradients_and_the_switch_leave_the_batch_whole(backbone, monkeypatch):

@@ -1,7 +1,7 @@
 """Texts run without padding through a kernel for different lengths: the same vectors, or not used and said so.
 
-The kernel is CUDA's. Here attention text by text stands in for it, so that all but the kernel itself is tested; the
-last test is the kernel's own, on a GPU.
+The kernel of CPUs is compared with plain attention under masks, and through whole models; that of CUDA has a test of
+its own, on a GPU.
 """
 
 from __future__ import annotations
@@ -20,20 +20,25 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
+    BambaConfig,
     BertConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GraniteConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     Qwen3Config,
     RobertaConfig,
 )
 
-from st_llmpool import build_embedder
+from st_llmpool import build_embedder, verify_attention
 from st_llmpool.modules import packing
 from st_llmpool.modules.attention import implementation_of
+from st_llmpool.modules.layer_readout import TokenSpans
 from st_llmpool.modules.llm_transformer import LLMTransformer
 from st_llmpool.modules.packing import IMPLEMENTATION, Packing, Texts
+from st_llmpool.study.cost import measure_cost
 from tests.conftest import save_tiny_llm
 from tests.modules.test_prefix_reuse import SIZES
 from tests.modules.token_batches import assert_same, computed_tokens, id_batch, plain
@@ -59,7 +64,7 @@ MODES = [
 def text_by_text(
     query: Tensor, key: Tensor, value: Tensor, texts: Texts, window: tuple[int, int], scale: float | None
 ) -> Tensor:
-    """What the kernel computes, from its documentation: windows of keys to the left and right, -1 for all."""
+    """What a kernel computes, from the documentation of CUDA's: windows of keys to the left and right, -1 for all."""
     found = []
     for start, end in zip(texts.offsets[:-1].tolist(), texts.offsets[1:].tolist(), strict=True):
         assert end - start <= texts.longest
@@ -73,9 +78,17 @@ def text_by_text(
     return torch.cat(found)
 
 
-@pytest.fixture(autouse=True)
-def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(packing.KERNELS, "cpu", ((torch.float32,), text_by_text))
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (0, 0), (3, 0), (3, 3), (6, 0), (6, 6), (7, 7), (100, 0)])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("scale", [None, 0.9])
+def test_the_kernel_of_cpus_is_attention_within_each_text_and_window(window, groups, scale):
+    torch.manual_seed(0)
+    lengths = torch.tensor([1, 7, 3, 8, 20])
+    texts = Texts(F.pad(lengths.cumsum(0), (1, 0)).int(), 20)
+    query, key, value = (torch.randn(39, heads, 8) for heads in (4, 4 // groups, 4 // groups))
+    found = packing._text_by_text(query, key, value, texts, window, scale)
+    torch.testing.assert_close(found, text_by_text(query, key, value, texts, window, scale), rtol=0, atol=1e-6)
+    assert found.is_contiguous()
 
 
 def trusted(backbone: LLMTransformer) -> LLMTransformer:
@@ -152,9 +165,20 @@ def test_where_it_cannot_be_used_one_line_says_why(make_llm, tiny_llm, caplog):
     caplog.set_level(logging.INFO)
     capped = Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=5.0)
     gemma2 = LLMTransformer(make_llm(capped), model_kwargs={"attn_implementation": "eager"}).eval()
-    half = LLMTransformer(tiny_llm).to(torch.bfloat16).eval()
+    double = LLMTransformer(tiny_llm).to(torch.float64).eval()
+    gemma3 = Gemma3TextConfig(**SIZES, head_dim=8, use_bidirectional_attention=True)  # W-1 tokens to each side
+    mamba = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 16}
+    bamba = LLMTransformer(make_llm(BambaConfig(**SIZES, **mamba, attn_layer_indices=[1])), attention="causal").eval()
+    convolved = Lfm2Config(**SIZES, layer_types=["conv", "full_attention"] * 2)  # from one text into the next
+    lfm2 = LLMTransformer(make_llm(convolved), attention="causal").eval()
     features = id_batch(LENGTHS)
-    for model, reason in ((gemma2, "its attention is eager"), (half, "in torch.bfloat16")):
+    for model, reason in (
+        (gemma2, "its attention is eager"),
+        (double, "in torch.float64"),
+        (LLMTransformer(make_llm(gemma3)).eval(), "windows"),
+        (bamba, "cannot be replaced"),
+        (lfm2, "more than keys and values"),
+    ):
         caplog.clear()
         for _ in range(2):
             _, shapes = run(model, features)
@@ -162,6 +186,22 @@ def test_where_it_cannot_be_used_one_line_says_why(make_llm, tiny_llm, caplog):
         assert [reason in record.getMessage() for record in caplog.records if "Padding" in record.getMessage()] == [
             True
         ]
+
+
+def test_a_batch_that_sets_the_rotary_positions_of_its_texts_is_left_whole(make_llm):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config = LlamaConfig(**SIZES | {"max_position_embeddings": 16}, rope_parameters=rope)
+    backbone = trusted(LLMTransformer(make_llm(config), attention="bidirectional").eval())
+    assert run(backbone, id_batch(LENGTHS))[1] == [(8, 60)]
+
+
+def test_a_model_that_was_packed_is_proven_and_measured_as_one_of_sdpa(tiny_llm):
+    model = build_embedder(tiny_llm, pooling="mean", verify=False).eval()
+    before = measure_cost(model, lengths=(8,), repeats=1).lengths[0].flops
+    run(trusted(model[0]), id_batch(LENGTHS))
+    assert model[0].model.config._attn_implementation == IMPLEMENTATION
+    assert measure_cost(model, lengths=(8,), repeats=1).lengths[0].flops == before > 0
+    assert verify_attention(model, light=True).attn_implementation == "sdpa"
 
 
 def wrong_kernel(*args: Any) -> Tensor:
@@ -201,6 +241,25 @@ def test_in_half_precision_too_wrong_vectors_turn_it_off_and_rounding_does_not(m
     backbone = LLMTransformer(make_llm(config), attention="bidirectional").to(torch.bfloat16).eval()
     run(backbone, id_batch(LENGTHS))
     assert (backbone._packing.off is None) == (fault is text_by_text)
+
+
+def test_one_wrong_layer_is_not_hidden_by_the_others(llama):
+    spans = TokenSpans(torch.ones(1, 5, dtype=torch.bool))
+    layers = torch.ones(1, 100, 8)
+    right = {"token_embeddings": torch.ones(1, 5, 8), "layer_summaries": layers}
+    wrong = right | {"layer_summaries": torch.cat([layers[:, 1:], 1.01 * layers[:, :1]], dim=1)}
+    shortcut = Packing()
+    shortcut.take(llama.model, spans, lambda: right, lambda: wrong)
+    assert "1.0e-02" in shortcut.off
+
+
+def test_outputs_that_cannot_be_compared_turn_it_off(llama):
+    spans = TokenSpans(torch.ones(1, 5, dtype=torch.bool))
+    right = {"token_embeddings": torch.ones(1, 5, 8)}
+    for wrong in ({"token_embeddings": torch.ones(1, 3, 8)}, {}):
+        shortcut = Packing()
+        assert shortcut.take(llama.model, spans, lambda: right, lambda wrong=wrong: wrong) is right
+        assert "fails with it" in shortcut.off
 
 
 def test_memory_that_runs_out_is_no_reason_to_turn_it_off(llama, monkeypatch):
@@ -257,21 +316,25 @@ def test_neither_switch_nor_kernel_is_part_of_a_saved_model(llama, tmp_path):
     expected, _ = run(trusted(llama), features)
     assert llama.model.config._attn_implementation == IMPLEMENTATION
     assert implementation_of(llama.model) == "sdpa"
-    assert "flash" not in IMPLEMENTATION  # which transformers would take for another
+    folder = tmp_path / "flash_embedder"
     model = SentenceTransformer(modules=[llama], device="cpu")
-    model.save_pretrained(str(tmp_path))
-    assert (tmp_path / "packing.py").is_file()
+    model.save_pretrained(str(folder))
+    assert (folder / "packing.py").is_file()
     for file in ("config.json", "sentence_bert_config.json"):
-        saved = json.loads((tmp_path / file).read_text())
+        saved = json.loads((folder / file).read_text())
         assert IMPLEMENTATION not in json.dumps(saved)
         assert "packing" not in saved
-    copied = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")[0].eval()
+    copied = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")[0].eval()
     assert type(copied._packing) is not Packing
-    assert inspect.getmodule(type(copied._packing)).IMPLEMENTATION != IMPLEMENTATION
-    outputs, shapes = run(copied, features)  # the copy's own module has no kernel for a CPU
-    assert copied.model.config._attn_implementation == "sdpa"
-    assert (1, sum(LENGTHS)) not in shapes
-    assert_same(outputs, expected)
+    module = inspect.getmodule(type(copied._packing))
+    assert module.IMPLEMENTATION != IMPLEMENTATION
+    assert "flash" in module.__name__
+    assert "flash" not in module.IMPLEMENTATION  # which transformers would take for another
+    for _ in range(2):
+        outputs, shapes = run(copied, features)
+        assert_same(outputs, expected)
+    assert shapes == [(1, sum(LENGTHS))]
+    assert copied.model.config._attn_implementation == module.IMPLEMENTATION
 
 
 @pytest.mark.gpu

@@ -20,6 +20,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    OpenAIGPTConfig,
     PreTrainedConfig,
     Qwen3Config,
 )
@@ -47,6 +48,12 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 SHARED, LENGTHS = 12, [13, 40, 20, 14, 39, 13, 22, 33, 17, 28]
 PROMPT = "the quick brown fox: over the lazy dog: "
+
+
+@pytest.fixture(autouse=True)
+def no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of texts after a shared start is not packed; whole batches are compared with."""
+    monkeypatch.setattr(LLMTransformer, "packing", False)
 
 
 @pytest.fixture(scope="module", params=sorted(CONFIGS))
@@ -227,6 +234,14 @@ def test_an_architecture_that_takes_it_wrongly_turns_it_off_loudly_for_itself_al
     assert len(reasons(caplog)) == 1
     run(sound, features)
     assert (sound._prefixes.off, sound._prefixes.checked) == (None, 40)
+
+
+def test_a_model_that_leaves_the_cache_empty_turns_it_off(make_llm):
+    config = OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=4, n_positions=128)
+    backbone = LLMTransformer(make_llm(config), attention="causal").eval()
+    features = id_batch(LENGTHS, shared=SHARED)
+    assert_same(run(backbone, features)[0], plain(backbone, features))
+    assert "not in the cache" in backbone._prefixes.off
 
 
 def test_only_a_batch_longer_than_any_before_is_run_both_ways(llama):

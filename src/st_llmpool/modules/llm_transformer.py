@@ -70,7 +70,7 @@ class LLMTransformer(Transformer, PortableModule):
     Attributes:
         prefix_reuse: False turns off what :class:`PrefixReuse` does in inference. Set it on the module; not saved.
         length_split: False turns off what :func:`read_in_groups` does in inference. Set it on the module; not saved.
-        packing: False turns off what :class:`Packing` does in inference, on a GPU. Set it on the module; not saved.
+        packing: False turns off what :class:`Packing` does in inference. Set it on the module; not saved.
 
     Inputs:
         ``input_ids`` (B, T) and ``attention_mask`` (B, T) with padding on any side, or flat ``input_ids``
@@ -103,7 +103,7 @@ class LLMTransformer(Transformer, PortableModule):
     prefix_reuse: bool = True
     #: Run a padded batch in groups of like length, in inference.
     length_split: bool = True
-    #: Run a padded batch as one row of its real tokens, in inference on a GPU.
+    #: Run a padded batch as one row of its real tokens, in inference.
     packing: bool = True
 
     #: Where a saved model was loaded from, and how; None for one that was built.
@@ -263,9 +263,9 @@ class LLMTransformer(Transformer, PortableModule):
             features = self._read(features, spans, **kwargs)
         elif self.prefix_reuse:
             # The shared tokens first, then the rest by length: they are computed once, and not once for each group.
-            cost = forward_cost(spans.mask.device, self._weights)
+            cost, packs = forward_cost(spans.mask.device, self._weights), self._may_pack(spans)
             features = self._prefixes.read(
-                self.model, features, spans, self.layer_readout, self._read, self._run, cost=cost
+                self.model, features, spans, self.layer_readout, self._read, self._run, cost=cost, packs=packs
             )
         else:
             features = self._run(features, spans, self._read)
@@ -288,9 +288,12 @@ class LLMTransformer(Transformer, PortableModule):
             return read_in_groups(features, spans, read, cost=cost, shared=shared)
 
         # The rest of texts after a shared start has keys that are no tokens of its own: only whole texts are packed.
-        if not self.packing or shared or self._batch_sets_positions or spans.mask.device.type not in KERNELS:
+        if shared or not self._may_pack(spans):
             return padded()
         return self._packing.read(self.model, features, spans, read, padded, first_position=self._first_position)
+
+    def _may_pack(self, spans: TokenSpans) -> bool:
+        return self.packing and not self._batch_sets_positions and spans.mask.device.type in KERNELS
 
     def _read(self, features: dict[str, Any], spans: TokenSpans, **kwargs: Any) -> dict[str, Any]:
         """Runs the backbone on one batch and reads it out."""
@@ -474,8 +477,9 @@ def _why_unchecked(model: nn.Module, parameters: Iterable[nn.Parameter] | None =
     for parameter in model.parameters() if parameters is None else parameters:
         if parameter.is_meta:
             return "on the meta device"
-        # By name: importing DTensor costs every load half a second. DeepSpeed marks the parameters that it shards.
-        if type(parameter).__name__ in ("DTensor", "FlatParameter") or hasattr(parameter, "ds_id"):
+        # By name: importing DTensor costs every load half a second. DeepSpeed and the older FSDP mark what they shard.
+        marked = any(hasattr(parameter, mark) for mark in ("ds_id", "_fsdp_flattened"))
+        if marked or type(parameter).__name__ == "DTensor":
             return "sharded"
     return None
 

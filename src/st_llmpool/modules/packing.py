@@ -1,8 +1,9 @@
-"""Runs a padded batch as one row of its real tokens, so that no layer computes padding, on a GPU in half precision.
+"""Runs a padded batch as one row of its real tokens, so that no layer computes padding.
 
-Attention alone has to know where texts begin and end: it is torch's variable-length kernel, which comes with torch, put
-in place of ``sdpa`` through transformers' attention interface. Everything else sees one text of N tokens and the
-position of each in its own text. FlashAttention as a package does the same; sentence-transformers sees to that.
+Attention alone has to know where texts begin and end: on a GPU in half precision it is torch's variable-length kernel,
+which comes with torch, on a CPU ``sdpa`` text by text, put in place of ``sdpa`` through transformers' attention
+interface. Everything else sees one text of N tokens and the position of each in its own text. FlashAttention as a
+package does the same; sentence-transformers sees to that.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -58,7 +60,7 @@ class Packing(Shortcut):
     Example:
         >>> from transformers import LlamaConfig, LlamaModel
         >>> sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2, vocab_size=9)
-        >>> why_not_packed(LlamaModel(LlamaConfig(**sizes)), "cuda")
+        >>> why_not_packed(LlamaModel(LlamaConfig(**sizes)), "cuda")  # in float32
         'there is no kernel for texts of different lengths in torch.float32'
     """
 
@@ -189,9 +191,41 @@ def _by_varlen_kernel(
     return out
 
 
-#: Device -> the dtypes and the attention of packed texts. On a CPU groups of like length are as fast.
+def _text_by_text(
+    query: Tensor, key: Tensor, value: Tensor, texts: Texts, window: tuple[int, int], scale: float | None
+) -> Tensor:
+    """Returns (N, H, d) from (N, H, d) and keys and values (N, H', d)."""
+    groups = query.shape[1] // key.shape[1]
+    queries, keys, values = (part.transpose(0, 1)[None] for part in (query, key, value))
+    if groups > 1:
+        keys, values = (part.repeat_interleave(groups, dim=1) for part in (keys, values))
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for start, end in pairwise(texts.offsets.tolist()):
+        seen = _window_mask(end - start, *window, query.device)
+        found = nn.functional.scaled_dot_product_attention(
+            queries[:, :, start:end],
+            keys[:, :, start:end],
+            values[:, :, start:end],
+            attn_mask=seen,
+            is_causal=seen is None and window[1] == 0,
+            scale=scale,
+        )
+        out[start:end] = found[0].transpose(0, 1)
+    return out
+
+
+def _window_mask(length: int, left: int, right: int, device: torch.device) -> Tensor | None:
+    """Returns which keys each of `length` queries sees, (T, T); None if the window is longer than the text."""
+    if left < 0 or left >= length - 1:
+        return None
+    distance = torch.arange(length, device=device) - torch.arange(length, device=device).unsqueeze(1)
+    return (distance >= -left) & (distance <= right)
+
+
+#: Device -> the dtypes and the attention of packed texts.
 KERNELS: dict[str, tuple[tuple[torch.dtype, ...], Kernel]] = {
-    "cuda": ((torch.float16, torch.bfloat16), _by_varlen_kernel)
+    "cuda": ((torch.float16, torch.bfloat16), _by_varlen_kernel),
+    "cpu": ((torch.float32, torch.float16, torch.bfloat16), _text_by_text),
 }
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

@@ -46,6 +46,7 @@ class PrefixReuse(Shortcut):
         run: Run,
         *,
         cost: int,
+        packs: bool,
     ) -> dict[str, Any]:
         """Runs a batch.
 
@@ -57,6 +58,7 @@ class PrefixReuse(Shortcut):
             read: Runs a batch, or the rest of one after ``past_key_values``.
             run: Runs a batch by a `read`, whole or in groups, as ``read_in_groups`` does.
             cost: What a forward costs, in tokens.
+            packs: Whether the whole batch would be run without its padding, as the rest of it is not.
 
         Returns:
             The features with the outputs of `read`.
@@ -65,7 +67,8 @@ class PrefixReuse(Shortcut):
         if not reason:
             mask = features["attention_mask"]
             length = shared_start(features, mask)
-            if (len(mask) - 1) * length <= cost:
+            spared_otherwise = int((mask == 0).sum()) if packs else 0
+            if (len(mask) - 1) * length <= cost + spared_otherwise:
                 reason = _TOO_FEW
         if reason:
             self.decline(reason)

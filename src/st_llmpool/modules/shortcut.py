@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from .length_split import OUTPUTS
 logger = logging.getLogger(__name__)
 
 Outputs = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass
@@ -56,17 +57,16 @@ class Shortcut:
             found = self._try(model, short)
             return plain() if found is None else found
         expected = plain()
-        found = self._try(model, short)
-        if found is not None:
+        share = self._try(model, lambda: _difference(expected, short(), spans))
+        if share is not None:
             self.checked = width
-            share = _difference(expected, found, spans)
             if share > _rounding(expected["token_embeddings"]):
                 self._turn_off(f"vectors of {_name(model)} differ by {share:.1e} with it")
         return expected
 
-    def _try(self, model: nn.Module, short: Callable[[], Outputs]) -> Outputs | None:
+    def _try(self, model: nn.Module, run: Callable[[], T]) -> T | None:
         try:
-            return short()
+            return run()
         except torch.OutOfMemoryError:  # of this batch beside whatever else is there now
             self.decline("memory ran out")
         except Exception as error:  # whatever an architecture raises over input that it does not expect
@@ -88,21 +88,22 @@ class Shortcut:
 
 
 def _difference(plain: Outputs, other: Outputs, spans: TokenSpans) -> float:
-    """Returns how far the outputs lie apart, as the largest share of the plain ones in any text."""
+    """Returns how far the outputs lie apart, as the largest share of the plain ones in any text and layer."""
     shares = []
     for name in OUTPUTS & plain.keys():
         one, two = plain[name].float(), other[name].float()
         if name == "token_embeddings":
-            one, two = (tokens.masked_fill(~spans.mask.unsqueeze(-1), 0) for tokens in (one, two))
-        shares.append((one - two).flatten(1).norm(dim=1) / one.flatten(1).norm(dim=1))
-    return torch.stack(shares).nan_to_num(nan=torch.inf).max().item()
+            one, two = (tokens.masked_fill(~spans.mask.unsqueeze(-1), 0).flatten(1) for tokens in (one, two))
+        shares.append(((one - two).norm(dim=-1) / one.norm(dim=-1)).flatten())
+    return torch.cat(shares).nan_to_num(nan=torch.inf).max().item()
 
 
 def _rounding(tokens: torch.Tensor) -> float:
     """Returns the share that other orders of the same sums may explain; autocast rounds more than `tokens` tell."""
     kind = tokens.device.type
     low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
-    return max(1e-4, 4 * torch.finfo(low).eps, 4 * torch.finfo(tokens.dtype).eps)
+    # In bfloat16 correct ways were up to 0.056 apart in 24 layers, wrong ones from 0.1 on.
+    return max(1e-4, 8 * torch.finfo(low).eps, 8 * torch.finfo(tokens.dtype).eps)
 
 
 def _name(model: nn.Module) -> str:
