@@ -26,7 +26,7 @@ HEAVY = {"torch", "transformers", "sentence_transformers", "numpy", "mteb", "dat
 # Who may import whom, from the bottom up; what is not named here (the command line, the quickstart) is on top.
 STOREYS = [
     {"modules"},
-    {"losses", "data", "random_state", "parameters", "whole_files"},
+    {"losses", "data", "random_state", "parameters", "whole_files", "adapters"},
     {"layer_use", "pictures", "card"},
     {"designs"},
     {"training", "evaluation"},
