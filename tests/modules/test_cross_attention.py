@@ -146,6 +146,17 @@ def test_masked_inputs_have_no_effect_wherever_they_stand_and_whatever_they_hold
 
 
 @pytest.mark.parametrize("queries", QUERIES)
+@pytest.mark.parametrize("shape", [(3, 700), (300, 7), (5, 1500)])
+def test_more_rows_than_are_projected_at_a_time_give_the_same(queries, shape):
+    block, inputs = trained_block(queries=queries, num_latents=5), torch.randn(*shape, 8)
+    lengths = torch.randint(1, shape[1] + 1, (len(inputs),))
+    mask = torch.arange(shape[1]) < lengths[:, None]
+    alone = torch.cat([plain(block, text[None, :length]) for text, length in zip(inputs, lengths, strict=True)])
+    assert_same(block(inputs, mask), alone)
+    assert_same(kept(block, inputs, mask), alone)
+
+
+@pytest.mark.parametrize("queries", QUERIES)
 def test_masked_inputs_get_exactly_zero_gradient(queries):
     inputs = torch.randn(2, 6, 8, requires_grad=True)
     mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]]).bool()
