@@ -34,7 +34,17 @@ from harness import (
     random_batch,
 )
 
+from st_llmpool.modules.multi_layer_pooling import MultiLayerPooling
+
 TIME, MEMORY, HEAD = 1.05, 1.10, 0.02
+#: The sizes of the pooling whose quality `st-llmpool study sizes` compares.
+HEADS: dict[str, dict[str, Any]] = {
+    "compact": {},
+    "1 latent": {"num_latents": 1},
+    "64 latents": {"num_latents": 64},
+    "feed-forward x4": {"mlp_ratio": 4},
+    "paper": {"preset": "paper"},
+}
 #: Shape -> (texts, tokens).
 CELLS = {
     "cpu": {"qwen2-0.5b": [(1, 16), (8, 16), (1, 128), (4, 64), (1, 512)]},
@@ -70,8 +80,12 @@ def measure(shape: str, cells: list[tuple[int, int]], folder: str, args: Namespa
         times = alternate(partial(run, ours, batch), partial(run, plain, batch), args)
         rows.append(compare(f"encode {shape}, {texts} x {tokens}", *times, limit=TIME, note=floor))
     batch = random_batch(ours, 1, 32)
-    times = alternate(partial(run, ours[1], run(ours[0], batch)), partial(run, ours[0], batch), args)
-    rows.append(compare(f"head alone over backbone {shape}, 1 x 32", *times, limit=HEAD))
+    features = run(ours[0], batch)
+    for name, size in HEADS.items() if args.device == "cpu" and not args.quick else [("compact", {})]:
+        pooling = MultiLayerPooling(ours.get_embedding_dimension(), ours[0].num_layers, **size).to(args.device).eval()
+        times = alternate(partial(run, pooling, features), partial(run, ours[0], batch), args)
+        limit = HEAD if name == "compact" else None
+        rows.append(compare(f"head alone over backbone {shape}, 1 x 32, {name}", *times, limit=limit))
     return [*rows, once(f"encode {shape}, peak MiB", *peaks, limit=MEMORY)]
 
 
