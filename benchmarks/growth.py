@@ -39,23 +39,20 @@ MIDDLE = {"batch": 8, "length": 64, "layers": 8, "latents": 8}
 Point = tuple[float, float]
 
 
-def points(folders: dict[int, str], variant: str, axis: str, values: Sequence[int], args: Namespace) -> list[Point]:
-    """Returns the median seconds and the peak memory in MiB of each value, in a process of its own."""
-    found = []
-    for value in values:
-        sizes = MIDDLE | {axis: value}
-        folder = folders[sizes["layers"]]
-        if variant == "plain":
-            model = plain_model(folder, "bidirectional", "mean", args.device)
-        else:
-            model = our_model(folder, "5", args.device, pooling_kwargs={"num_latents": sizes["latents"]})
-        batch = random_batch(model, sizes["batch"], sizes["length"])
-        with torch.inference_mode():
-            model(dict(batch))
-            with peak_memory(args.device) as peak:
-                times = [seconds(partial(model, dict(batch)), args.device) for _ in range(args.repetitions)]
-        found.append((statistics.median(times), peak[0]))
-    return found
+def point(folders: dict[int, str], variant: str, axis: str, value: int, args: Namespace) -> Point:
+    """Returns the median seconds and the peak memory in MiB; called in a process of its own."""
+    sizes = MIDDLE | {axis: value}
+    folder = folders[sizes["layers"]]
+    if variant == "plain":
+        model = plain_model(folder, "bidirectional", "mean", args.device)
+    else:
+        model = our_model(folder, "5", args.device, pooling_kwargs={"num_latents": sizes["latents"]})
+    batch = random_batch(model, sizes["batch"], sizes["length"])
+    with torch.inference_mode():
+        model(dict(batch))
+        with peak_memory(args.device) as peak:
+            times = [seconds(partial(model, dict(batch)), args.device) for _ in range(args.repetitions)]
+    return statistics.median(times), peak[0]
 
 
 def draw(file: Path, axis: str, values: Sequence[int], curves: dict[str, list[Point]], title: str) -> None:
@@ -77,17 +74,18 @@ def draw(file: Path, axis: str, values: Sequence[int], curves: dict[str, list[Po
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and draws."""
     options = {"type": Path, "default": Path(__file__).parent / "results"}
-    args = arguments(__doc__, argv, ("--out", options))
+    axes = {"nargs": "+", "choices": sorted(AXES), "default": sorted(AXES)}
+    args = arguments(__doc__, argv, ("--out", options), ("--axes", axes))
     args.out.mkdir(parents=True, exist_ok=True)
     shape = "tiny" if args.quick else "small"
     about = machine(args.device)
     with tempfile.TemporaryDirectory() as scratch:
         depths = {MIDDLE["layers"], *AXES["layers"]} if not args.quick else {MIDDLE["layers"]}
         folders = {depth: random_backbone(shape, Path(scratch), args.device, layers=depth) for depth in sorted(depths)}
-        for axis, values in AXES.items():
-            chosen = (MIDDLE[axis],) if args.quick else values
+        for axis in args.axes:
+            chosen = (MIDDLE[axis],) if args.quick else AXES[axis]
             curves = {
-                name: in_fresh_process(points, folders, name, axis, chosen, args, quick=args.quick)
+                name: [in_fresh_process(point, folders, name, axis, value, args, quick=args.quick) for value in chosen]
                 for name in ("design 5", "plain")
             }
             rest = ", ".join(f"{name} {value}" for name, value in MIDDLE.items() if name != axis)
