@@ -29,7 +29,7 @@ help: ## list the commands
 quickstart: $(VENV)/.installed ## train a small design on text of this machine, evaluate, save, reload, search
 	$(VENV)/bin/st-llmpool quickstart --out $(OUT)/quickstart
 
-test: lint ## lint, type check and test (8 minutes on two cores)
+test: lint ## lint, type check and test (7 to 15 minutes on two cores)
 	$(call PYTEST,$(VENV)) $(TESTS)
 
 test-all: lint ## the same with the slow tests
