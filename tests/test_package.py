@@ -16,16 +16,21 @@ from packaging.version import Version
 from transformers.dynamic_module_utils import get_imports
 
 import st_llmpool
+import st_llmpool.modules
+import st_llmpool.poolings
 from st_llmpool.modules.portable import MINIMUM_VERSIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "st_llmpool"
-MODULE_FILES = sorted((PACKAGE / "modules").glob("*.py"))
+#: Folders whose files travel with a shared model, and the folders that each may import from besides itself.
+SHARED = {"modules": set(), "poolings": {"modules"}}
+SHARED_FILES = sorted(file for folder in SHARED for file in (PACKAGE / folder).glob("*.py"))
 HEAVY = {"torch", "transformers", "sentence_transformers", "numpy", "mteb", "datasets", "peft"}
 
 # Who may import whom, from the bottom up; what is not named here (the command line, the quickstart) is on top.
 STOREYS = [
     {"modules"},
+    {"poolings"},
     {"losses", "data", "random_state", "parameters", "whole_files", "adapters"},
     {"layer_use", "pictures", "card"},
     {"designs"},
@@ -47,7 +52,7 @@ def test_version_is_the_installed_one():
 
 
 def test_importing_the_package_imports_nothing_heavy():
-    loaded = run_python("-c", "import sys, st_llmpool, st_llmpool.modules; print(*sys.modules)").split()
+    loaded = run_python("-c", "import sys, st_llmpool.modules, st_llmpool.poolings; print(*sys.modules)").split()
     assert HEAVY.isdisjoint(loaded)
 
 
@@ -67,19 +72,35 @@ def test_every_public_name_is_there(name):
     assert getattr(st_llmpool, name) is not None
 
 
-def test_unknown_name_is_an_attribute_error():
+@pytest.mark.parametrize("package", [st_llmpool.modules, st_llmpool.poolings], ids=lambda package: package.__name__)
+def test_every_class_of_a_shared_model_is_there(package):
+    assert {getattr(package, name).__name__ for name in package.__all__} == set(package.__all__)
+
+
+def test_every_pooling_of_ours_is_in_modules_or_poolings():
+    ours = {spec.module for spec in st_llmpool.POOLINGS.values() if hasattr(spec.module, "is_st_llmpool_module")}
+    public = {
+        getattr(package, name) for package in (st_llmpool.modules, st_llmpool.poolings) for name in package.__all__
+    }
+    assert len(ours) == 8
+    assert ours <= public
+
+
+@pytest.mark.parametrize("package", [st_llmpool, st_llmpool.modules, st_llmpool.poolings])
+def test_unknown_name_is_an_attribute_error(package):
     with pytest.raises(AttributeError, match="no_such_name"):
-        _ = st_llmpool.no_such_name
+        _ = package.no_such_name
 
 
-@pytest.mark.parametrize("file", MODULE_FILES, ids=lambda file: file.name)
-def test_files_of_a_shared_model_import_each_other_by_one_dot(file):
+@pytest.mark.parametrize("file", SHARED_FILES, ids=named)
+def test_files_of_a_shared_model_import_each_other_in_the_two_forms_that_saving_flattens(file):
     """They are copied, flat, to the root of a repository, where nothing else can be looked up."""
-    neighbours = {other.stem for other in MODULE_FILES}
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
-            assert node.level == 1, f"line {node.lineno}: more than one dot"
-            assert node.module in neighbours, f"line {node.lineno}: write `from .file import name`"
+            *folder, name = (node.module or "").split(".")
+            allowed = [(1, []), *((2, [other]) for other in SHARED[file.parent.name])]
+            assert (node.level, folder) in allowed, f"line {node.lineno}: this import does not survive a save"
+            assert (PACKAGE / (folder or [file.parent.name])[0] / f"{name}.py").is_file(), f"line {node.lineno}"
         elif isinstance(node, ast.ImportFrom):
             assert not (node.module or "").startswith("st_llmpool"), (
                 f"line {node.lineno}: write `from .file import name`"
@@ -88,11 +109,17 @@ def test_files_of_a_shared_model_import_each_other_by_one_dot(file):
             assert not any(alias.name.startswith("st_llmpool") for alias in node.names), f"line {node.lineno}"
 
 
-def test_modules_lie_flat():
-    assert [path.name for path in (PACKAGE / "modules").iterdir() if path.is_dir() and path.name != "__pycache__"] == []
+def test_no_two_files_of_a_shared_model_have_one_name():
+    names = [file.name for file in SHARED_FILES if file.name != "__init__.py"]
+    assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("file", MODULE_FILES, ids=lambda file: file.name)
+@pytest.mark.parametrize("folder", SHARED)
+def test_folders_of_a_shared_model_lie_flat(folder):
+    assert [path.name for path in (PACKAGE / folder).iterdir() if path.is_dir() and path.name != "__pycache__"] == []
+
+
+@pytest.mark.parametrize("file", SHARED_FILES, ids=named)
 def test_files_of_a_shared_model_need_only_the_base_install(file):
     """transformers refuses a repository whose code imports, anywhere in a file, a package that is not installed."""
     base = {requirement.name.replace("-", "_") for requirement in base_requirements()}
@@ -153,7 +180,7 @@ def test_no_file_names_a_path_of_the_machine_it_was_written_on():
     found = [
         f"{named(path)}:{number}: {line.strip()[:80]}"
         for path in files
-        if path.is_file() and path.suffix in kinds and "__pycache__" not in path.parts
+        if path.is_file() and path.suffix in kinds and not {"__pycache__", ".git"} & set(path.parts)
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="ignore").splitlines(), start=1)
         if machine.search(line)
     ]

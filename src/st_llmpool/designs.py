@@ -15,16 +15,16 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from .adapters import add_adapter
 from .card import EmbedderCardData
 from .modules.attention_proof import verify_attention
-from .modules.attsets_pooling import AttSetsPooling
 from .modules.errors import ConfigurationError, nearest
-from .modules.generalized_mean_pooling import GeneralizedMeanPooling
-from .modules.hopfield_pooling import HopfieldPooling
 from .modules.latent_attention_pooling import LatentAttentionPooling
 from .modules.llm_transformer import LLMTransformer
 from .modules.multi_layer_pooling import MultiLayerPooling
-from .modules.ponet_pooling import PoNetPooling
-from .modules.pyramid_pooling import PyramidPooling
 from .modules.scalar_mix_pooling import ScalarMixPooling
+from .poolings.attsets_pooling import AttSetsPooling
+from .poolings.generalized_mean_pooling import GeneralizedMeanPooling
+from .poolings.hopfield_pooling import HopfieldPooling
+from .poolings.ponet_pooling import PoNetPooling
+from .poolings.pyramid_pooling import PyramidPooling
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.normalize import Normalize
 from torch import Tensor, nn
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from st_llmpool import POOLINGS, build_embedder
 from st_llmpool.modules import portable
@@ -30,7 +31,8 @@ from st_llmpool.modules.llm_transformer import LLMTransformer
 from st_llmpool.modules.portable import PortableModule
 from st_llmpool.modules.scalar_mix_pooling import ScalarMixPooling
 
-SOURCES = Path(portable.__file__).parent
+PACKAGE = Path(portable.__file__).parents[1]
+SOURCES = (PACKAGE / "modules", PACKAGE / "poolings")
 TEXTS = ["the quick brown fox", "", "jumps over the lazy dog " * 30]
 OURS = [name for name, spec in POOLINGS.items() if hasattr(spec.module, "is_st_llmpool_module")]
 
@@ -56,10 +58,14 @@ def imported_files(name: str) -> set[str]:
         file = open_files.pop()
         if file not in found:
             found.add(file)
-            tree = ast.parse((SOURCES / file).read_text())
-            froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
-            open_files += [f"{node.module}.py" for node in froms]
+            tree = ast.parse(source(file).read_text())
+            froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+            open_files += [f"{node.module.rpartition('.')[2]}.py" for node in froms]
     return found
+
+
+def source(name: str) -> Path:
+    return next(folder / name for folder in SOURCES if (folder / name).is_file())
 
 
 def build(base: str) -> SentenceTransformer:
@@ -93,7 +99,40 @@ def test_copied_code_is_the_packages_code_under_one_header_line(saved):
     for file in saved[0].glob("*.py"):
         header, _, code = file.read_text().partition("\n")
         assert header == portable.CODE_HEADER.strip()
-        assert code == (SOURCES / file.name).read_text()
+        assert code == source(file.name).read_text()
+
+
+def test_code_from_two_folders_is_found_and_its_imports_are_flat(tmp_path):
+    files = {
+        "poolings/mine.py": "import os\nfrom ..modules.base import A\nfrom .near import B, C\nfrom os import path\n",
+        "poolings/near.py": "def f():\n    from ..modules.base import A\n    from .mine import D\n",
+        "poolings/unused.py": "",
+        "modules/base.py": "from __future__ import annotations\nfrom .deep import (\n    E,\n)\n",
+        "modules/deep.py": "text = 'taken from ..modules.base import'  # no import\n",
+    }
+    for name, code in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(code)
+    found = portable.code_files(tmp_path / "poolings/mine.py")
+    assert [str(file.relative_to(tmp_path)) for file in found] == [
+        "poolings/mine.py",
+        *("modules/base.py", "poolings/near.py", "modules/deep.py"),
+    ]
+    assert [portable.saved_code(file) for file in found] == [
+        "import os\nfrom .base import A\nfrom .near import B, C\nfrom os import path\n",
+        files["modules/base.py"],
+        "def f():\n    from .base import A\n    from .mine import D\n",
+        files["modules/deep.py"],
+    ]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_transformers_finds_in_a_saved_model_the_files_that_were_saved(name, tmp_path):
+    module_class = POOLINGS[name].module
+    portable.save_source_files(module_class, tmp_path)
+    file = tmp_path / f"{module_class.__module__.rpartition('.')[2]}.py"
+    needed = {Path(other).name for other in get_relative_import_files(file)} | {file.name}
+    assert {other.name for other in tmp_path.glob("*.py")} == needed == imported_files(file.name)
 
 
 def test_modules_are_named_as_file_dot_class(saved):
@@ -348,8 +387,15 @@ record("other_reloaded", load(work / "other_saved"))
 adapter = load(arguments["adapter"])
 record("adapter", adapter)
 results["adapter_attention"] = adapter[0].attention
+
+def code_in(folder):
+    return {file.name: file.read_text() for file in folder.glob("*.py")}
+
 for folder in sorted((work / "poolings").iterdir()):
-    record(f"pooling {folder.name}", load(folder))
+    pooling = load(folder)
+    record(f"pooling {folder.name}", pooling)
+    pooling.save_pretrained(str(work / "saved again" / folder.name))
+    results[f"code kept {folder.name}"] = code_in(work / "saved again" / folder.name) == code_in(folder)
 
 del sys.modules["st_llmpool"]
 sys.path.insert(0, arguments["source"])
@@ -377,7 +423,7 @@ def elsewhere(saved, saved_by_user, tiny_llm, tmp_path_factory) -> dict[str, Any
         "saved": str(saved[0]),
         "user": str(saved_by_user),
         "adapter": str(work / "adapter"),
-        "source": str(SOURCES.parents[1]),
+        "source": str(PACKAGE.parent),
         "work": str(work),
         "texts": TEXTS,
         "output": str(work / "results.json"),
@@ -406,6 +452,7 @@ def test_a_saved_model_works_without_the_package(elsewhere):
 @pytest.mark.parametrize("name", OURS)
 def test_every_pooling_works_without_the_package(elsewhere, name):
     assert_same(elsewhere, f"pooling {name}", name)
+    assert elsewhere[f"code kept {name}"]
 
 
 @pytest.mark.parametrize("name", ["deepcopy", "pickle"])

@@ -14,16 +14,16 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import Tensor
 
-from st_llmpool.modules.attsets_pooling import AttSetsPooling
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.modules.generalized_mean_pooling import GeneralizedMeanPooling
-from st_llmpool.modules.hopfield_pooling import HopfieldPooling
 from st_llmpool.modules.latent_attention_pooling import LatentAttentionPooling
 from st_llmpool.modules.multi_layer_pooling import MultiLayerPooling
-from st_llmpool.modules.ponet_pooling import PoNetPooling
-from st_llmpool.modules.pyramid_pooling import PyramidPooling
 from st_llmpool.modules.scalar_mix_pooling import ScalarMixPooling
 from st_llmpool.modules.trainable_pooling import TrainablePooling, readout_share
+from st_llmpool.poolings.attsets_pooling import AttSetsPooling
+from st_llmpool.poolings.generalized_mean_pooling import GeneralizedMeanPooling
+from st_llmpool.poolings.hopfield_pooling import HopfieldPooling
+from st_llmpool.poolings.ponet_pooling import PoNetPooling
+from st_llmpool.poolings.pyramid_pooling import PyramidPooling
 
 BUILDERS = {
     "multi_layer": lambda: MultiLayerPooling(16, num_layers=3),

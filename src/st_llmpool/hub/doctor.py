@@ -19,10 +19,9 @@ from rich.text import Text
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 
-from .. import modules as our_modules
 from ..modules.attention_proof import verify_attention
 from ..modules.errors import StLlmpoolError
-from ..modules.portable import CODE_HEADER, MANIFEST, UNFINISHED
+from ..modules.portable import MANIFEST, UNFINISHED, saved_code
 from ..modules.version import __version__
 
 Status = Literal["ok", "warning", "failed", "skipped"]
@@ -223,8 +222,9 @@ def _adapter_base(file: Path) -> Finding:
 def _examine_code(folder: Path, *, trusted: bool) -> Finding:
     """Compares the folder's code with the installed package's, so that known code may run unasked."""
     files = sorted(folder.glob("*.py"))
-    package = Path(str(our_modules.__file__)).parent
-    foreign = [file.name for file in files if not _same_code(file, package / file.name)]
+    package = Path(__file__).parents[1]
+    installed = {file.name: file for folder in ("modules", "poolings") for file in (package / folder).glob("*.py")}
+    foreign = [file.name for file in files if not _same_code(file, installed.get(file.name))]
     foreign += [f"{file.name} (auto_map)" for file in _configs(folder) if "auto_map" in _read(file)]
     base = _read(folder / "adapter_config.json").get("base_model_name_or_path")
     if base and not Path(base).is_dir():
@@ -250,11 +250,8 @@ def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def _same_code(file: Path, installed: Path) -> bool:
-    if not installed.is_file():
-        return False
-    text = file.read_text(encoding="utf-8")
-    return text.removeprefix(CODE_HEADER) == installed.read_text(encoding="utf-8")
+def _same_code(file: Path, installed: Path | None) -> bool:
+    return installed is not None and file.read_text(encoding="utf-8") == saved_code(installed)
 
 
 def _examine_loaded(model: SentenceTransformer) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,6 @@ from safetensors import SafetensorError
 from sentence_transformers.base.modules.module import Module
 from sentence_transformers.util import load_dir_path
 from torch import nn
-from transformers.dynamic_module_utils import get_relative_import_files
 
 from .errors import DataError, StLlmpoolError
 from .version import __version__
@@ -38,6 +38,9 @@ MANIFEST = "st_llmpool.json"
 
 #: What modules.json names while a save is under way; importing it fails under this telling name.
 UNFINISHED = "sentence_transformers.this_model_was_saved_only_in_part.SaveItAgain"
+
+#: ``from .x import`` and ``from ..folder.x import``.
+_RELATIVE_IMPORT = re.compile(r"^(\s*from\s+)\.(?:\.(\w+)\.)?([^\s.]\S*)(\s+import\b)", re.MULTILINE)
 
 MINIMUM_VERSIONS = {
     "transformers": (
@@ -160,10 +163,10 @@ def begin_save(root: Path) -> None:
 
 
 def save_source_files(module_class: type[nn.Module], root: Path) -> None:
-    """Copies the file that defines `module_class`, and the files it imports from its folder, into `root`.
+    """Writes the file that defines `module_class`, and every file that it needs, flat into `root`.
 
     Args:
-        module_class: A class whose file imports its neighbours by ``from .x import y`` only.
+        module_class: A class whose file imports its neighbours as :func:`code_files` says.
         root: Root of the saved model.
     """
     import_path: str = module_class.import_path  # type: ignore[attr-defined]
@@ -174,16 +177,38 @@ def save_source_files(module_class: type[nn.Module], root: Path) -> None:
             module_class.__name__,
         )
         return
-    source = Path(inspect.getfile(sys.modules[import_path]))
     manifest = _read_manifest(root)
-    for file in (source, *map(Path, get_relative_import_files(str(source)))):
-        text = file.read_text(encoding="utf-8")
-        # Only on our own files, and once: a repository's copy, where __package__ is another, has it already.
-        if __package__ == "st_llmpool.modules" and file.parent == Path(__file__).parent:
-            text = CODE_HEADER + text
+    for file in code_files(Path(inspect.getfile(sys.modules[import_path]))):
+        text = saved_code(file)
         _write_text(root / file.name, text)
         manifest["code"][file.name] = hashlib.sha256(text.encode()).hexdigest()
     _write_text(root / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
+
+
+def code_files(source: Path) -> list[Path]:
+    """Returns `source` and every file that it needs, directly or not.
+
+    Args:
+        source: A file that imports its neighbours by ``from .x import y``, or ``from ..folder.x import y`` if they lie
+            in a folder next to its own.
+    """
+    found = [source]
+    for file in found:  # grows while it is read
+        for _, folder, name, _ in _RELATIVE_IMPORT.findall(file.read_text(encoding="utf-8")):
+            needed = (file.parents[1] / folder if folder else file.parent) / f"{name}.py"
+            if needed not in found:
+                found.append(needed)
+    return found
+
+
+def saved_code(file: Path) -> str:
+    """Returns what a saved model holds for a code file: every import flat, since a repository has no folders of code.
+
+    Files of st_llmpool also get a line that names their version; a repository's copy of them has it already.
+    """
+    text = _RELATIVE_IMPORT.sub(r"\1.\3\4", file.read_text(encoding="utf-8"))
+    is_ours = __package__ == "st_llmpool.modules" and Path(__file__).parents[1] in file.parents
+    return CODE_HEADER + text if is_ours else text
 
 
 def copy_assets(model_name_or_path: str, root: Path, **where: Any) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.modules.generalized_mean_pooling import GeneralizedMeanPooling
+from st_llmpool.poolings.generalized_mean_pooling import GeneralizedMeanPooling
 from tests.modules.token_batches import embed, padded
 
 HUGE = torch.finfo(torch.float32).max

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.modules.pyramid_pooling import PyramidPooling
+from st_llmpool.poolings.pyramid_pooling import PyramidPooling
 from tests.modules.token_batches import embed, padded
 
 

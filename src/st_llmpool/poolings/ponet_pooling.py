@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import ConfigurationError
-from .layer_readout import unflatten
+from ..modules.errors import ConfigurationError
+from ..modules.layer_readout import unflatten
+from ..modules.trainable_pooling import TrainablePooling, check_positive_integers, require_tokens, zero_linear
 from .set_pooling import masked_mean
-from .trainable_pooling import TrainablePooling, check_positive_integers, require_tokens, zero_linear
 
 
 class PoNetPooling(TrainablePooling):

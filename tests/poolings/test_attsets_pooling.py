@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from st_llmpool.modules.attsets_pooling import AttSetsPooling
+from st_llmpool.poolings.attsets_pooling import AttSetsPooling
 from tests.modules.token_batches import embed, padded
 
 

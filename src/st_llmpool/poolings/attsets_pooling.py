@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..modules.trainable_pooling import zero_linear
 from .set_pooling import SetPooling
-from .trainable_pooling import zero_linear
 
 
 class AttSetsPooling(SetPooling):

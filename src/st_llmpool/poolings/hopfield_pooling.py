@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigurationError
+from ..modules.errors import ConfigurationError
+from ..modules.trainable_pooling import check_positive_integers
 from .set_pooling import SetPooling
-from .trainable_pooling import check_positive_integers
 
 
 class HopfieldPooling(SetPooling):

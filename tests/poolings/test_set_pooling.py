@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from st_llmpool import build_embedder
-from st_llmpool.modules.attsets_pooling import AttSetsPooling
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.modules.generalized_mean_pooling import GeneralizedMeanPooling
-from st_llmpool.modules.hopfield_pooling import HopfieldPooling
-from st_llmpool.modules.ponet_pooling import PoNetPooling
-from st_llmpool.modules.pyramid_pooling import PyramidPooling
-from st_llmpool.modules.set_pooling import SetPooling
 from st_llmpool.modules.trainable_pooling import TrainablePooling
+from st_llmpool.poolings.attsets_pooling import AttSetsPooling
+from st_llmpool.poolings.generalized_mean_pooling import GeneralizedMeanPooling
+from st_llmpool.poolings.hopfield_pooling import HopfieldPooling
+from st_llmpool.poolings.ponet_pooling import PoNetPooling
+from st_llmpool.poolings.pyramid_pooling import PyramidPooling
+from st_llmpool.poolings.set_pooling import SetPooling
 from tests.modules.token_batches import embed, flat, padded
 
 Build = Callable[..., TrainablePooling]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from st_llmpool import build_embedder
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.modules.ponet_pooling import PoNetPooling
+from st_llmpool.poolings.ponet_pooling import PoNetPooling
 from tests.modules.token_batches import embed, flat, padded
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import ConfigurationError, nearest
-from .trainable_pooling import (
+from ..modules.errors import ConfigurationError, nearest
+from ..modules.trainable_pooling import (
     TrainablePooling,
     check_positive_integers,
     require_layer_summaries,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.modules.hopfield_pooling import HopfieldPooling
+from st_llmpool.poolings.hopfield_pooling import HopfieldPooling
 from tests.modules.token_batches import embed, padded
 
 
