@@ -31,7 +31,7 @@ HEAVY = {"torch", "transformers", "sentence_transformers", "numpy", "mteb", "dat
 STOREYS = [
     {"modules"},
     {"poolings"},
-    {"losses", "data", "random_state", "parameters", "whole_files", "adapters"},
+    {"losses", "data", "parameters", "utils", "adapters"},
     {"layer_use", "pictures", "card"},
     {"designs"},
     {"training", "evaluation"},

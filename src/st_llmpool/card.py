@@ -24,8 +24,8 @@ from .modules.version import __version__
 from .modules.weights_identity import IdentifiedCardData
 from .parameters import count_parameters
 from .pictures import draw_curve, draw_design, draw_layer_use
-from .random_state import preserve_rng_state
-from .whole_files import write_atomically
+from .utils.files import write_atomically
+from .utils.random_state import preserve_rng_state
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 

@@ -64,7 +64,7 @@ def test_each_stage_starts_from_what_the_one_before_it_left(chained):
     assert recipe.stages[1].loss is None  # the default
 
 
-def test_every_stage_leaves_an_ordinary_whole_folder(chained):
+def test_every_stage_leaves_an_ordinary_atomic_folder(chained):
     recipe, result, _ = chained
     stages = Path(recipe.output_dir) / "stages"
     AutoModelForCausalLM.from_pretrained(stages / "1-mntp" / "model")

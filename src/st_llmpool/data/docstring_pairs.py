@@ -17,7 +17,6 @@ import os
 import re
 import sys
 import sysconfig
-import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 from ..modules.errors import DataError, nearest
+from ..utils.files import atomic_file
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)
@@ -235,7 +235,7 @@ def _load(sources: Sequence[SourceTree] | None, cache_dir: str | Path | None) ->
     path = Path(cache_dir or default_cache_dir()) / f"docstrings-{_fingerprint(sources)}.jsonl.gz"
     if not path.is_file():
         with _paused_garbage_collector():
-            _write_atomically(path, _unique(_with_progress(sources)))
+            _write_cache(path, _unique(_with_progress(sources)))
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         return [Docstring(**json.loads(line)) for line in lines]
 
@@ -251,14 +251,13 @@ def _fingerprint(sources: Iterable[SourceTree]) -> str:
     return hashlib.sha256(json.dumps([_CACHE_FORMAT, trees]).encode()).hexdigest()[:16]
 
 
-def _write_atomically(path: Path, rows: Iterable[Docstring]) -> None:
-    """Writes to a neighbouring file first: an interrupted call leaves no cache, two at once do not mix."""
+def _write_cache(path: Path, rows: Iterable[Docstring]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        unfinished = Path(folder) / path.name
-        with gzip.open(unfinished, "wt", encoding="utf-8", compresslevel=5) as lines:
-            lines.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
-        unfinished.replace(path)
+    with (
+        atomic_file(path, durable=False) as partial,
+        gzip.open(partial, "wt", encoding="utf-8", compresslevel=5) as lines,
+    ):
+        lines.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..random_state import preserve_rng_state
+from ..utils.random_state import preserve_rng_state
 
 with preserve_rng_state():  # importing mteb seeds Python, numpy and torch
     try:

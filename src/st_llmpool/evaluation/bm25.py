@@ -16,7 +16,7 @@ from mteb.models import ModelMeta
 from mteb.types import EncodeKwargs
 
 from ..modules.errors import ConfigurationError
-from ..random_state import preserve_rng_state
+from ..utils.random_state import preserve_rng_state
 
 
 def bm25_baseline(task: AbsTask) -> float:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 
-from ..modules.weights_identity import fingerprint, slug
+from ..modules.weights_identity import fingerprint
+from ..utils.files import slug
 
 
 def identify(model: SentenceTransformer, source: str | None = None) -> tuple[str, str]:

@@ -15,8 +15,8 @@ from mteb.results import TaskResult
 from sentence_transformers import SentenceTransformer
 
 from ..modules.errors import ConfigurationError, nearest
-from ..random_state import preserve_rng_state
-from ..whole_files import write_atomically
+from ..utils.files import write_atomically
+from ..utils.random_state import preserve_rng_state
 from .encoder import FiniteEncoder
 from .identity import identify
 from .result import EvaluationResult, TaskScore

@@ -33,7 +33,7 @@ from typing import Any
 import yaml
 
 from ..modules.errors import ConfigurationError, DataError, nearest
-from ..random_state import preserve_rng_state
+from ..utils.random_state import preserve_rng_state
 from .tasks import LocalTask, TaskSpec, make_task
 
 _SHIPPED = Path(__file__).parent / "suites"

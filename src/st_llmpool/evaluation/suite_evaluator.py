@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 
 from ..modules.errors import ConfigurationError
-from ..random_state import preserve_rng_state
+from ..utils.random_state import preserve_rng_state
 from .encoder import FiniteEncoder
 from .run import run_tasks
 from .suite import load_suite

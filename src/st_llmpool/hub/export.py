@@ -15,7 +15,7 @@ from ..adapters import merge_adapter
 from ..card import write_card_of
 from ..modules.errors import ConfigurationError, InputError
 from ..modules.portable import MANIFEST
-from ..whole_files import refuse_existing, whole_folder
+from ..utils.files import atomic_folder, refuse_existing
 from .fresh_process import PROBES, embed_in_fresh_process
 
 NATIVE_BACKBONE = "sentence_transformers.base.modules.transformer.Transformer"
@@ -56,7 +56,7 @@ def export(source: Path, target: Path, *, native: bool = False, merge: bool = Fa
     tolerance = _tolerance(model.transformers_model)
     if merge:
         merge_adapter(model, source)
-    with whole_folder(target) as folder:
+    with atomic_folder(target) as folder:
         model.save_pretrained(str(folder), create_model_card=False)
         _write_card(model, source, folder, native=native, merged=merge)
         if native:

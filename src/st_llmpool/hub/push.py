@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from sentence_transformers import SentenceTransformer
 
 from ..modules.errors import ConfigurationError, InputError, StLlmpoolError
+from ..utils.files import slug
 from .doctor import examine
 from .export import export, foreign_types, has_native_form
 
@@ -161,7 +161,7 @@ def _repository_name(
     """Returns `user/name`, and so finds a missing token or a foreign name before anything is computed."""
     if repo_id is None and isinstance(model, SentenceTransformer):
         raise ConfigurationError("A model in memory has no folder to be named after. Pass repo_id='user/name'.")
-    name = repo_id or re.sub(r"[^\w.-]+", "-", Path(str(model)).resolve().name)
+    name = repo_id or slug(Path(str(model)).resolve().name)
     if not (api.token or get_token()):
         raise ConfigurationError(
             "No Hub token found. Log in with `hf auth login`, or set HF_TOKEN to one that may write "

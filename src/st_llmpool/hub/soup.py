@@ -19,9 +19,9 @@ from ..data.training_data import DatasetSettings, load_pairs
 from ..evaluation import SuiteEvaluator
 from ..modules.attention import set_attention
 from ..modules.errors import ConfigurationError
-from ..random_state import preserve_rng_state
 from ..training.held_out import held_out_evaluator
-from ..whole_files import refuse_existing, whole_folder
+from ..utils.files import atomic_folder, refuse_existing
+from ..utils.random_state import preserve_rng_state
 from .export import foreign_types
 
 logger = logging.getLogger(__name__)
@@ -279,7 +279,7 @@ def _save(
         "scores": {short[name]: score for name, score in scores.items()},
         "score": final,
     }
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         first.model.save_pretrained(str(folder))
         if not _is_embedder(folder):
             first.tokenizer.save_pretrained(str(folder))

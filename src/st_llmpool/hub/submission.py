@@ -33,8 +33,8 @@ from ..evaluation.run import find_benchmark
 from ..evaluation.tasks import MTEB_TASKS
 from ..modules.errors import ConfigurationError, DataError, InputError, nearest
 from ..modules.weights_identity import fingerprint
-from ..random_state import preserve_rng_state
-from ..whole_files import refuse_existing, whole_folder
+from ..utils.files import atomic_folder, refuse_existing
+from ..utils.random_state import preserve_rng_state
 
 _SOURCE = '''"""{name}: see {reference}."""
 
@@ -135,7 +135,7 @@ def submission(
     out = Path(out)
     refuse_existing(out)
     authorship = authorship or Authorship()
-    with preserve_rng_state(), whole_folder(out) as folder:
+    with preserve_rng_state(), atomic_folder(out) as folder:
         tasks = find_benchmark(benchmark).tasks
         name, revision = _published(str(model), name, revision)
         tell(f"Loading {model}")

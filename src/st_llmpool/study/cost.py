@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..modules.attention import implementation_of
 from ..modules.errors import ConfigurationError
 from ..parameters import count_parameters
-from ..random_state import preserve_rng_state
+from ..utils.random_state import preserve_rng_state
 
 _MEBIBYTE = 2**20
 _COUNTED = ("sdpa", "eager")  # a fused kernel from elsewhere hides its operations

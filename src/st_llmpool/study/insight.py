@@ -14,7 +14,7 @@ from ..evaluation.tasks import SPLIT, LocalTask
 from ..training.arguments import resolve_base
 from ..training.checks import design_arguments
 from ..training.recipe import Recipe
-from ..whole_files import write_atomically
+from ..utils.files import write_atomically
 from .cost import measure_cost
 from .layer_probes import Probes, sample_probes
 from .layers import examine_layers

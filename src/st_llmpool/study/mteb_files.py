@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from ..modules.errors import DataError
-from ..random_state import preserve_rng_state
+from ..utils.random_state import preserve_rng_state
 from .results import ITEM_COLUMNS
 
 with preserve_rng_state():  # importing mteb seeds Python, numpy and torch

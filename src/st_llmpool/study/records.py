@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..modules.errors import ConfigurationError, DataError
 from ..training.settings import differences
-from ..whole_files import whole_folder
+from ..utils.files import atomic_folder
 from .results import COLUMNS, ITEM_COLUMNS, Results
 from .settings import PlannedRun
 
@@ -95,7 +95,7 @@ def write_record(record: RunRecord, results: Results, folder: Path) -> None:
     rows = pd.concat([results.scores.assign(item=""), results.items], ignore_index=True).assign(**names)
     # Scores are means of float32 arithmetic: what follows the seventh digit is noise that does not compress.
     rows = rows[ITEM_COLUMNS].assign(score=rows["score"].astype("float32"))
-    with whole_folder(folder / record.id) as place:
+    with atomic_folder(folder / record.id) as place:
         rows.to_parquet(place / _SCORES, index=False, compression="zstd")
         (place / _FACTS).write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
 
@@ -134,7 +134,7 @@ def take_over(runs: Iterable[PlannedRun], other: Path, folder: Path) -> list[str
     for run in runs:
         record = read_record(other / run.id)
         if record is not None and record.key == run.key and not (folder / run.id).exists():
-            with whole_folder(folder / run.id) as place:
+            with atomic_folder(folder / run.id) as place:
                 shutil.copytree(other / run.id, place, dirs_exist_ok=True)
             taken.append(run.id)
     return taken

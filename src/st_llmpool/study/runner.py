@@ -26,7 +26,7 @@ from rich.table import Table
 from ..evaluation.suite import load_suite
 from ..modules.errors import ConfigurationError, StLlmpoolError
 from ..training.checks import check_names
-from ..whole_files import write_atomically
+from ..utils.files import atomic_file, write_atomically
 from .records import RunRecord, finished, read_record, read_scores, take_over
 from .results import Results
 from .settings import PlannedRun, Study
@@ -178,9 +178,8 @@ class StudyRunner:
         results = self.results
         rows = pd.concat([results.scores.assign(item=""), results.items], ignore_index=True)
         path = self.out / "results.parquet"
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        rows.to_parquet(partial, index=False, compression="zstd")
-        partial.replace(path)
+        with atomic_file(path) as partial:
+            rows.to_parquet(partial, index=False, compression="zstd")
         return path
 
     def log(self, run_id: str) -> Path:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +30,7 @@ from ..designs import DESIGNS
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..training.recipe import Recipe
 from ..training.settings import from_mapping, merge, read_yaml
+from ..utils.files import slug
 from .compare import MAX_CONTRASTS, MAX_MODELS, label
 
 _PRESETS = Path(__file__).parent / "presets"
@@ -238,7 +238,7 @@ class Study:
         recipe = merge(merge(self.recipe, {"model": model}), design.change)
         evaluation = {"suite": Path(self.suite).stem, "limit": self.limit, "tasks": self._tasks_digest}
         parts = [base, design.design, design.option, f"seed{seed}"]
-        name = "_".join(re.sub(r"[^\w.-]+", "-", part).strip("-") for part in parts if part)
+        name = "_".join(slug(part) for part in parts if part)
         return PlannedRun(name, base, design.design, design.option, seed, recipe, evaluation)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..whole_files import write_atomically
+from ..utils.files import write_atomically
 from .records import RunRecord, finished, write_record
 from .settings import PlannedRun, Study
 

@@ -12,7 +12,7 @@ import yaml
 
 from ..data.texts import TextSettings
 from ..modules.errors import ConfigurationError
-from ..whole_files import write_atomically
+from ..utils.files import write_atomically
 from .merge_shares import check_merge
 from .optimizers import OPTIMIZERS
 from .recipe import MaskingSettings, TrainingSettings

@@ -25,7 +25,7 @@ from ..adapters import lora_config
 from ..data.texts import load_texts
 from ..modules.attention import set_attention
 from ..modules.errors import ConfigurationError, DataError
-from ..whole_files import whole_folder
+from ..utils.files import atomic_folder
 from .adapt_recipe import AdaptRecipe
 from .arguments import enable_gradient_checkpointing, precision_of, resolve_base, shared_arguments, use_one_gpu
 from .checks import check_adapter, check_machine
@@ -296,7 +296,7 @@ def _finish(
     set_attention(model, "causal")  # as bases come: the flag in config.json alone is half of the setting
     model.to(stored_dtype(recipe, base))
 
-    with whole_folder(folder / "model") as target:
+    with atomic_folder(folder / "model") as target:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
         model.to("meta")  # frees its weights, whoever holds it

@@ -15,7 +15,7 @@ from ..adapters import check_start, lora_config, without_loftq
 from ..designs import DESIGNS, POOLINGS
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..modules.trainable_pooling import TrainablePooling
-from ..random_state import preserve_rng_state
+from ..utils.random_state import preserve_rng_state
 from .freezing import check_freezing
 from .losses import check_loss
 from .optimizers import check_optimizer

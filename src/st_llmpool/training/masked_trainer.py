@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 
-from ..random_state import preserve_rng_state
+from ..utils.random_state import preserve_rng_state
 from .masked_accuracy import MaskedScore, masked_score
 from .masked_next_token import masked_logits, masked_loss
 from .restores_finished import RestoresFinished

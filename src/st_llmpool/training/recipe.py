@@ -14,7 +14,7 @@ import yaml
 from ..data.texts import TextSettings
 from ..data.training_data import DatasetSettings
 from ..modules.errors import ConfigurationError, nearest
-from ..whole_files import write_atomically
+from ..utils.files import write_atomically
 from .merge_shares import check_merge
 from .settings import from_mapping, merge, read_yaml, with_overrides
 

@@ -11,7 +11,7 @@ from transformers import TrainerState
 
 from ..modules.version import __version__
 from ..pictures import draw_curve
-from ..whole_files import write_atomically
+from ..utils.files import write_atomically
 
 _LIBRARIES = ("torch", "transformers", "sentence-transformers", "accelerate", "datasets", "peft", "bitsandbytes")
 

@@ -21,8 +21,8 @@ from ..data.texts import load_views
 from ..data.training_data import load_pairs
 from ..designs import build_embedder
 from ..modules.errors import ConfigurationError
-from ..random_state import preserve_rng_state
-from ..whole_files import whole_folder
+from ..utils.files import atomic_folder
+from ..utils.random_state import preserve_rng_state
 from .arguments import enable_gradient_checkpointing, precision_of, resolve_base, shared_arguments, use_one_gpu
 from .checkpoints import load_poolings
 from .checks import (
@@ -362,7 +362,7 @@ def _finish(
             facts |= at_end()
         report = write_report(folder, state, facts)
         vars(model.model_card_data).update(training_facts(folder))
-        with whole_folder(folder / "model") as target:
+        with atomic_folder(folder / "model") as target:
             model.save_pretrained(str(target))
     trainer.accelerator.wait_for_everyone()
     return TrainingResult(model, folder / "model", report)

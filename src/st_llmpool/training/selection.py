@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from ..data.round_robin import Shares, round_robin
 from ..data.training_data import DatasetSettings, read_rows
 from ..designs import build_embedder
 from ..modules.errors import ConfigurationError, DataError, InputError, StLlmpoolError, nearest
-from ..whole_files import write_atomically
+from ..utils.files import atomic_file, write_atomically
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -314,12 +313,8 @@ def _chosen(sources: dict[str, Dataset], shares: Shares) -> pa.Table:
 def _write(table: pa.Table, out: Path) -> None:
     from pyarrow import parquet
 
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
+    with atomic_file(out) as partial:
         parquet.write_table(table, partial, compression="zstd")
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _histograms(table: pa.Table, by: str | None) -> dict[str, dict[str, int]]:

@@ -15,7 +15,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from ..adapters import load_again, merge_adapter
 from ..data.texts import load_texts
 from ..modules.errors import ConfigurationError
-from ..random_state import preserve_rng_state
+from ..utils.random_state import preserve_rng_state
 from .adapt_recipe import AdaptEvaluationSettings, AdaptRecipe
 from .adaptation import adapt, check_adapt
 from .checkpoints import has_adapter

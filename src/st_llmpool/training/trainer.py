@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..modules.errors import InputError
-from ..random_state import preserve_rng_state
+from ..utils.random_state import preserve_rng_state
 from .checkpoints import has_adapter, load_trained_weights
 from .pooling_share import PoolingShare
 from .restores_finished import RestoresFinished

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...modules.errors import DataError
 from ...modules.version import __version__
-from ...whole_files import whole_folder
+from ...utils.files import atomic_folder
 from .. import tables
 from ..compare import Comparison, compare, label
 from ..plots import require_libraries
@@ -51,7 +51,7 @@ def write_report(study: Study, records: Sequence[RunRecord], results: Results, f
     """
     require_libraries()
     comparison, reason = _compare(study, results)
-    with whole_folder(folder, replace=True) as scratch:
+    with atomic_folder(folder, replace=True) as scratch:
         found: list[Section] = []
         if comparison is not None:
             tables.write(comparison, scratch / COMPARISON)

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import torch
 
-from st_llmpool.random_state import preserve_rng_state
+from st_llmpool.utils.random_state import preserve_rng_state
 
 
 def draw() -> tuple[float, float, float]:

@@ -1,0 +1,267 @@
+"""Atomic file and directory writes (temporary sibling, then rename), and names that a file system can hold."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import re
+import shutil
+import socket
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..modules.errors import ConfigurationError, StLlmpoolError
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_SUFFIX = ".partial"
+_OLD = f"-old{_SUFFIX}"
+_COUNTER = itertools.count()
+
+
+class WriteError(StLlmpoolError, OSError):
+    """A file or folder cannot be written: the disk is full, read-only, or not ours."""
+
+
+def slug(title: str) -> str:
+    """Returns `title` with every character replaced that a file name or a repository name cannot hold.
+
+    Example:
+        >>> slug("SentenceTransformer based on org/base")
+        'SentenceTransformer-based-on-org-base'
+    """
+    return re.sub(r"[^\w.-]+", "-", title).strip("-.")
+
+
+def refuse_existing(target: Path) -> None:
+    """Checks that `target` does not exist; to be called before anything is computed for it.
+
+    Raises:
+        ConfigurationError: If it does.
+    """
+    if target.exists():
+        raise ConfigurationError(f"{target} exists; name a folder that does not, or remove it.")
+
+
+def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Writes a file so that neither a kill nor a power failure leaves half of it.
+
+    Args:
+        path: Where the file will be; replaced if it exists.
+        content: What it will hold; text is written as UTF-8.
+        durable: Wait until the disk holds it. False is for progress files that are written every second.
+
+    Raises:
+        WriteError: If the disk is full or read-only; the earlier file is intact.
+    """
+    with atomic_file(path, durable=durable) as partial:
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Gives a temporary sibling of `path` to write to, renamed to `path` at the end and removed on an error.
+
+    Args:
+        path: Where the file will be; replaced if it exists. Its folder must exist.
+        durable: Wait until the disk holds it.
+
+    Raises:
+        WriteError: If the disk is full or read-only; the earlier file is intact.
+
+    Example:
+        >>> with atomic_file(Path("scores.txt")) as partial:
+        ...     _ = partial.write_text("0.5")
+        >>> Path("scores.txt").read_text()
+        '0.5'
+    """
+    with reraise_as_write_error(path):
+        _remove_partials_of_the_dead(path)
+        partial = _sibling(path)
+        try:
+            yield partial
+            if durable:
+                _sync(partial)
+            partial.replace(path)
+            if durable:
+                _sync(path.parent)
+        finally:
+            with suppress(OSError):  # renamed, or on a disk that became read-only
+                partial.unlink()
+
+
+@contextmanager
+def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Gives a temporary sibling of `target` to write into, renamed to `target` at the end and removed on an error.
+
+    Processes that write the same target at once do not disturb each other: each has a sibling of its own.
+
+    Args:
+        target: The folder to be. Its parents are made.
+        replace: Take the place of a folder that is there, which stays until the new one is complete.
+
+    Raises:
+        ConfigurationError: If another process made `target` meanwhile, unless it may be replaced.
+        WriteError: If the disk is full or read-only; what was there is intact.
+
+    Example:
+        >>> with atomic_folder(Path("results")) as folder:
+        ...     _ = (folder / "a.txt").write_text("a")
+        >>> [path.name for path in Path("results").iterdir()]
+        ['a.txt']
+    """
+    with reraise_as_write_error(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_partials_of_the_dead(target)
+        partial = _sibling(target)
+        partial.mkdir()
+        try:
+            yield partial
+            _sync_tree(partial)
+            _rename(partial, target, replace=replace)
+            _sync(target.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def reraise_as_write_error(target: Path) -> Iterator[None]:
+    """Turns what libraries raise over a full or read-only disk into one line that names `target`.
+
+    Args:
+        target: What is being written.
+
+    Raises:
+        WriteError: Instead of an error that says so.
+    """
+    try:
+        yield
+    except StLlmpoolError:
+        raise
+    except Exception as error:
+        reason = _disk_error(error, target)
+        if reason is None:
+            raise
+        raise WriteError(
+            f"{target} cannot be written: {reason}. Free space or choose another place; what was there is intact."
+        ) from error
+
+
+def _disk_error(error: BaseException, target: Path) -> str | None:
+    """Returns what the system says of a disk that cannot be written; None if that is not what went wrong."""
+    if isinstance(error, OSError):
+        within = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(target.parent)
+        denied = isinstance(error, PermissionError | NotADirectoryError | FileNotFoundError) and within
+        if error.errno in _DISK_ERRORS or (denied and not _can_be_written(target.parent)):
+            return os.strerror(error.errno or 0)
+    for number in _DISK_ERRORS:  # libraries in other languages keep only the text
+        if f"os error {number})" in str(error) or os.strerror(number) in str(error):
+            return os.strerror(number)
+    if "PytorchStreamWriter failed" in str(error) or "inline_container" in str(error):
+        return "the disk took only part of a file"
+    return None
+
+
+def _can_be_written(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def _sibling(path: Path) -> Path:
+    """Returns a hidden name beside `path` that no other write uses and that names its owner."""
+    owner = f"{os.getpid()}-{_status(os.getpid())[1]}-{_host()}-{next(_COUNTER)}"
+    return path.with_name(f".{path.name[:150]}.{owner}{_SUFFIX}")
+
+
+def _remove_partials_of_the_dead(path: Path) -> None:
+    """Removes what killed processes of this machine left beside `path`; other machines' are left alone."""
+    start = f".{path.name[:150]}."
+    for left in path.parent.iterdir() if path.parent.is_dir() else ():
+        if left.name.startswith(start) and left.name.endswith(_SUFFIX):
+            pid, started, host, *_ = (*left.name[len(start) : -len(_SUFFIX)].split("-"), "", "")
+            if host not in ("", _host()) or not pid.isdigit() or is_alive(int(pid), started):
+                continue
+            if left.name.endswith(_OLD) and not path.exists():
+                left.rename(path)  # killed between the two renames of a replacement
+            elif left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def _rename(partial: Path, target: Path, *, replace: bool) -> None:
+    """Renames a folder, after the one that it replaces was set aside, in a race with others that do the same."""
+    aside = partial.with_name(partial.name.removesuffix(_SUFFIX) + _OLD)
+    while True:
+        if replace:
+            shutil.rmtree(aside, ignore_errors=True)
+            with suppress(FileNotFoundError):  # there is none, or another process has just moved it
+                target.rename(aside)
+        try:
+            partial.rename(target)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if aside.exists():
+                    aside.rename(target)
+                raise
+            if not replace:
+                raise ConfigurationError(f"Another process made {target} meanwhile; name another folder.") from error
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(parent, name))
+        _sync(Path(parent))
+
+
+def _sync(path: Path) -> None:
+    """Waits until the disk holds a file, or the names in a folder."""
+    if os.name == "nt" or path.is_symlink():  # Windows syncs neither folders nor what is open for reading
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _host() -> str:
+    """Returns a short name of the machine, or of the container, in which a process id has a meaning."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return f"{zlib.crc32(f'{socket.gethostname()} {namespace}'.encode()):08x}"
+
+
+def is_alive(pid: int, started: str = "") -> bool:
+    """Returns whether a process of this machine runs.
+
+    Args:
+        pid: Its id.
+        started: When it started, as the system counts; tells it from a later process with the same id.
+    """
+    if os.name == "nt":  # where os.kill(pid, 0) would end it
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    state, now = _status(pid)
+    return state != "Z" and (not started or not now or now == started)
+
+
+def _status(pid: int) -> tuple[str, str]:
+    """Returns a process's state (Z is ended, but not yet waited for) and its start; empty where none can be read."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "", ""
+    fields = status.rpartition(")")[2].split()
+    return fields[0], fields[19]
