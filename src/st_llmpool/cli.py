@@ -253,6 +253,13 @@ def compare(
     ] = None,
     model: Annotated[list[str] | None, typer.Option(help="Compare only this model; may be repeated.")] = None,
     metric: Annotated[str, typer.Option(help="The score to compare, such as ndcg_at_10.")] = "main_score",
+    allow_mixed_revisions: Annotated[
+        bool,
+        typer.Option(
+            "--allow-mixed-revisions",
+            help="Compare scores of different dataset revisions or mteb versions all the same; a note names them.",
+        ),
+    ] = False,
     task_types: Annotated[
         Path | None,
         typer.Option(help="YAML that says the type of tasks mteb does not know: a suite file, or TASK: TYPE lines."),
@@ -268,7 +275,8 @@ def compare(
     from .study.tables import to_json, to_rich, write
 
     types = read_task_types(task_types) if task_types else None
-    comparison = run(read_results(paths, task_types=types, models=model), contrast or (), metric=metric)
+    results = read_results(paths, task_types=types, models=model)
+    comparison = run(results, contrast or (), metric=metric, allow_mixed_revisions=allow_mixed_revisions)
     console = Console()
     console.print(to_rich(comparison))
     if json_file:

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import math
 import shutil
 
 import pandas as pd
 import pytest
 
 from st_llmpool.modules.errors import ConfigurationError, DataError
-from st_llmpool.study.results import COLUMNS, ITEM_COLUMNS, read_results, read_task_types
+from st_llmpool.study.results import COLUMNS, ITEM_COLUMNS, SOURCE_COLUMNS, read_results, read_task_types
 from tests.study.tiny_results import REVISION, task_result, write_csv, write_json, write_model
 
 SCORES = {"SciFact": 0.5, "STS12": 0.7}
@@ -38,7 +37,9 @@ TWO_MODELS = {
 def test_repository_is_read_with_the_types_that_mteb_knows(repository):
     results = read_results([repository])
     assert main_scores(results) == TWO_MODELS
-    assert list(results.scores) == COLUMNS
+    assert list(results.scores) == [*COLUMNS, *SOURCE_COLUMNS]
+    assert set(results.scores["dataset_revision"]) == {"1"}
+    assert set(results.scores["mteb_version"]) == {"2.26.24"}
     assert dict(zip(results.scores["task"], results.scores["task_type"], strict=True)) == {
         "SciFact": "Retrieval",
         "STS12": "STS",
@@ -204,7 +205,7 @@ def test_task_without_a_type_is_named_until_somebody_says_it(tmp_path):
 
 def test_minimal_csv_is_enough(tmp_path):
     path = write_csv(tmp_path / "s.csv", "task,task_type,model,score", "T,STS,a,0.5", "T,STS,b,")
-    row, empty = read_results([path]).scores.to_dict("records")
+    (row,) = read_results([path]).scores[COLUMNS].to_dict("records")  # an empty score is none
     assert row == {
         "base": "",
         "design": "a",
@@ -217,14 +218,13 @@ def test_minimal_csv_is_enough(tmp_path):
         "metric": "main_score",
         "score": 0.5,
     }
-    assert math.isnan(empty["score"])
 
 
 def test_results_of_a_study_fit_in_as_they_are(tmp_path):
     rows = [("qwen", "5", "last 4", seed, "T", "STS", "test", "default", m, 0.5) for seed in (0, 1) for m in ("x", "y")]
     table = pd.DataFrame(rows, columns=COLUMNS)
     table.to_parquet(tmp_path / "results.parquet")
-    found = read_results([tmp_path / "results.parquet"]).scores
+    found = read_results([tmp_path / "results.parquet"]).scores[COLUMNS]
     pd.testing.assert_frame_equal(found, table.astype({"seed": str}), check_dtype=False)
 
 

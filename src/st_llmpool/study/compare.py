@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
+import numpy as np
 import pandas as pd
 
 from ..modules.errors import ConfigurationError, DataError, nearest
+from .comparability import check_main_metrics, check_scores, constant_scores, source_differences, unknown_sources
 from .items import ItemTest, item_test
 from .power import ALPHA, POWER, Plan
 from .ranks import RankTest, rank_test
-from .results import MAIN_SCORE, Results
+from .results import MAIN_SCORE, SOURCE_COLUMNS, Results
 from .seeds import SeedNoise, seed_noise
-from .statistics import PairedTest, holm, paired_test, smallest_p
+from .statistics import DECIMALS, PairedTest, holm, paired_test, smallest_p
 
 MAX_CONTRASTS = 6
 MAX_MODELS = 30
@@ -42,6 +44,8 @@ class Pair:
         items_metric: What the scores of the items are.
         items_p_holm: Its p-value for tasks like these, corrected as `p_holm`; NaN without.
         alpha: Level of significance.
+        identical: Whether both have the same score in every cell, seeds, splits and subsets included.
+        doubt: Why the scores give no verdict whatever the tests say; empty if nothing speaks against one.
     """
 
     first: str
@@ -56,11 +60,13 @@ class Pair:
     items_metric: str
     items_p_holm: float
     alpha: float = ALPHA
+    identical: bool = False
+    doubt: str = ""
 
     @property
     def significant(self) -> bool:
-        """Whether the corrected p-value is at or below the level; it never is where that is not `reachable`."""
-        return self.p_holm <= self.alpha
+        """Whether the corrected p-value is at or below the level, `reachable` and free of `doubt`."""
+        return self.p_holm <= self.alpha and not self.doubt
 
     @property
     def within_seed_noise(self) -> bool:
@@ -75,7 +81,7 @@ class Pair:
     @property
     def winner(self) -> str | None:
         """The design that the verdict calls better, or above; None if it calls neither."""
-        if not self.significant or self.contradictory or self.within_seed_noise:
+        if not self.significant or self.contradictory or self.within_seed_noise or self.doubt:
             return None
         return self.first if self.test.mean_difference > 0 else self.second
 
@@ -90,6 +96,10 @@ class Pair:
         difference = abs(self.test.mean_difference)
         better, worse = (self.first, self.second) if self.test.mean_difference > 0 else (self.second, self.first)
         tasks = f"{self.test.n} task{'s' if self.test.n != 1 else ''}"
+        if self.identical:
+            return f"{self.first} and {self.second} are identical: the same score in every cell of {tasks}."
+        if self.doubt:
+            return f"No verdict on {self.first} and {self.second}: {self.doubt}."
         if not self.reachable:
             return f"Cannot tell {self.first} and {self.second} apart: {tasks} cannot give a significant result."
         if not self.significant:
@@ -193,6 +203,7 @@ def compare(
     *,
     metric: str = MAIN_SCORE,
     alpha: float = ALPHA,
+    allow_mixed_revisions: bool = False,
 ) -> Comparison:
     """Tests every pair of designs within each task type, over tasks; seeds, splits and subsets are averaged first.
 
@@ -205,10 +216,14 @@ def compare(
             as A minus B.
         metric: The score to compare. A task that lacks it and has only one is compared by that one.
         alpha: Level of significance.
+        allow_mixed_revisions: Compare scores of different dataset revisions, mteb versions, languages or queries of
+            one task all the same; a note names them.
 
     Raises:
-        ConfigurationError: If a contrast or the metric is unknown, or there are fewer than two designs or too many.
-        DataError: If no two designs share a task.
+        ConfigurationError: If a contrast or the metric is unknown, main scores are of different metrics, or there are
+            fewer than two designs or too many.
+        DataError: If no two designs share a task, a score is NaN or out of range, or a task was evaluated differently
+            and `allow_mixed_revisions` is not set.
 
     Example:
         >>> rows = [("Task%d" % t, "STS", m, 0.5 + 0.01 * t * (m == "b")) for t in range(1, 9) for m in "ab"]
@@ -220,12 +235,13 @@ def compare(
     if isinstance(results, pd.DataFrame):
         results = Results(results, results.iloc[:0].assign(item=""))
     notes = list(results.notes)
-    scores = _labelled(_of_metric(results.scores, metric))
-    undefined = scores[scores["score"].isna()]
-    if len(undefined):
-        notes.append(f"No defined score, left out: {_places(undefined)}.")
-        scores = scores.dropna(subset="score")
-    items = _labelled(results.items).dropna(subset="score")
+    everything = _labelled(results.scores)
+    scores, items = _of_metric(everything, metric), _labelled(results.items).dropna(subset="score")
+    check_scores(scores)
+    if metric == MAIN_SCORE:
+        check_main_metrics(everything)
+    notes += unknown_sources(scores)
+    notes += _mixed(source_differences(scores, items), allow_mixed_revisions)
     models = list(dict.fromkeys(scores["model"]))
     if not 2 <= len(models) <= MAX_MODELS:
         shown = ", ".join(models[:10]) + (", ..." if len(models) > 10 else "")
@@ -248,8 +264,27 @@ def compare(
 
 
 def _labelled(table: pd.DataFrame) -> pd.DataFrame:
-    table = table.assign(model=[label(*names) for names in zip(table["design"], table["option"], strict=True)])
-    return table.astype({"seed": str})
+    table = table.assign(**{column: "" for column in SOURCE_COLUMNS if column not in table}).fillna(
+        dict.fromkeys(SOURCE_COLUMNS, "")
+    )
+    names = table[["design", "option"]].drop_duplicates()
+    labels = pd.Series([label(*pair) for pair in names.itertuples(index=False)], index=pd.MultiIndex.from_frame(names))
+    if labels.duplicated().any():
+        twice = labels[labels.duplicated()].iloc[0]
+        raise DataError(f"two designs are both called {twice!r} in tables; rename one or its option.")
+    return table.assign(
+        model=labels.reindex(pd.MultiIndex.from_frame(table[names.columns])).array, seed=table["seed"].astype(str)
+    )
+
+
+def _mixed(differences: Sequence[str], allowed: bool) -> list[str]:
+    """Returns a note on tasks that were not evaluated alike, or refuses them."""
+    if differences and not allowed:
+        raise DataError(
+            f"the models were not evaluated alike: {'; '.join(differences)} differ. Evaluate again, compare only some "
+            f"models (--model), or accept it: allow_mixed_revisions, --allow-mixed-revisions."
+        )
+    return [f"Not evaluated alike, accepted as asked: {difference}." for difference in differences]
 
 
 def _of_metric(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -304,6 +339,10 @@ def _compare_type(
     runs = scores.groupby([*_CELL, "model", "seed"])["score"].mean().unstack(["model", "seed"])
     present = [model for model in models if model in runs]
     cells = pd.DataFrame({model: runs[model].mean(axis=1) for model in present})
+    doubts = {
+        model: f"{model} has one and the same score, {score:g}, on all of its tasks"
+        for model, score in constant_scores(cells.groupby("task").mean()).items()
+    }
     common = _by_task(runs)
     of_runs = {model: [float(score) for score in common[model].mean()] for model in present if len(common)}
     noise = seed_noise(of_runs) if of_runs else None
@@ -316,10 +355,28 @@ def _compare_type(
         tests = {pair: _by_task(cells[pair[0]] - cells[pair[1]]) for pair in pairs}
         tests = {pair: differences for pair, differences in tests.items() if len(differences)}
         if tests:
-            families.append(_family(confirmatory, tests, items, noise, alpha))
+            family = _family(confirmatory, tests, items, noise, alpha)
+            pairs_found = tuple(
+                replace(
+                    pair,
+                    identical=_identical(runs[pair.first], runs[pair.second]),
+                    doubt="; ".join(doubts[name] for name in (pair.first, pair.second) if name in doubts),
+                )
+                for pair in family.pairs
+            )
+            families.append(replace(family, pairs=pairs_found))
     complete = _by_task(cells)
     ranks = rank_test(complete, alpha=alpha) if len(present) > 2 and len(complete) > 1 else None
     return TypeComparison(*names, cells.groupby("task").mean(), of_runs, tuple(families), ranks, noise)
+
+
+def _identical(first: pd.DataFrame, second: pd.DataFrame) -> bool:
+    """Returns whether two models have the same scores in the same cells, as one model under two names has."""
+    return (
+        first.shape == second.shape
+        and first.columns.equals(second.columns)
+        and bool(np.allclose(first, second, rtol=0, atol=10.0**-DECIMALS / 2, equal_nan=True))
+    )
 
 
 def _by_task(cells: pd.Series | pd.DataFrame) -> pd.Series | pd.DataFrame:
@@ -388,18 +445,18 @@ def _gaps(found: TypeComparison, scores: pd.DataFrame, models: Sequence[str]) ->
         if lacking:
             shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
             notes.append(f"{found.title}: {model} has no score on {shown}; its pairs leave them out.")
+        seeds = scores[scores["model"] == model].groupby("seed")["task"].nunique()
+        if seeds.nunique() > 1:
+            counts = ", ".join(f"seed {seed} {count}" for seed, count in seeds.items())
+            notes.append(f"{found.title}: the seeds of {model} were scored on different numbers of tasks ({counts}).")
     places = scores.drop_duplicates([*_CELL, "model"]).groupby([*_CELL])["model"].nunique()
     partly = places[places < places.groupby("task").transform("max")]
     if len(partly):
         tasks = partly.index.get_level_values("task").unique()
         notes.append(f"{found.title}: compared on the splits and subsets that both have: {', '.join(tasks[:5])}.")
+    notes += [f"{found.title}: {pair.verdict}" for pair in found.pairs if pair.identical or pair.doubt]
     if found.seeds is None:
         notes.append("One run of each model: how much a new seed would change is not known, and no p-value covers it.")
     if not found.families:
         notes.append(f"{found.title}: no two models share a task; left out.")
     return notes
-
-
-def _places(rows: pd.DataFrame) -> str:
-    places = list(dict.fromkeys(f"{model} on {task}" for model, task in zip(rows["model"], rows["task"], strict=True)))
-    return ", ".join(places[:5]) + (f" and {len(places) - 5} more" if len(places) > 5 else "")

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..modules.errors import DataError
 from ..utils.random_state import preserve_rng_state
-from .results import ITEM_COLUMNS
+from .results import ITEM_COLUMNS, SOURCE_COLUMNS
 
 with preserve_rng_state():  # importing mteb seeds Python, numpy and torch
     from mteb.abstasks.aggregated_task import AbsTaskAggregate
@@ -72,7 +72,7 @@ def read_models(models: Sequence[ModelFiles], designs: Sequence[tuple[str, str]]
         designs: Design and option that each is filed under.
 
     Returns:
-        Rows with the columns of `results.ITEM_COLUMNS` and ``file``, and notes on what was left out.
+        Rows with the columns of `results.ITEM_COLUMNS` and `results.SOURCE_COLUMNS`, and notes on what was left out.
 
     Raises:
         DataError: If a file is not JSON, or looks like a result and mteb cannot read it.
@@ -86,12 +86,13 @@ def read_models(models: Sequence[ModelFiles], designs: Sequence[tuple[str, str]]
                 others.append(path)
                 continue
             start = {"base": "", "design": design, "option": option, "seed": "0", "task": result.task_name}
-            rows += [start | {"task_type": "", "file": str(path)} | score for score in _scores(result)]
+            start |= {"task_type": "", "file": str(path), "dataset_revision": _known(result.dataset_revision)}
+            rows += [start | {"mteb_version": _known(result.mteb_version)} | score for score in _scores(result)]
     notes = []
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         notes.append(f"{others[0]}{more}: no result of mteb, left out.")
-    table = pd.DataFrame(rows, columns=[*ITEM_COLUMNS, "file"])
+    table = pd.DataFrame(rows, columns=[*ITEM_COLUMNS, *SOURCE_COLUMNS])
     parts = _parts_of_aggregates(set(table["task"]))
     for whole, names in parts.items():
         notes.append(f"{whole} is the mean of {', '.join(names)}: these are left out, not to count twice.")
@@ -152,10 +153,16 @@ def _read(path: Path) -> TaskResult | None:
         raise DataError(f"{path} is not a result that mteb can read: {reason}") from error
 
 
+def _known(value: str | None) -> str:
+    """Returns a revision or version; empty where mteb says that it is not there."""
+    return "" if value is None or "not available" in value else str(value)
+
+
 def _scores(result: TaskResult) -> Iterator[dict[str, Any]]:
     for split, subsets in result.scores.items():
         for scores in subsets:
-            place = {"split": split, "subset": scores["hf_subset"], "item": ""}
+            languages = " ".join(sorted(map(str, scores.get("languages") or ())))
+            place = {"split": split, "subset": scores["hf_subset"], "item": "", "languages": languages}
             for metric, value in scores.items():
                 if value is None:
                     yield place | {"metric": metric, "score": float("nan")}

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 COLUMNS = ["base", "design", "option", "seed", "task", "task_type", "split", "subset", "metric", "score"]
 ITEM_COLUMNS = [*COLUMNS[:-1], "item", "score"]
+SOURCE_COLUMNS = ["dataset_revision", "mteb_version", "languages", "file"]  # of each score, empty where not known
 MAIN_SCORE = "main_score"  # mteb's name for the score that a task is judged by
+_NO_SCORE = ("", "na", "none", "null")  # what a table may hold where there is no score
 
 _DEFAULTS = {"base": "", "option": "", "seed": "0", "split": "test", "subset": "default", "metric": MAIN_SCORE}
-_DEFAULTS |= {"task_type": "", "item": ""}
+_DEFAULTS |= {"task_type": "", "item": "", "dataset_revision": "", "mteb_version": "", "languages": ""}
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Results:
 
     Args:
         scores: One row for each base, design, option, seed, task, split, subset and metric; columns as in `COLUMNS`.
-            A score that is not defined is NaN.
+            A score that is not defined is NaN. `SOURCE_COLUMNS` may follow.
         items: One row for each score of an item (a query, a pair, a text) where there are such; columns as in
             `ITEM_COLUMNS`.
         notes: What a reader must know about how they were read, in sentences.
@@ -92,14 +94,16 @@ def read_results(
 
         table, notes = read_models([model for _, _, model in files], _designs(files))
         tables.append(table)
-    everything = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[*ITEM_COLUMNS, "file"])
+    everything = (
+        pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[*ITEM_COLUMNS, *SOURCE_COLUMNS])
+    )
     if everything.empty:
         raise DataError(f"{', '.join(map(str, paths)) or 'no path'}: there are no results.")
     everything["task_type"] = everything["task"].map(_types_of_tasks(everything, task_types or {}))
     everything = _without_repeats(everything)
     is_item = everything["item"] != ""
     return Results(
-        scores=everything.loc[~is_item, COLUMNS].reset_index(drop=True),
+        scores=everything.loc[~is_item, [*COLUMNS, *SOURCE_COLUMNS]].reset_index(drop=True),
         items=everything.loc[is_item, ITEM_COLUMNS].reset_index(drop=True),
         notes=tuple(notes),
     )
@@ -178,15 +182,16 @@ def _read_table(path: Path) -> pd.DataFrame:
         empty = table.index[table[column] == ""]
         if len(empty):
             raise DataError(f"{path}: column {column!r} is empty in row {empty[0] + 1}.")
-    table["score"] = _numbers(table["score"], path)
-    return table[ITEM_COLUMNS].assign(file=str(path))
+    empty = table["score"].astype(str).str.strip().str.lower().isin(_NO_SCORE)
+    table["score"] = _numbers(table["score"].mask(empty), path)
+    table = table.assign(file=str(path))
+    return table.loc[table["score"].notna() | ~empty, [*ITEM_COLUMNS, *SOURCE_COLUMNS]]
 
 
 def _numbers(values: pd.Series, path: Path) -> pd.Series:
-    """Returns scores as floats; an empty one is NaN."""
+    """Returns scores as floats."""
     numbers = pd.to_numeric(values, errors="coerce").astype(float)
-    written = values.notna() & ~values.astype(str).str.strip().str.lower().isin(["", "nan", "na", "none", "null"])
-    wrong = values.index[(numbers.isna() & written) | numbers.isin([float("inf"), float("-inf")])]
+    wrong = values.index[(numbers.isna() & values.notna()) | numbers.isin([float("inf"), float("-inf")])]
     if len(wrong):
         raise DataError(
             f"{path}: column 'score' holds {values[wrong[0]]!r} in row {wrong[0] + 1}, expected a finite number, or "
@@ -256,7 +261,8 @@ def _without_repeats(table: pd.DataFrame) -> pd.DataFrame:
         key = ", ".join(f"{name} {first[name]}" for name in keys if first[name] not in ("", _DEFAULTS.get(name)))
         raise DataError(
             f"{_list(same['file'])}: there are several scores ({_list(same['score'])}) of {key}. If they are of "
-            f"several seeds, splits or subsets, say so in columns of these names."
+            f"several seeds, splits or subsets, say so in columns of these names; if they are of several models, name "
+            f"each: NAME=PATH."
         )
     return table
 
