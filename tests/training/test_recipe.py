@@ -1,11 +1,12 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from st_llmpool.data.training_data import DatasetSettings
 from st_llmpool.modules.errors import ConfigurationError, DataError
-from st_llmpool.training.recipe import MixingSettings, ModelSettings, Recipe
+from st_llmpool.training.recipe import MixingSettings, ModelSettings, Recipe, TrainingSettings
 
 MINIMAL = {"output_dir": "run", "model": {"base": "builtin"}, "data": [{"source": "pairs.jsonl"}]}
 
@@ -59,7 +60,7 @@ def test_the_default_learning_rate_goes_by_what_trains(tune, rate):
         ({"preset": "papper"}, "preset='papper' is unknown.*Did you mean 'paper'"),
         ({"training": {"learnig_rate": 1}}, "training.learnig_rate is not a key.*Did you mean 'learning_rate'"),
         ({"training": {"batch_size": 1}}, "batch_size=1 leaves a query without negatives"),
-        ({"training": {"steps": 0}}, "training.steps=0 must be above 0"),
+        ({"training": {"steps": 0}}, "training.steps=0 must be at least 1"),
         ({"data": []}, "data is empty"),
         ({"data": [{"source": "a/x.csv"}, {"source": "b/x.csv"}]}, "two sets that are called 'x'"),
         ({"data": [{"source": "x.csv", "weight": 1}, {"source": "y.csv"}]}, "'y' has no weight"),
@@ -69,11 +70,11 @@ def test_the_default_learning_rate_goes_by_what_trains(tune, rate):
         ({"loss": {"matryoshka_dims": []}}, r"matryoshka_dims=\[\] must be numbers of dimensions"),
         ({"loss": {"matryoshka_dims": [8, 0]}}, r"matryoshka_dims=\[8, 0\] must be numbers of dimensions"),
         ({"model": {"base": "b", "truncate_dim": 8}}, "truncate_dim=8 is not among loss.matryoshka_dims=None"),
-        ({"loss": {"focal_gamma": -1}}, "loss.focal_gamma=-1.0 must be 0"),
-        ({"loss": {"focal_gamma": float("nan")}}, "loss.focal_gamma=nan must be 0"),
+        ({"loss": {"focal_gamma": -1}}, "loss.focal_gamma=-1.0 must be at least 0"),
+        ({"loss": {"focal_gamma": float("nan")}}, "numbers must be finite"),
         ({"loss": {"mixing": {"hardest": 1}}}, "loss.mixing.hardest=1 must be at least 2"),
         ({"loss": {"mixing": {"hardst": 4}}}, "loss.mixing.hardst is not a key.*Did you mean 'hardest'"),
-        ({"model": {"base": "b", "freeze_layers": -1}}, "freeze_layers=-1 must be 0"),
+        ({"model": {"base": "b", "freeze_layers": -1}}, "freeze_layers=-1 must be at least 0"),
         ({"model": {"base": "b", "freeze_layers": 1, "tune": "pooling"}}, "model.tune=pooling, which freezes every"),
         ({"training": {"sparse_tuning": {"layers": 0}}}, "sparse_tuning.layers=0 must be at least 1"),
         ({"training": {"sparse_tuning": {"interval": 5}}}, "training.sparse_tuning.layers is missing"),
@@ -84,6 +85,20 @@ def test_the_default_learning_rate_goes_by_what_trains(tune, rate):
             "model.tune=full has none",
         ),
         ({"evaluation": {"keep_best": True}}, "keep_best needs something to measure"),
+        ({"training": {"learning_rate": -1}}, "training.learning_rate=-1.0 must be above 0 and at most 1"),
+        ({"training": {"learning_rate": 1e38}}, r"training.learning_rate=1e\+38 must be above 0 and at most 1"),
+        ({"training": {"learning_rate": "nan"}}, "training.learning_rate='nan' must be a finite number"),
+        ({"training": {"pooling_learning_rate": -1}}, "pooling_learning_rate=-1.0 must be at least 0 and at most 1"),
+        ({"training": {"weight_decay": -0.1}}, "weight_decay=-0.1 must be at least 0"),
+        ({"training": {"workers": -1}}, "workers=-1 must be at least 0"),
+        ({"evaluation": {"batch_size": 0}}, "evaluation.batch_size=0 must be at least 1"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"seed": 2**32}, "seed=4294967296 must be at least 0 and at most"),
+        ({"preset": ["paper"]}, r"preset=\['paper'\] is unknown"),
+        (
+            {"stages": [{"kind": "simcse", "texts": [{"source": "x.txt"}], "training": {"steps": 0}}]},
+            "training.steps=0 must be at least 1",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused_when_it_is_read(changes, message):
@@ -97,9 +112,15 @@ def test_a_data_set_that_cannot_work_is_refused_when_it_is_read(changes):
         DatasetSettings("pairs.jsonl", **changes)
 
 
+def test_a_recipe_may_hold_paths():
+    assert recipe(output_dir=Path("runs") / "x").output_dir == str(Path("runs") / "x")
+
+
 def test_a_recipe_built_in_python_is_checked_too():
     with pytest.raises(ConfigurationError, match="data is empty"):
         Recipe("run", ModelSettings("builtin"), data=[])
+    with pytest.raises(ConfigurationError, match="learning_rate=nan must be above 0"):
+        TrainingSettings(learning_rate=float("nan"))
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):

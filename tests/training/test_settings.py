@@ -22,6 +22,7 @@ class Outer:
     free: dict[str, Any] = dataclasses.field(default_factory=dict)
     layers: str | list[int] = "all"
     flag: bool = False
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def test_nested_mappings_become_nested_dataclasses():
@@ -51,6 +52,15 @@ def test_numbers_that_yaml_reads_as_text_become_floats(text, value):
         ({"name": "x", "free": 3}, "free=3 must hold keys and values"),
         ({"name": "x", "inner": 3}, "inner must hold keys and values"),
         ({"name": None}, "name=None must be of type str"),
+        ({"name": "x", "inner": {"rate": "nan"}}, "inner.rate='nan' must be a finite number"),
+        ({"name": "x", "inner": {"rate": "-inf"}}, "inner.rate='-inf' must be a finite number"),
+        ({"name": "x", "inner": {"rate": 10**400}}, "inner.rate=1000.* must be of type float"),
+        ({"name": "x", "count": float("inf")}, "count=inf must be of type int"),
+        ({"name": "x", "count": 2**64}, "count=18446744073709551616 is beyond"),
+        ({"name": "x", "inner": {"mode": ["fast"]}}, "inner.mode=.'fast'. is unknown"),
+        ({"name": "x", "inner": {"mode": 3}}, "inner.mode=3 is unknown"),
+        ({"name": "x", "texts": {"a": None}}, "texts.a=None must be of type str"),
+        ({3: "x"}, "3 is not a key here"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_dotted_name(values, message):
@@ -73,10 +83,23 @@ def test_an_override_changes_the_value_at_its_place_and_creates_missing_sections
     } | {"nothing": None}
 
 
-@pytest.mark.parametrize("assignment", ["rate", "=3", "data.2.limit=1", "data.x.limit=1", "name.first=1", "name=[1"])
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "rate",
+        "=3",
+        "data.2.limit=1",
+        "data.x.limit=1",
+        "name.first=1",
+        "name=[1",
+        "data.²=1",
+        "sets.0.name=x",
+        "a=.inf",
+    ],
+)
 def test_an_override_that_leads_nowhere_is_refused(assignment):
     with pytest.raises(ConfigurationError):
-        override({"data": [{}], "name": "x"}, assignment)
+        override({"data": [{}], "name": "x", "sets": ["plain text"]}, assignment)
 
 
 def test_merging_leaves_its_arguments_alone():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,8 +59,8 @@ class DatasetSettings:
                 )
         for name in ("weight", "limit"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise DataError(f"{name}={value} of {self.source!r} must be above 0.")
+            if value is not None and not 0 < value < math.inf:
+                raise DataError(f"{name}={value} of {self.source!r} must be above 0 and finite.")
 
     @property
     def label(self) -> str:

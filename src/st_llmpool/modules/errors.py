@@ -7,7 +7,13 @@ from collections.abc import Iterable
 
 
 class StLlmpoolError(Exception):
-    """Base class of every error that st_llmpool raises on purpose."""
+    """Base class of every error that st_llmpool raises on purpose.
+
+    A shared model raises the errors of its own copy of this file, whose classes are others: recognise them by
+    `is_st_llmpool_error`.
+    """
+
+    is_st_llmpool_error = True
 
 
 class AttentionError(StLlmpoolError, RuntimeError):

@@ -29,8 +29,9 @@ from typing import Any
 from ..designs import DESIGNS
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..training.recipe import Recipe
-from ..training.settings import from_mapping, merge, read_yaml
+from ..training.settings import from_mapping, merge
 from ..utils.files import slug
+from ..utils.reading import read_yaml
 from .compare import MAX_CONTRASTS, MAX_MODELS, label
 
 _PRESETS = Path(__file__).parent / "presets"

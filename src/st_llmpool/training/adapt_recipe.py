@@ -13,10 +13,11 @@ import yaml
 from ..data.texts import TextSettings
 from ..modules.errors import ConfigurationError
 from ..utils.files import write_atomically
+from ..utils.reading import read_yaml
 from .merge_shares import check_merge
 from .optimizers import OPTIMIZERS
 from .recipe import MaskingSettings, TrainingSettings
-from .settings import from_mapping, read_yaml, with_overrides
+from .settings import Range, check_ranges, from_mapping, with_overrides
 
 
 @dataclass
@@ -34,6 +35,9 @@ class AdaptEvaluationSettings:
     limit: int = 500
     steps: int | None = None
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "evaluation", dict.fromkeys(("limit", "steps", "batch_size"), Range(1)))
 
 
 @dataclass
@@ -91,20 +95,8 @@ class AdaptRecipe:
         if not self.texts:
             raise ConfigurationError("texts is empty: name at least one set, such as texts: [{source: texts.txt}].")
         check_merge(self.merge)
-        lowest = {
-            "max_seq_length": (self.max_seq_length, 2),  # one to predict, and one to predict it from
-            "training.steps": (self.training.steps, 1),
-            "training.batch_size": (self.training.batch_size, 1),
-            "training.logging_steps": (self.training.logging_steps, 1),
-            "training.save_steps": (self.training.save_steps, 1),
-            "training.keep_checkpoints": (self.training.keep_checkpoints, 1),
-            "evaluation.limit": (self.evaluation.limit, 1),
-            "evaluation.steps": (self.evaluation.steps, 1),
-            "evaluation.batch_size": (self.evaluation.batch_size, 1),
-        }
-        for key, (value, least) in lowest.items():
-            if value is not None and value < least:
-                raise ConfigurationError(f"{key}={value} must be at least {least}.")
+        # Of two tokens one is predicted, from the other.
+        check_ranges(self, "", {"max_seq_length": Range(2), "seed": Range(0, 2**32 - 1)})
         if self.training.optimizer in OPTIMIZERS:
             raise ConfigurationError(
                 f"training.optimizer={self.training.optimizer} is of contrastive training; an adaptation takes those "
@@ -114,8 +106,6 @@ class AdaptRecipe:
             raise ConfigurationError(
                 "training.sparse_tuning is of contrastive training; leave it out of an adaptation."
             )
-        if self.training.epochs <= 0:
-            raise ConfigurationError(f"training.epochs={self.training.epochs} must be above 0.")
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> AdaptRecipe:

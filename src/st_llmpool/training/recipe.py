@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,9 @@ from ..data.texts import TextSettings
 from ..data.training_data import DatasetSettings
 from ..modules.errors import ConfigurationError, nearest
 from ..utils.files import write_atomically
+from ..utils.reading import read_yaml, shown
 from .merge_shares import check_merge
-from .settings import from_mapping, merge, read_yaml, with_overrides
+from .settings import Range, check_ranges, from_mapping, merge, with_overrides
 
 #: Preset name -> the values it sets; the file and the command line come after it and win. How the poolings are built
 #: is not among them: that is what the designs `paper-1` to `paper-5` are for.
@@ -95,6 +95,10 @@ class ModelSettings:
     trust_remote_code: bool = False
     revision: str | None = None
 
+    def __post_init__(self) -> None:
+        ranges = {"max_seq_length": Range(1), "truncate_dim": Range(1), "freeze_layers": Range(0)}
+        check_ranges(self, "model", ranges)
+
 
 @dataclass
 class MixingSettings:
@@ -118,10 +122,8 @@ class MixingSettings:
     detach: bool = True
 
     def __post_init__(self) -> None:
-        for name, lowest in {"hardest": 2, "pairwise": 0, "start_step": 0}.items():
-            value = getattr(self, name)
-            if value < lowest:
-                raise ConfigurationError(f"loss.mixing.{name}={value} must be at least {lowest}.")
+        ranges = {"hardest": Range(2), "pairwise": Range(0), "start_step": Range(0)}
+        check_ranges(self, "loss.mixing", ranges)
 
     @property
     def count(self) -> int:
@@ -190,6 +192,15 @@ class LossSettings:
     teacher: str | None = None
     matryoshka_dims: list[int] | None = None
 
+    def __post_init__(self) -> None:
+        ranges = {
+            "scale": Range(0, 1e4, is_open=True),
+            "num_negatives": Range(0),
+            "mini_batch_size": Range(1),
+            "focal_gamma": Range(0, 100),
+        }
+        check_ranges(self, "loss", ranges)
+
 
 @dataclass
 class SparseTuningSettings:
@@ -214,10 +225,8 @@ class SparseTuningSettings:
 
     def __post_init__(self) -> None:
         # One trial would be its own mean, and never a reason to change anything.
-        for name, lowest in {"layers": 1, "interval": 1, "trials": 2, "importance_rate": 0}.items():
-            value = getattr(self, name)
-            if not value >= lowest:
-                raise ConfigurationError(f"training.sparse_tuning.{name}={value} must be at least {lowest}.")
+        ranges = {"layers": Range(1), "interval": Range(1), "trials": Range(2), "importance_rate": Range(0)}
+        check_ranges(self, "training.sparse_tuning", ranges)
         if not 0 <= self.suppression < 1:
             raise ConfigurationError(
                 f"training.sparse_tuning.suppression={self.suppression} must be 0 or more, and below 1 (no change)."
@@ -274,6 +283,24 @@ class TrainingSettings:
     report_to: Literal["none", "tensorboard"] = "none"
     full_determinism: bool = False
 
+    def __post_init__(self) -> None:
+        rate = Range(0, 1, is_open=True)  # AdamW's steps have the size of the rate: above 1 nothing is left of a weight
+        ranges = {
+            "steps": Range(1),
+            "epochs": Range(0, is_open=True),
+            "batch_size": Range(1),
+            "learning_rate": rate,
+            "pooling_learning_rate": Range(0, 1),  # 0 leaves the pooling as it starts
+            "warmup_steps": Range(0),
+            "weight_decay": Range(0, 1e3),
+            "max_grad_norm": Range(0, is_open=True),
+            "workers": Range(0, 1024),
+            "logging_steps": Range(1),
+            "save_steps": Range(1),
+            "keep_checkpoints": Range(1),
+        }
+        check_ranges(self, "training", ranges)
+
 
 @dataclass
 class EvaluationSettings:
@@ -297,6 +324,9 @@ class EvaluationSettings:
     at_start: bool = False
     keep_best: bool = False
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "evaluation", {"steps": Range(1), "batch_size": Range(1)})
 
     @property
     def metric(self) -> str:
@@ -359,6 +389,7 @@ class StageSettings:
                 raise ConfigurationError(
                     f"stages: {name} has no meaning for kind={self.kind}, which has {', '.join(sorted(own))}. Drop it."
                 )
+        check_ranges(self, "stages", {"max_seq_length": Range(1)})
         needed = "data" if self.kind == "contrastive" else "texts"
         if not getattr(self, needed):
             raise ConfigurationError(f"stages: kind={self.kind} needs {needed}, such as [{{source: train.parquet}}].")
@@ -407,6 +438,7 @@ class Recipe:
     preset: str | None = None
 
     def __post_init__(self) -> None:
+        check_ranges(self, "", {"seed": Range(0, 2**32 - 1)})  # what numpy takes
         _check_data(self)
         _check_model(self.model)
         _check_training(self)
@@ -431,9 +463,9 @@ class Recipe:
         values = with_overrides(values, overrides)
         preset = values.get("preset")
         if preset is not None:
-            if preset not in PRESETS:
+            if not isinstance(preset, str) or preset not in PRESETS:
                 raise ConfigurationError(
-                    f"preset={preset!r} is unknown; known: {list(PRESETS)}.{nearest(preset, PRESETS)}"
+                    f"preset={shown(preset)} is unknown; known: {list(PRESETS)}.{nearest(str(preset), PRESETS)}"
                 )
             values = merge(PRESETS[preset], values)
         return from_mapping(cls, values)
@@ -481,8 +513,6 @@ def _check_model(model: ModelSettings) -> None:
             f"model.quantization={model.quantization!r} cannot train in full: quantised weights have no gradient. "
             f"Use model.tune=lora, or drop model.quantization."
         )
-    if model.freeze_layers < 0:
-        raise ConfigurationError(f"model.freeze_layers={model.freeze_layers} must be 0 (none) or more.")
     if model.freeze_layers and model.tune == "pooling":
         raise ConfigurationError(
             f"model.freeze_layers={model.freeze_layers} has no meaning for model.tune=pooling, which freezes every "
@@ -492,24 +522,6 @@ def _check_model(model: ModelSettings) -> None:
 
 def _check_training(recipe: Recipe) -> None:
     training = recipe.training
-    positive = {
-        "training.steps": training.steps,
-        "training.epochs": training.epochs,
-        "training.logging_steps": training.logging_steps,
-        "training.save_steps": training.save_steps,
-        "training.keep_checkpoints": training.keep_checkpoints,
-        "loss.scale": recipe.loss.scale,
-        "loss.mini_batch_size": recipe.loss.mini_batch_size,
-        "evaluation.steps": recipe.evaluation.steps,
-        "model.max_seq_length": recipe.model.max_seq_length,
-    }
-    for key, value in positive.items():
-        if value is not None and value <= 0:
-            raise ConfigurationError(f"{key}={value} must be above 0.")
-    if not 0 <= recipe.loss.focal_gamma < math.inf:
-        raise ConfigurationError(
-            f"loss.focal_gamma={recipe.loss.focal_gamma} must be 0 (all queries count alike) or more, such as 0.5."
-        )
     _check_dimensions(recipe)
     if training.sparse_tuning is not None and recipe.model.tune != "lora":
         raise ConfigurationError(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
-
-import yaml
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from ..modules.errors import ConfigurationError, nearest
+from ..utils.reading import check_plain, parse_yaml, shown
 
 T = TypeVar("T")
 
@@ -38,12 +38,12 @@ def from_mapping(settings: type[T], values: object, where: str = "") -> T:
         Options(learning_rate=0.0001)
     """
     if not isinstance(values, Mapping):
-        raise ConfigurationError(f"{where or 'The file'} must hold keys and values; found {values!r}.")
+        raise ConfigurationError(f"{where or 'The file'} must hold keys and values; found {shown(values)}.")
     fields = {field.name: field for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
             hint = nearest(str(key), fields) or f" Known keys: {', '.join(fields)}."
-            raise ConfigurationError(f"{_join(where, str(key))} is not a key here.{hint}")
+            raise ConfigurationError(f"{_join(where, _name(key))} is not a key here.{hint}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -52,18 +52,40 @@ def from_mapping(settings: type[T], values: object, where: str = "") -> T:
     return settings(**{key: _coerce(kinds[key], value, _join(where, key)) for key, value in values.items()})
 
 
-def read_yaml(path: str | Path) -> Any:
-    """Returns what the file of a recipe or a study holds.
+class Range(NamedTuple):
+    """What a number may be: from `low` on (above it, if `is_open`) to `high`."""
+
+    low: float
+    high: float = math.inf
+    is_open: bool = False
+
+    def __str__(self) -> str:
+        lowest = f"above {self.low:g}" if self.is_open else f"at least {self.low:g}"
+        return lowest if self.high == math.inf else f"{lowest} and at most {self.high:g}"
+
+    def holds(self, value: float) -> bool:
+        """Returns whether `value` is inside; NaN and infinity never are."""
+        return (self.low < value if self.is_open else self.low <= value) and value <= self.high and value < math.inf
+
+
+def check_ranges(settings: object, where: str, ranges: Mapping[str, Range]) -> None:
+    """Checks numbers of a dataclass; None passes.
+
+    Args:
+        settings: The dataclass.
+        where: Dotted name of its place in the file, for messages; empty at the top.
+        ranges: Field to what it may be.
 
     Raises:
-        ConfigurationError: If the file is missing or not YAML.
+        ConfigurationError: With name, value and range.
+
+    Example:
+        >>> check_ranges(types.SimpleNamespace(steps=1, rate=None), "training", {"steps": Range(1), "rate": Range(0)})
     """
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigurationError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{str(path)!r} is not YAML: {error}.") from error
+    for name, allowed in ranges.items():
+        value = getattr(settings, name)
+        if value is not None and not allowed.holds(value):
+            raise ConfigurationError(f"{_join(where, name)}={value} must be {allowed}.")
 
 
 def with_overrides(values: object, overrides: Sequence[str]) -> dict[str, Any]:
@@ -77,8 +99,9 @@ def with_overrides(values: object, overrides: Sequence[str]) -> dict[str, Any]:
         ConfigurationError: If the file holds no mapping, or a change leads nowhere.
     """
     if not isinstance(values, dict):
-        raise ConfigurationError(f"A recipe must hold keys and values; found {values!r}.")
-    changed = merge({}, yaml.safe_load(yaml.safe_dump(values)))  # a copy, since overrides change it in place
+        raise ConfigurationError(f"A recipe must hold keys and values; found {shown(values)}.")
+    changed = _copy(values)  # overrides change it in place
+    check_plain(changed, "The recipe", ConfigurationError, finite=True)
     for assignment in overrides:
         override(changed, assignment)
     return changed
@@ -102,15 +125,12 @@ def override(values: dict[str, Any], assignment: str) -> None:
     """
     key, separator, text = assignment.partition("=")
     if not separator or not key:
-        raise ConfigurationError(f"{assignment!r} is not key=value, such as training.learning_rate=1e-4.")
+        raise ConfigurationError(f"{shown(assignment)} is not key=value, such as training.learning_rate=1e-4.")
     place: Any = values
     *path, last = key.split(".")
     for depth, part in enumerate(path):
         place = _step(place, part, ".".join(path[: depth + 1]))
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"The value of {assignment!r} is not YAML: {error}.") from error
+    value = parse_yaml(text, f"The value of {shown(assignment)}")
     if isinstance(value, dict) and not text.lstrip().startswith("{"):
         value = text.strip()  # plain text with a colon in it, such as an instruction
     if isinstance(place, list):
@@ -152,18 +172,33 @@ def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
 
 
+def _name(key: object) -> str:
+    return key if isinstance(key, str) and len(key) <= 80 else shown(key)
+
+
+def _copy(value: Any) -> Any:
+    """Returns a copy in YAML's types: paths become text, tuples lists."""
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copy(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _step(place: Any, part: str, path: str) -> Any:
     if isinstance(place, list):
-        return place[_index(place, part, path)]
-    if place.get(part) is None:
-        place[part] = {}
-    if not isinstance(place[part], dict | list):
-        raise ConfigurationError(f"{path} is {place[part]!r}, which has no keys of its own.")
-    return place[part]
+        found = place[_index(place, part, path)]
+    else:
+        if place.get(part) is None:
+            place[part] = {}
+        found = place[part]
+    if not isinstance(found, dict | list):
+        raise ConfigurationError(f"{path} is {shown(found)}, which has no keys of its own.")
+    return found
 
 
 def _index(place: list[Any], part: str, path: str) -> int:
-    if not part.isdigit() or int(part) >= len(place):
+    if not (part.isascii() and part.isdigit() and len(part) < 10) or int(part) >= len(place):
         raise ConfigurationError(f"{path}: the list has {len(place)} entries, so {part!r} is not a place in it.")
     return int(part)
 
@@ -180,10 +215,14 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
     if origin is list:
         items = value if isinstance(value, list) else [value]
         return [_coerce(get_args(kind)[0], item, f"{where}.{place}") for place, item in enumerate(items)]
-    if origin is dict or kind is dict:
+    if origin in (dict, Mapping) or kind is dict:
         if not isinstance(value, Mapping):
-            raise ConfigurationError(f"{where}={value!r} must hold keys and values.")
-        return dict(value)
+            raise ConfigurationError(f"{where}={shown(value)} must hold keys and values.")
+        of_keys, of_values = get_args(kind) or (Any, Any)
+        return {
+            _coerce(of_keys, key, f"{where} (a key)"): _coerce(of_values, item, _join(where, _name(key)))
+            for key, item in value.items()
+        }
     if dataclasses.is_dataclass(kind):
         return from_mapping(typing.cast(type, kind), {} if value is None else value, where)
     return _coerce_scalar(kind, value, where)
@@ -195,7 +234,7 @@ def _coerce_union(kinds: Sequence[Any], value: Any, where: str) -> Any:
     options = [kind for kind in kinds if kind is not type(None)]
     for kind in options:  # a value that is of one of the types stays as it is
         if isinstance(kind, type) and type(value) is kind:
-            return value
+            return _coerce(kind, value, where)
     for kind in options[:-1]:
         try:
             return _coerce(kind, value, where)
@@ -207,7 +246,7 @@ def _coerce_union(kinds: Sequence[Any], value: Any, where: str) -> Any:
 def _choose(options: Sequence[Any], value: Any, where: str) -> Any:
     if value not in options:
         raise ConfigurationError(
-            f"{where}={value!r} is unknown; it is one of {list(options)}.{nearest(value, map(str, options))}"
+            f"{where}={shown(value)} is unknown; it is one of {list(options)}.{nearest(str(value), map(str, options))}"
         )
     return value
 
@@ -221,8 +260,12 @@ def _coerce_scalar(kind: type, value: Any, where: str) -> Any:
         fits = not isinstance(value, bool)
     try:
         converted = kind(value) if fits else None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         converted = None
     if converted is None or (kind is int and isinstance(value, float) and converted != value):
-        raise ConfigurationError(f"{where}={value!r} must be of type {kind.__name__}.")
+        raise ConfigurationError(f"{where}={shown(value)} must be of type {kind.__name__}.")
+    if kind is float and not math.isfinite(converted):
+        raise ConfigurationError(f"{where}={shown(value)} must be a finite number.")
+    if kind is int and converted.bit_length() > 63:
+        raise ConfigurationError(f"{where}={shown(value)} is beyond the range of a 64-bit integer.")
     return converted

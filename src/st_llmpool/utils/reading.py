@@ -1,0 +1,281 @@
+"""Read text, JSON and YAML files within limits; whatever is wrong with one is a single error that names the file.
+
+The libraries raise over a dozen kinds of errors for a damaged file, some only after minutes: deep nesting overflows the
+stack, a number of 5,000 digits cannot be printed, a named pipe never ends. Every reader of the package goes through
+here, so that a user sees one line.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+import stat
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..modules.errors import ConfigurationError, DataError, StLlmpoolError
+
+#: Nested lists and mappings: no file that people or this package write comes near.
+MAX_DEPTH = 64
+#: Values of a YAML file once its aliases are expanded.
+MAX_VALUES = 100_000
+#: Bytes of a YAML file.
+MAX_YAML = 2**19
+#: Bytes of a JSON file that is read at once; mteb's largest results, with a score for every query, have a tenth.
+MAX_JSON = 2**28
+
+
+def shown(value: object) -> str:
+    """Returns `value` as a message shows it: on one line and short.
+
+    Example:
+        >>> shown(list(range(1000)))
+        '[0, 1, 2, 3, 4, 5, ...]'
+    """
+    try:
+        text = _SHORT.repr(value)
+    except (ValueError, RecursionError):  # a number with too many digits to print
+        return f"a {type(value).__name__} that is too large to print"
+    return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def check_file(path: str | Path, kind: type[StLlmpoolError] = DataError) -> Path:
+    """Returns `path` if it is a regular file; opening a named pipe or a device would wait for ever.
+
+    Args:
+        path: The file.
+        kind: The error to raise.
+
+    Raises:
+        StLlmpoolError: Of `kind`, if there is no such file, or it is something else.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+    except (OSError, ValueError) as error:
+        raise kind(f"{shown(str(path))} cannot be read: {_reason(error)}.") from error
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+        raise kind(f"{str(path)!r} is {what}; name a regular file.")
+    return Path(path)
+
+
+def read_text(path: str | Path, kind: type[StLlmpoolError] = DataError, *, limit: int = MAX_JSON) -> str:
+    """Reads a UTF-8 file, with or without a byte order mark.
+
+    Args:
+        path: The file.
+        kind: The error to raise.
+        limit: The most bytes.
+
+    Raises:
+        StLlmpoolError: Of `kind`, if there is no such regular file, it is too large, or not UTF-8.
+    """
+    file = check_file(path, kind)
+    try:
+        if file.stat().st_size > limit:
+            raise kind(f"{str(path)!r} has {file.stat().st_size:,} bytes; the limit is {limit:,}.")
+        content = file.read_bytes()
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise kind(f"{str(path)!r} cannot be read: {_reason(error)}.") from error
+    except UnicodeDecodeError as error:
+        raise kind(f"{str(path)!r} {not_utf8(content, error)}") from error
+
+
+def not_utf8(content: bytes, error: UnicodeDecodeError | None = None) -> str:
+    """Returns why bytes are not UTF-8 text, and what to do; empty if they seem to be.
+
+    Args:
+        content: The file's bytes, or its first ones.
+        error: Of decoding them.
+
+    Example:
+        >>> not_utf8("text".encode("utf-16"))
+        'is UTF-16, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8 FILE'
+    """
+    for start, name, way_out in _SIGNATURES:
+        if content.startswith(start):
+            return f"is {name}, not UTF-8. {way_out}"
+    if b"\0" in content[:1024]:
+        return "holds zero bytes, so it is no text file: check that it is the right one."
+    if error is None:
+        return ""
+    return (
+        f"is not UTF-8: byte 0x{content[error.start]:02x} at position {error.start:,}. If it is Latin-1 or "
+        f"Windows-1252, convert it: iconv -f WINDOWS-1252 -t UTF-8 FILE"
+    )
+
+
+def read_json(path: str | Path, kind: type[StLlmpoolError] = DataError) -> Any:
+    """Reads a JSON file.
+
+    Args:
+        path: The file.
+        kind: The error to raise.
+
+    Raises:
+        StLlmpoolError: Of `kind`, as :func:`read_text` and :func:`parse_json`.
+    """
+    return parse_json(read_text(path, kind), str(path), kind)
+
+
+def read_json_object(path: str | Path, kind: type[StLlmpoolError] = DataError) -> dict[str, Any]:
+    """Reads a JSON file that holds an object; arguments and errors as for :func:`read_json`."""
+    content = read_json(path, kind)
+    if not isinstance(content, dict):
+        raise kind(f"{str(path)!r} must hold a JSON object; found {shown(content)}.")
+    return content
+
+
+def parse_json(text: str, where: str, kind: type[StLlmpoolError] = DataError) -> Any:
+    """Parses JSON.
+
+    Args:
+        text: The JSON text.
+        where: What it is, for messages.
+        kind: The error to raise.
+
+    Raises:
+        StLlmpoolError: Of `kind`, if it is not JSON, or :func:`check_plain` refuses it.
+    """
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise kind(f"{where} is nested deeper than {MAX_DEPTH} levels.") from error
+    except ValueError as error:
+        raise kind(f"{where} is not JSON: {_reason(error)}.") from error
+    check_plain(content, where, kind)
+    return content
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Reads a YAML file of settings: a recipe, a study, a suite.
+
+    Raises:
+        ConfigurationError: As :func:`read_text` and :func:`parse_yaml`.
+    """
+    return parse_yaml(read_text(path, ConfigurationError, limit=MAX_YAML), str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parses YAML that holds settings: text, finite numbers, booleans, lists, mappings.
+
+    Args:
+        text: The YAML text.
+        where: What it is, for messages.
+
+    Raises:
+        ConfigurationError: If it is not YAML, names a key twice, or :func:`check_plain` refuses it.
+
+    Example:
+        >>> parse_yaml("steps: 10", "recipe.yaml")
+        {'steps': 10}
+    """
+    try:
+        content = yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise ConfigurationError(f"{where} is nested deeper than {MAX_DEPTH} levels.") from error
+    except Exception as error:  # PyYAML lets through whatever int, float, date and the like raise over a value
+        raise ConfigurationError(f"{where} is not YAML: {_reason(error)}.") from error
+    check_plain(content, where, ConfigurationError, finite=True, limit=MAX_VALUES)
+    return content
+
+
+def check_plain(
+    content: object,
+    where: str,
+    kind: type[StLlmpoolError] = DataError,
+    *,
+    finite: bool = False,
+    limit: int | None = None,
+) -> None:
+    """Refuses what breaks later, far from the file: deep nesting, huge numbers, text that cannot be encoded.
+
+    Args:
+        content: What a file held.
+        where: What the file is, for messages.
+        kind: The error to raise.
+        finite: Refuse NaN and infinity too, which no setting means.
+        limit: The most values, those that aliases repeat included.
+
+    Raises:
+        StLlmpoolError: Of `kind`, with the value.
+    """
+    level: list[object] = [content]
+    count = 0
+    for _ in range(MAX_DEPTH + 1):
+        count += len(level)
+        if limit is not None and count > limit:
+            raise kind(f"{where} holds more than {limit:,} values.")
+        below: list[object] = []
+        for value in level:
+            if isinstance(value, dict):
+                below += value
+                below += value.values()
+            elif isinstance(value, list):
+                below += value
+            else:
+                _check_scalar(value, where, kind, finite=finite)
+            if limit is not None and len(below) > limit:
+                raise kind(f"{where} holds more than {limit:,} values.")
+        if not below:
+            return
+        level = below
+    raise kind(f"{where} is nested deeper than {MAX_DEPTH} levels.")
+
+
+def _check_scalar(value: object, where: str, kind: type[StLlmpoolError], *, finite: bool) -> None:
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise kind(
+                    f"{where} holds half a character, the lone surrogate {value[error.start]!a}, which no tokenizer "
+                    f"takes, in {ascii(value)[:60]}."
+                ) from error
+    elif isinstance(value, int):
+        if value.bit_length() > 64:
+            raise kind(f"{where} holds an integer of {value.bit_length()} bits; at most 64 can be used.")
+    elif isinstance(value, float):
+        if finite and not -_INFINITY < value < _INFINITY:
+            raise kind(f"{where} holds {value}; numbers must be finite.")
+    elif value is not None:
+        raise kind(
+            f"{where} holds {shown(value)}, of type {type(value).__name__}; text that looks like one needs quotes."
+        )
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice: PyYAML would drop the first one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
+            if name in names:
+                raise ValueError(f"the key {key.value!r} of line {key.start_mark.line + 1} is there twice")
+            if name is not None:
+                names.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_INFINITY = float("inf")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SIGNATURES = (
+    (b"\x1f\x8b", "compressed with gzip", "Unpack it: gunzip -c FILE > OTHER"),
+    (b"PK\x03\x04", "a ZIP archive", "Unpack it."),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "Unpack it: unzstd FILE"),
+    (b"PAR1", "Parquet", "Name it .parquet."),
+    (b"\xff\xfe", "UTF-16", "Convert it: iconv -f UTF-16 -t UTF-8 FILE"),
+    (b"\xfe\xff", "UTF-16", "Convert it: iconv -f UTF-16 -t UTF-8 FILE"),
+)
+
+
+def _reason(error: BaseException) -> str:
+    """Returns what an error says, on one line."""
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(words.split()).rstrip(".")[:300] or type(error).__name__
