@@ -103,6 +103,58 @@ def test_the_last_real_token_of_a_padded_batch_is_eos(side):
         assert real[-1] == tokenizer.eos_token_id
 
 
+# --- endings of the tokenizer's own ----------------------------------------------------------------------------------
+
+OWN_ENDINGS = {
+    "another name": ["<|endoftext|>"],  # Qwen3-Embedding: beside an eos_token <|im_end|>
+    "bert": ["[SEP]"],
+    "t5": ["<eos>"],
+    "two": ["[SEP]", "<|endoftext|>"],
+}
+
+
+def with_own_ending(ending: list[str], *, eos: bool = True) -> PreTrainedTokenizerFast:
+    names = {"eos_token": "<eos>"} if eos else {}
+    tokenizer = tiny_tokenizer(cls_token="[CLS]", sep_token="[SEP]", pad_token="<|endoftext|>", **names)
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", *ending)]
+    single = " ".join(["[CLS]", "$A", *ending])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single, special_tokens=special)
+    return tokenizer
+
+
+@pytest.mark.parametrize("eos", [True, False], ids=["eos token", "no eos token"])
+@pytest.mark.parametrize("kind", OWN_ENDINGS)
+def test_a_text_that_ends_in_special_tokens_already_gets_no_second_ending(kind, eos):
+    if kind == "t5" and not eos:
+        pytest.skip("ends in the EOS token itself")
+    tokenizer = with_own_ending(OWN_ENDINGS[kind], eos=eos)
+    ending = tokenizer.convert_tokens_to_ids(OWN_ENDINGS[kind])
+    plain = tokenizer(WORDS, add_special_tokens=False)["input_ids"]
+    append_eos(tokenizer)
+    assert tokenizer(WORDS)["input_ids"] == [tokenizer.cls_token_id, *plain, *ending]
+    assert tokenizer("")["input_ids"] == [tokenizer.cls_token_id, *ending]
+    cut = tokenizer(WORDS, truncation=True, max_length=6)["input_ids"]
+    assert cut == [tokenizer.cls_token_id, *plain[: 5 - len(ending)], *ending]
+
+
+def test_an_eos_token_that_is_only_put_in_front_is_no_ending():
+    tokenizer = tiny_tokenizer(eos_token="<eos>", pad_token="<pad>")  # as OPT's
+    special = [("<eos>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<eos> $A", special_tokens=special)
+    append_eos(tokenizer)
+    assert tokenizer("fox")["input_ids"][-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_of_the_probing_is_left_in_the_tokenizer(kind):
+    tokenizer = with_post_processor(kind)
+    tokenizer.backend_tokenizer.enable_truncation(77)
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    before = tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding
+    append_eos(tokenizer)
+    assert (tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding) == before
+
+
 # --- saved tokenizers -----------------------------------------------------------------------------------------------
 
 

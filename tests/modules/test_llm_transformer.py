@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
+from sentence_transformers.base.modules.normalize import Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 from transformers import AutoModel, BertConfig, BitsAndBytesConfig, GPT2Config, T5Config
@@ -98,6 +102,88 @@ def test_an_adapter_alone_is_saved_with_everything_that_the_embedding_depends_on
 
 
 # peft 0.21 itself reads the property that transformers 5.23 deprecates.
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("adapted", [True, False], ids=["adapter", "whole"])
+def test_either_name_of_the_dtype_decides_at_load(tiny_llm, tmp_path, name, adapted):
+    backbone = LLMTransformer(tiny_llm)
+    if adapted:
+        backbone.model.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
+    embedder(backbone).save_pretrained(str(tmp_path))
+    options = {"trust_remote_code": True, "model_kwargs": {name: torch.bfloat16}}
+    assert SentenceTransformer(str(tmp_path), **options)[0].model.dtype == torch.bfloat16
+    assert LLMTransformer(tiny_llm, model_kwargs={name: torch.bfloat16}).model.dtype == torch.bfloat16
+
+
+def _rename(weights: dict[str, Tensor]) -> None:
+    weights["base_model.model.layers.0.mlp.other.lora_A.weight"] = weights.pop(min(weights))
+
+
+def _add(weights: dict[str, Tensor]) -> None:
+    weights["base_model.model.layers.9.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 32)
+
+
+def _drop(weights: dict[str, Tensor]) -> None:
+    del weights[min(weights)]
+
+
+def _widen(weights: dict[str, Tensor]) -> None:
+    weights[min(weights)] = torch.ones(3, 32)
+
+
+@pytest.mark.parametrize("damage", [_rename, _add, _drop, _widen])
+def test_an_adapter_that_does_not_fit_is_refused_by_the_name_of_a_weight(tiny_llm, tmp_path, damage):
+    backbone = LLMTransformer(tiny_llm)
+    backbone.model.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
+    embedder(backbone).save_pretrained(str(tmp_path))
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    damage(weights)
+    save_file(weights, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"does not fit its LlamaModel in \d weights? \(layers.*lora_A"):
+        SentenceTransformer(str(tmp_path), trust_remote_code=True)
+
+
+def test_what_is_saved_does_not_depend_on_what_was_encoded_before(tiny_llm, tmp_path):
+    model = embedder(LLMTransformer(tiny_llm))
+    model.save_pretrained(str(tmp_path / "fresh"))
+    encode(model, ["fox", WORDS])
+    model.save_pretrained(str(tmp_path / "used"))
+    fresh, used = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("fresh", "used"))
+    assert fresh == used
+    assert json.loads(fresh)["truncation"] is json.loads(fresh)["padding"] is None
+
+
+def _in_pool(model: SentenceTransformer, texts: list[str], dim: int) -> Tensor:
+    pool = model.start_multi_process_pool(["cpu"])
+    try:
+        return model.encode(texts, truncate_dim=dim, pool=pool, convert_to_tensor=True)
+    finally:
+        model.stop_multi_process_pool(pool)
+
+
+@pytest.mark.parametrize("dim", [1, 16, 32, 99])
+def test_cut_vectors_of_a_model_that_normalises_have_length_one(tiny_llm, tmp_path, dim):
+    model = SentenceTransformer(modules=[LLMTransformer(tiny_llm), Pooling(32), Normalize()], device="cpu")
+    expected = torch.nn.functional.normalize(encode(model, ["fox", WORDS])[:, :dim])
+    torch.testing.assert_close(encode(model, ["fox", WORDS], truncate_dim=dim), expected)
+    torch.testing.assert_close(torch.tensor(model.encode_query("fox", truncate_dim=dim)), expected[0])
+    rows = model.encode(["fox", WORDS], truncate_dim=dim, output_value=None)
+    torch.testing.assert_close(torch.stack([row["sentence_embedding"] for row in rows]), expected)
+    with model.truncate_embeddings(dim):
+        torch.testing.assert_close(encode(copy.deepcopy(model), ["fox", WORDS]), expected)
+        torch.testing.assert_close(encode(pickle.loads(pickle.dumps(model)), ["fox", WORDS]), expected)
+        model.save_pretrained(str(tmp_path))
+    torch.testing.assert_close(
+        encode(SentenceTransformer(str(tmp_path), trust_remote_code=True), ["fox", WORDS]), expected
+    )
+    if dim == 16:
+        torch.testing.assert_close(_in_pool(model, ["fox", WORDS], dim), expected)
+
+
+def test_cut_vectors_of_a_model_that_does_not_normalise_stay_as_they_are(shared):
+    model = embedder(shared)
+    torch.testing.assert_close(encode(model, ["fox"], truncate_dim=8), encode(model, ["fox"])[:, :8])
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_only_safetensors_are_written(tiny_llm, tmp_path):
     backbone = LLMTransformer(tiny_llm)
@@ -251,7 +337,7 @@ def test_a_pooling_of_sentence_transformers_sees_no_prompt_either(tiny_llm, side
     torch.testing.assert_close(encode(model, texts, prompt=prompt), included)
 
 
-@pytest.mark.parametrize("prompt", ["query:", WORDS * 20])
+@pytest.mark.parametrize("prompt", ["query:", WORDS])
 def test_a_prompt_that_covers_the_whole_text_leaves_eos(tiny_llm, prompt):
     backbone = LLMTransformer(tiny_llm, include_prompt=False, max_seq_length=32).eval()
     features = backbone.preprocess([""], prompt=prompt)
@@ -260,6 +346,19 @@ def test_a_prompt_that_covers_the_whole_text_leaves_eos(tiny_llm, prompt):
         result = backbone(features)
     assert result["attention_mask"].sum() == 1
     torch.testing.assert_close(result["readout"][0], result["token_embeddings"][0, -1])
+
+
+@pytest.mark.parametrize(("length", "spare"), [(32, 7), (32, 8), (12, 7), (12, 8)])
+def test_a_prompt_leaves_eight_tokens_to_the_text_or_is_refused(tiny_llm, length, spare):
+    backbone = LLMTransformer(tiny_llm, max_seq_length=length)
+    prompt = "!" * (length - spare - 1)  # a token each, and EOS
+    if spare >= 8:
+        assert backbone.preprocess([WORDS * 2], prompt=prompt)["input_ids"].shape == (1, length)
+        return
+    with pytest.raises(ConfigurationError, match=rf"'!!.*takes {length - 7} tokens.*max_seq_length={length}.*or more"):
+        embedder(backbone).encode(["fox"], prompt=prompt)
+    backbone.max_seq_length = length + 1
+    embedder(backbone).encode(["fox"], prompt=prompt)
 
 
 def test_a_model_with_bos_excludes_bos_with_the_prompt(make_llm):
@@ -366,6 +465,13 @@ def test_encode_refuses_inputs_that_are_not_strings(shared, wrong):
     # encode sorts by length, so the message names the input itself rather than a place in the batch.
     with pytest.raises(InputError, match=rf"^{re.escape(repr(wrong))} is of type .*pass str"):
         embedder(shared).encode(["a much longer text", wrong])
+
+
+@pytest.mark.parametrize("place", ["text", "prompt"])
+def test_half_a_character_is_refused_with_the_text_that_holds_it(shared, place):
+    texts, prompt = (["fine", "a \ud83d b"], None) if place == "text" else (["fine"], "a \ud83d b")
+    with pytest.raises(InputError, match=r"'a \\ud83d b' holds the lone surrogate.*position 2.*Clean it"):
+        encode(embedder(shared), texts, prompt=prompt)
 
 
 def test_a_text_without_tokens_is_refused_with_the_way_out(tiny_llm):

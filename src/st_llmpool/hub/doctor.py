@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 
 from ..modules.attention_proof import verify_attention
+from ..modules.eos import special_tokens_around
 from ..modules.errors import StLlmpoolError
 from ..modules.portable import MANIFEST, UNFINISHED, saved_code
 from ..modules.version import __version__
@@ -278,8 +279,12 @@ def _eos(model: SentenceTransformer) -> Finding:
     limit = model.max_seq_length
     wanted = getattr(model[0], "add_eos_token", None)
     long_text = "word " * (min(limit or 512, 4096) + 8)
-    ends = [model.preprocess([text])["input_ids"][0, -1].item() == tokenizer.eos_token_id for text in ("a", long_text)]
-    detail = f"texts end in EOS: {ends[0]}; truncated texts at {limit} tokens: {ends[1]}; pad {tokenizer.pad_token!r}"
+    ending = special_tokens_around(tokenizer)[1]
+    tokens = [model.preprocess([text])["input_ids"][0].tolist() for text in ("a", long_text)]
+    ends = [bool(ending) and ids[-len(ending) :] == ending for ids in tokens]
+    named = repr(tokenizer.decode(ending)) if ending else "a special token"
+    detail = f"texts end in {named}: {ends[0]}; truncated texts at {limit} tokens: {ends[1]}"
+    detail += f"; pad {tokenizer.pad_token!r}"
     return Finding("EOS and truncation", "failed" if wanted and not all(ends) else "ok", detail)
 
 

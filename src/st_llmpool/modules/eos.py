@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tokenizers import processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -11,36 +13,37 @@ from .errors import ConfigurationError
 
 
 def append_eos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Makes `tokenizer` end every text in EOS, also a truncated one; a BOS that it adds by itself stays.
+    """Makes `tokenizer` end every text in a special token, also a truncated one; a BOS that it adds by itself stays.
 
-    The change is in the tokenizer's post-processor, so it is saved with the tokenizer and any library that
-    loads it reproduces it.
+    A tokenizer whose own template ends texts in special tokens (``<|endoftext|>`` beside an EOS of another name, [SEP],
+    a language code) keeps that ending and gets no second one: it is what the model was trained to read. Any other
+    gets its EOS token. The change is in the tokenizer's post-processor, so it is saved with the tokenizer and any
+    library that loads it reproduces it.
 
     Args:
         tokenizer: Changed in place.
 
     Raises:
-        ConfigurationError: If there is no EOS token, or it cannot be made to stay.
+        ConfigurationError: If there is neither an ending nor an EOS token, or the ending cannot be made to stay.
     """
-    if tokenizer.eos_token_id is None:
+    if ends_every_text(tokenizer):
+        return
+    before, after = special_tokens_around(tokenizer)
+    if not after and tokenizer.eos_token_id is None:
         raise ConfigurationError(
             f"add_eos_token=True, but {type(tokenizer).__name__} has no EOS token. "
             f"Set tokenizer.eos_token, or use add_eos_token=False with pooling 'mean'."
         )
-    if _ends_in_eos(tokenizer):
-        return
+    after = after or [tokenizer.eos_token_id]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        special = tokenizer("a")["input_ids"]
-        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-        before, after = _around(special, plain)
-        backend.post_processor = _with_eos(tokenizer, before, after)
-    if not _ends_in_eos(tokenizer):
+        backend.post_processor = _template(tokenizer, before, after)
+    if not ends_every_text(tokenizer):
         raise ConfigurationError(
-            f"{type(tokenizer).__name__} cannot be made to end texts in {tokenizer.eos_token!r}. "
+            f"{type(tokenizer).__name__} cannot be made to end texts in {tokenizer.decode(after)!r}. "
             f"Use add_eos_token=False with pooling 'mean', or a fast tokenizer."
         )
-    _keep_eos_when_reloaded(tokenizer)
+    _keep_ending_when_reloaded(tokenizer)
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -69,41 +72,69 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.pad_token = choice
 
 
-def _ends_in_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Checks a short text, an empty one and a truncated one."""
-    eos = tokenizer.eos_token_id
-    whole = [tokenizer(text)["input_ids"] for text in ("a", "")]
-    cut = tokenizer("a b c d e f g h i j", truncation=True, max_length=4)["input_ids"]
-    return all(len(ids) > 0 and ids[-1] == eos for ids in [*whole, cut])
+@contextmanager
+def without_truncation(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Clears the truncation and padding of a tokenizer's last call inside, and restores them afterwards.
 
-
-def _keep_eos_when_reloaded(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Makes a tokenizer generic whose class (GPTNeoXTokenizer, ...) builds a post-processor of its own at load."""
-    if type(tokenizer) is PreTrainedTokenizerFast:
+    A fast tokenizer keeps both, and would save them in ``tokenizer.json``.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        yield
         return
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        reloaded = type(tokenizer).from_pretrained(folder)
-    if not _ends_in_eos(reloaded):
-        # The saved tokenizer.json is complete, and the generic class reads it as it is.
-        tokenizer.__class__ = PreTrainedTokenizerFast
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        yield
+    finally:
+        backend.enable_truncation(**truncation) if truncation else backend.no_truncation()
+        backend.enable_padding(**padding) if padding else backend.no_padding()
 
 
-def _around(special: list[int], plain: list[int]) -> tuple[list[int], list[int]]:
-    """Returns the ids that the tokenizer adds before and after a text."""
+def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Returns the ids that the tokenizer adds before and after a text, such as ``([bos], [eos])``."""
+    with without_truncation(tokenizer):
+        special = tokenizer("a")["input_ids"]
+        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     for start in range(len(special) - len(plain) + 1):
         if special[start : start + len(plain)] == plain:
             return special[:start], special[start + len(plain) :]
     return [], []
 
 
-def _with_eos(tokenizer: PreTrainedTokenizerBase, before: list[int], after: list[int]) -> processors.PostProcessor:
-    """Returns a post-processor that adds what the tokenizer adds by itself, and EOS at the end."""
-    added = {index: tokenizer.convert_ids_to_tokens(index) for index in (*before, *after, tokenizer.eos_token_id)}
-    first = [f"{added[index]}:0" for index in before] + ["$A:0"]
-    last = [f"{added[index]}:0" for index in (*after, tokenizer.eos_token_id)]
+def ends_every_text(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Returns whether a text, an empty one and a truncated one all end in the same special tokens."""
+    before, after = special_tokens_around(tokenizer)
+    if not after:
+        return False
+    room = len(before) + len(after)
+    with without_truncation(tokenizer):
+        texts = [tokenizer(text)["input_ids"] for text in ("a", "")]
+        cut = tokenizer("a b c d e f g h i j", truncation=True, max_length=room + 2)["input_ids"]
+    return len(cut) <= room + 2 and all(ids[-len(after) :] == after for ids in [*texts, cut])
+
+
+def _keep_ending_when_reloaded(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes a tokenizer generic whose class (GPTNeoXTokenizer, ...) builds a post-processor of its own at load."""
+    if type(tokenizer) is PreTrainedTokenizerFast:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        reloaded = type(tokenizer).from_pretrained(folder)
+    if not ends_every_text(reloaded):
+        # The saved tokenizer.json is complete, and the generic class reads it as it is.
+        tokenizer.__class__ = PreTrainedTokenizerFast
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, before: list[int], after: list[int]) -> processors.PostProcessor:
+    """Returns a post-processor that adds `before` and `after` to a text."""
+    names = {index: tokenizer.convert_ids_to_tokens(index) for index in (*before, *after)}
+    first = [f"{names[index]}:0" for index in before]
+    last = [names[index] for index in after]
+    single = [*first, "$A:0", *(f"{token}:0" for token in last)]
     return processors.TemplateProcessing(
-        single=first + last,
-        pair=first + last + ["$B:1", f"{tokenizer.eos_token}:1"],
-        special_tokens=[(token, index) for index, token in added.items()],
+        single=single,
+        pair=[*single, "$B:1", *(f"{token}:1" for token in last)],
+        special_tokens=[(token, index) for index, token in names.items()],
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import reprlib
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
+from sentence_transformers.base.modules.normalize import Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -27,7 +29,7 @@ from .attention import (
     set_attention,
 )
 from .attention_proof import verify_attention
-from .eos import append_eos, ensure_pad_token
+from .eos import append_eos, ends_every_text, ensure_pad_token, without_truncation
 from .errors import ConfigurationError, DataError, InputError, nearest
 from .layer_readout import POOLING_FEATURES, READOUTS, TokenSpans, capture_layers, hook_layers
 from .length_split import Read, forward_cost, read_in_groups
@@ -39,6 +41,8 @@ from .weights_identity import identify_by_weights
 logger = logging.getLogger(__name__)
 
 _MAGNITUDE = "lora_magnitude_vector"
+#: Fewest tokens that a prompt must leave to the text.
+ROOM_FOR_TEXT = 8
 _TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 
 
@@ -132,6 +136,10 @@ class LLMTransformer(Transformer, PortableModule):
         self._requested_layers = layers
         processor_kwargs = kwargs.get("processor_kwargs") or {}
         self._requested_length = processor_kwargs.get("model_max_length", kwargs.get("max_seq_length"))
+        if "torch_dtype" in (model_kwargs := kwargs.get("model_kwargs") or {}):
+            # Its older name is the caller's; a saved adapter's own dtype would win over it in transformers.
+            kwargs["model_kwargs"] = {**model_kwargs, "dtype": model_kwargs["torch_dtype"]}
+            del kwargs["model_kwargs"]["torch_dtype"]
         self._load_backbone(model_name_or_path, kwargs)
 
         self.attention = attention
@@ -144,7 +152,12 @@ class LLMTransformer(Transformer, PortableModule):
         self.add_eos_token = is_decoder if add_eos_token is None else add_eos_token
         if self.add_eos_token:
             append_eos(self.tokenizer)
-        elif layer_readout == "eos" and is_decoder and self.tokenizer.eos_token_id is None:
+        elif (
+            layer_readout == "eos"
+            and is_decoder
+            and self.tokenizer.eos_token_id is None
+            and not ends_every_text(self.tokenizer)
+        ):
             raise ConfigurationError(
                 f"layer_readout='eos' reads the EOS token, but the tokenizer of {model_name_or_path!r} has none. "
                 f"Use layer_readout='mean', or set an EOS token on the tokenizer."
@@ -183,18 +196,28 @@ class LLMTransformer(Transformer, PortableModule):
             _check_length(self._requested_length, config)
         return config, is_peft_model
 
-    def _load_model(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
-        """Loads the model; a weight that the files lack is an error, where transformers would draw it at random."""
+    def _load_model(
+        self, model_name_or_path: str, task: Any, config: Any, backend: str, is_peft_model: bool, **kwargs: Any
+    ) -> Any:
+        """Loads the model; weights that the files lack, or an adapter's that fit nothing, are an error.
+
+        transformers would draw the first at random and drop the second, with a logged table.
+        """
         wanted = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}  # to name them ourselves
+        if isinstance(wanted.get("quantization_config"), dict) and hasattr(config, "quantization_config"):
+            del wanted["quantization_config"]  # an adapter's note of how its base was quantised: published so, it knows
         with naming(model_name_or_path, SafetensorError, FileNotFoundError):
-            model, report = super()._load_model(model_name_or_path, *args, **wanted)
-        misshapen = [f"{name}: {list(found)}, not {list(due)}" for name, found, due in report["mismatched_keys"]]
+            model, report = super()._load_model(model_name_or_path, task, config, backend, is_peft_model, **wanted)
+        bad = [f"{name}: {list(found)}, not {list(due)}" for name, found, due in report["mismatched_keys"]]
         # A pooler on the first token, which many encoders are published without, takes no part here.
-        missing = [f"{name}: none" for name in report["missing_keys"] if "pooler" not in name]
-        if bad := sorted(misshapen + missing):
+        bad += [f"{name}: none" for name in report["missing_keys"] if "pooler" not in name]
+        if is_peft_model:
+            # The head of a language model takes no part either.
+            bad += [f"{name}: no place in it" for name in report["unexpected_keys"] if "lm_head." not in name]
+        if bad:
             raise DataError(
-                f"{model_name_or_path} has no fitting values for {len(bad)} weights of its {type(model).__name__} "
-                f"({bad[0]}{', ...' if bad[1:] else ''}): random ones would take their place. Save or download the "
+                f"{model_name_or_path} does not fit its {type(model).__name__} in {len(bad)} weights "
+                f"({min(bad)}{', ...' if bad[1:] else ''}): the embeddings would be wrong. Save or download the "
                 f"model again."
             )
         return model
@@ -321,9 +344,14 @@ class LLMTransformer(Transformer, PortableModule):
         self.tokenizer.model_max_length = value
 
     def on_model_ready(self, model: SentenceTransformer) -> None:
-        """Names the finished model by its weights; sentence-transformers calls this at the end of its construction."""
+        """Names the finished model by its weights, and normalises what `truncate_dim` cuts if the model normalises.
+
+        sentence-transformers calls this at the end of its construction.
+        """
         super().on_model_ready(model)
         identify_by_weights(model)
+        if isinstance(model[-1], Normalize):
+            model._inference = partial(_infer_with_unit_length, model)
 
     def preprocess(self, inputs: Sequence[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Tokenizes texts.
@@ -334,14 +362,22 @@ class LLMTransformer(Transformer, PortableModule):
             **kwargs: As ``Transformer.preprocess``.
 
         Raises:
-            InputError: If an input is not a string, or has no token.
+            InputError: If an input is not a string, cannot be encoded, or has no token.
+            ConfigurationError: If the prompt leaves no room for a text.
         """
         for text in inputs:
             if not isinstance(text, str):
                 raise InputError(
                     f"{reprlib.repr(text)} is of type {type(text).__name__}; this model embeds text: pass str."
                 )
-        features = super().preprocess(inputs, *args, **kwargs)
+        prompt = kwargs.get("prompt") or (args[0] if args else None)
+        try:
+            self.check_prompt(prompt)
+            features = super().preprocess(inputs, *args, **kwargs)
+        except (TypeError, UnicodeEncodeError):
+            for text in (prompt or "", *inputs):
+                _check_surrogates(text)
+            raise
         for index, length in enumerate(_token_counts(features)):
             if length == 0:
                 raise InputError(
@@ -349,6 +385,25 @@ class LLMTransformer(Transformer, PortableModule):
                     f"add_eos_token=True, or leave such texts out."
                 )
         return features
+
+    def check_prompt(self, prompt: str | None) -> None:
+        """Refuses a prompt that leaves fewer than :data:`ROOM_FOR_TEXT` tokens of `max_seq_length` to the text.
+
+        Raises:
+            ConfigurationError: If it does: truncation would give most texts after it the same vector.
+        """
+        limit = self.max_seq_length
+        if not prompt or limit is None:
+            return
+        # With the settings of any other call: a fast tokenizer keeps them, and other threads may be using it.
+        count = len(self.tokenizer([prompt], padding=True, truncation="longest_first")["input_ids"][0])
+        if limit - count < ROOM_FOR_TEXT:
+            count = len(self.tokenizer(prompt, verbose=False)["input_ids"])
+            raise ConfigurationError(
+                f"The prompt {reprlib.repr(prompt)} takes {count} tokens, special tokens included, of "
+                f"max_seq_length={limit} and leaves fewer than {ROOM_FOR_TEXT} to the text. Shorten it, or use "
+                f"max_seq_length={count + ROOM_FOR_TEXT} or more."
+            )
 
     def _get_prompt_length(self, prompt: str, **kwargs: Any) -> int | None:
         """Counts the tokens that are the prompt's whatever text follows.
@@ -382,7 +437,8 @@ class LLMTransformer(Transformer, PortableModule):
         self._prepare_if_replaced()
         root = Path(output_path).resolve()
         begin_save(root)
-        super().save(output_path, *args, **{**kwargs, "safe_serialization": True})
+        with without_truncation(self.tokenizer):
+            super().save(output_path, *args, **{**kwargs, "safe_serialization": True})
         _name_magnitudes(root)
         save_source_files(type(self), root)
         save_requirements(root)
@@ -453,6 +509,30 @@ def _check_length(length: int | None, config: PreTrainedConfig) -> None:
         raise ConfigurationError(
             f"max_seq_length={length} is beyond the {limit} positions of this {config.model_type}. Use at most {limit}."
         )
+
+
+def _check_surrogates(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(error.start - 20, 0) : error.start + 20]
+        raise InputError(
+            f"{around!r} holds the lone surrogate {text[error.start]!r} at position {error.start} of the text: half a "
+            f"character, which has no encoding. Clean it, for instance by text.encode(errors='replace').decode()."
+        ) from error
+
+
+def _infer_with_unit_length(
+    model: SentenceTransformer, inputs: list, *, truncate_dim: int | None = None, **kwargs: Any
+) -> Any:
+    """Runs sentence-transformers' inference, which cuts vectors after the model has normalised them."""
+    if truncate_dim is not None:
+        kwargs["normalize_embeddings"] = True
+    found = type(model)._inference(model, inputs, truncate_dim=truncate_dim, **kwargs)
+    if truncate_dim is not None and kwargs.get("output_value", "") is None:
+        for item in found:
+            item["sentence_embedding"] = nn.functional.normalize(item["sentence_embedding"], dim=-1)
+    return found
 
 
 def _check_backend(backend: str) -> None:
