@@ -1,0 +1,168 @@
+"""Find what in a saved model is code or names code, and how much of it is the installed package's own; run nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import reprlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .modules.portable import CODE_HEADER, saved_code
+from .modules.version import __version__
+
+_PACKAGE = Path(__file__).parent
+_HEADER = re.compile(re.escape(CODE_HEADER).replace(re.escape(__version__), r"(\d[\w.+-]*)"))
+
+#: Keys under which sentence-transformers looks up a class by its dotted name.
+_CLASS_KEYS = {"type", "types", "tokenizer_class", "activation_function", "activation_fn"}
+#: Keys at which transformers downloads kernels and peft imports a package, whatever trust_remote_code is.
+_UNASKED_KEYS = {"allow_all_kernels", "use_kernels", "kernel_config", "megatron_config"}
+#: Keys that name code which transformers and peft run on trust_remote_code only.
+_ASKED_KEYS = {"auto_map", "custom_pipelines", "parent_library", "trust_remote_code"}
+_BASE_KEY = "base_model_name_or_path"
+_DOTTED = re.compile(r"\w+(\.\w+)+")
+#: ``user/repository--file.Class``, as transformers names a class of another repository.
+_ELSEWHERE = re.compile(r"[\w.-]+/[\w.-]+--[\w.]+")
+_KERNEL = re.compile(r"_implementation$")
+#: What a file must hold to be of interest: reading all of a large tokenizer.json would take seconds.
+_WORTH_READING = re.compile(
+    "|".join(sorted(_UNASKED_KEYS | _ASKED_KEYS | _CLASS_KEYS - {"type"} | {_BASE_KEY}))
+    + r'|_implementation"|/[\w.-]*--|"type"\s*:\s*"\w+\.'
+)
+_ESCAPED = re.compile(r"\\u00([0-7][0-9a-fA-F])")
+#: Where sentence-transformers looks up classes, and peft the base of an adapter, without being asked.
+_LIBRARIES = ("sentence_transformers.", "torch.nn.")
+_PEFT_LIBRARIES = ("transformers.", "sentence_transformers.")
+
+
+@dataclass(frozen=True)
+class FolderCode:
+    """The code of a saved model, and of its adapter's base if that is a folder.
+
+    Attributes:
+        own: Class references, such as ``llm_transformer.LLMTransformer``, to files that are the same as the installed
+            package's, with the import path of the installed class.
+        same: Names of the files that are the same as the installed package's.
+        foreign: What loading needs or would run unasked, and is not the installed package's.
+        named: What names code that runs on trust_remote_code only; without it, libraries use a class of their own or
+            fail.
+        idle: Python files that nothing names.
+    """
+
+    own: dict[str, str]
+    same: tuple[str, ...]
+    foreign: tuple[str, ...]
+    named: tuple[str, ...]
+    idle: tuple[str, ...]
+
+    @property
+    def to_trust(self) -> tuple[str, ...]:
+        """What trust_remote_code would let run and the installed package does not have."""
+        return (*self.foreign, *self.named)
+
+
+def find_code(folder: Path) -> FolderCode:
+    """Looks through every JSON and Python file of a saved model, however deep, for code and names of code.
+
+    Args:
+        folder: A saved model. Symbolic links are followed, pipes and devices are not opened.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "config.json").write_text('{"auto_map": {"AutoModel": "evil.Evil"}}')
+        ...     find_code(Path(folder)).named
+        ("config.json: AutoModel 'evil.Evil'",)
+    """
+    files = {file.relative_to(folder).as_posix(): file for file in _files(folder)}
+    code = {name: file for name, file in files.items() if name.endswith(".py")}
+    same = {name: place for name, file in code.items() if (place := _same_in(file, name))}
+    changed = {name: _difference(file, name) for name, file in code.items() if name not in same and _installed(name)}
+    own, foreign, named, read = {}, list(changed.values()), [], set()
+    for name, file in files.items():
+        for keys, value in _leaves(file) if name.endswith(".json") else ():
+            said = f"{name}: {keys[-1]} {reprlib.repr(value)}"
+            if _CLASS_KEYS & {*keys} and _DOTTED.fullmatch(value) and not value.startswith(_LIBRARIES):
+                stem, _, attribute = value.partition(".")
+                source = f"{stem}.py"
+                if source in same and "." not in attribute:
+                    own[value] = f"{__package__}.{same[source]}.{value}"
+                elif source not in changed:  # which is listed already
+                    foreign.append(said)
+                read.add(source)
+            elif _UNASKED_KEYS & {*keys} or (any(map(_KERNEL.search, keys)) and "/" in value):
+                foreign.append(said)
+            elif _ELSEWHERE.search(value) or (_ASKED_KEYS & {*keys} and not value.startswith(_PEFT_LIBRARIES)):
+                named.append(said)
+            elif keys[-1] == _BASE_KEY and Path(value).is_dir() and Path(value).resolve() != folder.resolve():
+                base = find_code(Path(value))
+                foreign += [f"{value}/{item}" for item in base.foreign]
+                named += [f"{value}/{item}" for item in base.named]
+    idle = [name for name in code if name not in {*same, *changed, *read}]
+    return FolderCode(own, tuple(sorted(same)), tuple(dict.fromkeys(foreign)), tuple(dict.fromkeys(named)), tuple(idle))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yields the regular files below `folder`, through links too, each folder once."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.realpath(place)
+        if here in seen:
+            folders.clear()
+            continue
+        seen.add(here)
+        folders.sort()
+        yield from (file for name in sorted(names) if (file := Path(place, name)).is_file())
+
+
+def _installed(name: str) -> Path | None:
+    """Returns the installed package's module file of that name."""
+    files = (_PACKAGE / folder / name for folder in ("modules", "poolings"))
+    return next((file for file in files if "/" not in name and name != "__init__.py" and file.is_file()), None)
+
+
+def _same_in(file: Path, name: str) -> str | None:
+    """Returns the installed package's folder that holds the same file, None if there is none."""
+    installed = _installed(name)
+    if installed is None or _HEADER.sub(CODE_HEADER, _text(file), count=1) != saved_code(installed):
+        return None
+    return installed.parent.name
+
+
+def _difference(file: Path, name: str) -> str:
+    """Says kindly how a file that has a name of ours differs: most are of another version, and not planted."""
+    header = _HEADER.match(_text(file))
+    return f"{name} (marked as of st_llmpool {header[1]}; the installed {__version__} has another)" if header else name
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _leaves(file: Path) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields the true and non-empty values of a JSON file as text, with the keys that lead to each.
+
+    Numbers are left out, since a tokenizer's vocabulary gives one to every word that a key could be.
+    """
+    text = _text(file)
+    if not _WORTH_READING.search(_ESCAPED.sub(lambda match: chr(int(match[1], 16)), text)):
+        return
+    try:
+        stack: list[tuple[tuple[str, ...], Any]] = [(("",), json.loads(text))]
+    except (ValueError, RecursionError):  # no loader can read it either
+        return
+    while stack:
+        keys, value = stack.pop()
+        if isinstance(value, dict):
+            stack.extend(((*keys, key), item) for key, item in reversed(value.items()))
+        elif isinstance(value, list):
+            stack.extend((keys, item) for item in reversed(value))
+        elif value is True or (isinstance(value, str) and value):
+            yield keys, str(value)

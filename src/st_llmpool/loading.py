@@ -1,0 +1,115 @@
+"""Load a saved model without running code of its folder; every command of ours loads models by this."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, IncompleteSnapshotError
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import ORIGINAL_TRANSFORMER_MODELS, import_from_string
+
+from .folder_code import FolderCode, find_code
+from .modules.errors import ConfigurationError, DataError, StLlmpoolError
+
+
+def load_model(
+    model: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    device: str | None = None,
+    **kwargs: Any,
+) -> SentenceTransformer:
+    """Loads a saved model; without `trust_remote_code` by the installed package's code, and no other.
+
+    sentence-transformers asks for `trust_remote_code` for every module that is not its own. Where the folder's code is
+    the same as the installed package's, the installed classes are used, so that no flag is needed and nothing of the
+    folder runs.
+
+    Args:
+        model: Folder or Hub id of a saved model, or of a language model.
+        trust_remote_code: Run the code of the folder or repository.
+        revision: Branch, tag or commit of a Hub model.
+        token: Hub token.
+        device: Where to load it.
+        **kwargs: For ``SentenceTransformer``.
+
+    Raises:
+        ConfigurationError: If it needs code that is not the installed package's, and `trust_remote_code` is not given.
+        DataError: If it cannot be loaded.
+
+    Example:
+        >>> load_model("runs/mine/model").encode("a text").shape  # doctest: +SKIP
+        (1024,)
+    """
+    name = str(model)
+    options: dict[str, Any] = {"token": token, "device": device, **kwargs}
+    code = FolderCode({}, (), (), (), ())
+    if not trust_remote_code:
+        folder, revision = _code_of(name, revision, token)
+        if not any((folder / file).is_file() for file in ("modules.json", "config.json", "adapter_config.json")):
+            raise DataError(f"{name} is no saved model: it has neither modules.json nor config.json.")
+        code = find_code(folder)
+        if code.foreign:
+            raise foreign_code_error(name, code)
+    try:
+        if trust_remote_code:
+            return SentenceTransformer(name, trust_remote_code=True, revision=revision, **options)
+        return _load_with_classes(name, code.own, revision=revision, **options)
+    except Exception as error:  # of many libraries
+        if code.named and "trust_remote_code" in str(error):
+            raise foreign_code_error(name, code) from error
+        if isinstance(error, StLlmpoolError):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{name} cannot be loaded: {reason[:500]}") from error
+
+
+def foreign_code_error(name: str, code: FolderCode) -> ConfigurationError:
+    """Returns the error for a model whose code is not the installed package's, where no flag is given.
+
+    Args:
+        name: Folder or Hub id.
+        code: What was found there.
+    """
+    return ConfigurationError(
+        f"{name} brings code that is not the installed st_llmpool's: {'; '.join(code.to_trust)}. Read it, then allow "
+        f"it with --trust-remote-code (in Python and in recipes trust_remote_code)."
+    )
+
+
+def _load_with_classes(name: str, classes: dict[str, str], **options: Any) -> SentenceTransformer:
+    """Loads a model with installed classes for some of its references; a private method of sentence-transformers 6.2.
+
+    Args:
+        name: Folder or Hub id.
+        classes: References in the model's files, with the import path of the class.
+        **options: For ``SentenceTransformer``.
+    """
+    installed = {reference: import_from_string(path) for reference, path in classes.items()}
+    for reference, found in installed.items():
+        if not getattr(found, "is_st_llmpool_module", False):
+            raise DataError(
+                f"{name} names {reference} as a module, and that is none. Save or download the model again."
+            )
+    return SentenceTransformer._load_with_module_classes(name, installed, trust_remote_code=False, **options)
+
+
+def _code_of(name: str, revision: str | None, token: str | None) -> tuple[Path, str | None]:
+    """Returns a folder with all JSON and Python files of a model, and the commit that they are of."""
+    if os.path.isdir(name):
+        return Path(name), revision
+    if "/" not in name and name.lower() not in ORIGINAL_TRANSFORMER_MODELS:  # as sentence-transformers does
+        name = f"{SentenceTransformer.default_huggingface_organization}/{name}"
+    try:
+        folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=["*.json", "*.py"]))
+    except IncompleteSnapshotError as error:  # offline: what is not here cannot be loaded either
+        folder = Path(error.snapshot_path)
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{name} is no folder, and cannot be read from the Hub: {reason[:300]}") from error
+    return folder, folder.name
