@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -70,3 +71,55 @@ def test_our_errors_are_one_message_without_a_traceback(tmp_path, monkeypatch, c
     printed = capsys.readouterr().err
     assert "ConfigurationError" in printed
     assert "Traceback" not in printed
+
+
+def run_main(monkeypatch, capsys, *arguments):
+    """Exit code and what the command line prints on standard error, as a user sees it."""
+    monkeypatch.setattr(sys, "argv", ["st-llmpool", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code, capsys.readouterr().err.strip()
+
+
+class ForeignError(ValueError):
+    """As of a model's own copy of our code: its classes are not the package's."""
+
+    is_st_llmpool_error = True
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ForeignError("two\nlines"), "ForeignError: two lines"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/model"), "No space left on device: out/model"),
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
+        (OSError("no file named config.json\nin x"), "OSError: no file named config.json in x"),
+        (ConnectionError("Name or service\nnot known"), "ConnectionError: Name or service not known"),
+        (ModuleNotFoundError("x: pip install 'st_llmpool[eval]'"), "x: pip install 'st_llmpool[eval]'"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_user_can_mend_is_one_line(monkeypatch, capsys, error, line):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("st_llmpool.hub.doctor.examine", fail)
+    assert run_main(monkeypatch, capsys, "doctor", "x") == (1, line)
+
+
+def test_what_is_ours_to_mend_keeps_its_traceback(monkeypatch):
+    def fail(*args, **kwargs):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("st_llmpool.hub.doctor.examine", fail)
+    monkeypatch.setattr(sys, "argv", ["st-llmpool", "doctor", "x"])
+    with pytest.raises(TypeError, match="a bug"):
+        main()
+
+
+def test_help_groups_the_commands(capsys):
+    text = CliRunner().invoke(app, ["--help"]).output
+    panels = [text.index(title) for title in ("Build and train", "Evaluate", "Share")]
+    assert panels == sorted(panels)
+    assert all(command.rich_help_panel for command in app.registered_commands)
+    assert panels[0] < text.index(" train ") < panels[1] < text.index(" compare ") < panels[2] < text.index(" push ")

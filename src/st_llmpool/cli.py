@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
-from .modules.errors import StLlmpoolError
 from .modules.version import __version__
 
 app = typer.Typer(
     name="st-llmpool",
-    help="Turn a decoder LLM into a text-embedding model: build, train, evaluate, examine.",
+    help="Turn a decoder LLM into a text-embedding model: build, train, evaluate, share.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -20,16 +19,36 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
-    """Runs the command line; an error of ours is printed as one message, without a traceback."""
-    from rich.console import Console
-    from rich.text import Text
+_BUILD, _EVALUATE, _SHARE = "Build and train", "Evaluate", "Share"
+#: What the libraries for the network raise.
+_NETWORK = ("httpx2", "httpx", "httpcore2", "httpcore", "huggingface_hub", "requests", "urllib3")
 
+
+def main() -> None:
+    """Run the command line; what a user can mend is one line on standard error and exit code 1, without a traceback."""
     try:
         app()
-    except StLlmpoolError as error:
-        Console(stderr=True).print(Text(f"{type(error).__name__}: {error}", "bold red"))
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        from rich.console import Console
+        from rich.text import Text
+
+        Console(stderr=True, soft_wrap=True).print(Text(message, "bold red"))
         raise SystemExit(1) from None
+
+
+def _message(error: Exception) -> str | None:
+    """Return the line to print for an error that a user can mend; None for one that is ours to mend."""
+    words = " ".join(str(error).split())
+    if getattr(error, "is_st_llmpool_error", False):  # also from a shared model's own copy of our code
+        return f"{type(error).__name__}: {words}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK:
+        return f"{type(error).__name__}: {words[:500]}"
+    return words if isinstance(error, ImportError) and "pip install" in words else None
 
 
 @app.callback(invoke_without_command=True)
@@ -41,7 +60,7 @@ def _version(
         raise typer.Exit
 
 
-@app.command()
+@app.command(rich_help_panel=_BUILD)
 def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for the model and its results.")] = Path("runs/quickstart"),
 ) -> None:
@@ -54,7 +73,7 @@ def quickstart(
     run(out)
 
 
-@app.command()
+@app.command(rich_help_panel=_BUILD)
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file.", metavar="RECIPE", exists=True, dir_okay=False)],
     overrides: Annotated[
@@ -63,14 +82,14 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this run.")] = False,
 ) -> None:
-    """Train a model as RECIPE says. On several processes: accelerate launch -m st_llmpool train RECIPE."""
+    """Train an embedding model from RECIPE. On several processes: accelerate launch -m st_llmpool train RECIPE."""
     from .training import Recipe
     from .training import train as run
 
     run(Recipe.from_yaml(recipe, overrides=overrides or []), resume=resume)
 
 
-@app.command("batch-size")
+@app.command("batch-size", rich_help_panel=_BUILD)
 def batch_size(
     recipe: Annotated[Path, typer.Argument(help="YAML file.", metavar="RECIPE", exists=True, dir_okay=False)],
     overrides: Annotated[
@@ -81,7 +100,7 @@ def batch_size(
     ] = None,
     at_most: Annotated[int, typer.Option(help="The largest batch to try.", min=2)] = 4096,
 ) -> None:
-    """Find the largest batch that RECIPE can train with in a given memory, by training two steps with each size."""
+    """Find the largest batch that RECIPE can train with in a given memory, by two trial steps of each size."""
     from rich.console import Console
 
     from .training import Recipe
@@ -101,7 +120,7 @@ def batch_size(
         console.print("A larger one fits with loss.mini_batch_size, which caches gradients.")
 
 
-@app.command()
+@app.command(rich_help_panel=_BUILD)
 def adapt(
     base: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model, or builtin.")],
     data: Annotated[
@@ -116,19 +135,21 @@ def adapt(
     column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
     attention: Annotated[str, typer.Option(help="bidirectional or causal.")] = "bidirectional",
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; one pass over the data by default.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Texts to a step.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Batch size.")] = 64,
     learning_rate: Annotated[
         float | None, typer.Option(help="By default 2e-4 for an adapter, 2e-5 for the full model.")
     ] = None,
-    mask_share: Annotated[float, typer.Option(help="Share of the tokens that are masked.")] = 0.2,
+    mask_share: Annotated[float, typer.Option(help="Fraction of the tokens that are masked.")] = 0.2,
     tune: Annotated[str, typer.Option(help="What trains: lora (merged at the end) or full.")] = "lora",
     merge: Annotated[
         list[float] | None,
-        typer.Option(help="Share of the trained weights in the result, 0 to 1; of several the best is taken."),
+        typer.Option(
+            help="Weight of the trained model in the result, 0 to 1 (the rest is the base); of several the best is used."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this run.")] = False,
 ) -> None:
-    """Train BASE to predict masked tokens, which makes bidirectional attention pay, and say what it brought."""
+    """Adapt BASE with masked next-token prediction and report the gain."""
     from rich.console import Console
 
     from .training import AdaptRecipe
@@ -152,7 +173,7 @@ def adapt(
     console.print(f"Written: {result.model_dir}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=_EVALUATE)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub id.", metavar="MODEL")],
     out: Annotated[Path, typer.Option(help="Folder for mteb's result files and the table.")],
@@ -163,7 +184,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(help="The most rows, queries or documents of each task of the suite.", min=1)
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Texts to a batch.", min=1)] = 32,
+    batch_size: Annotated[int, typer.Option(help="Batch size.", min=1)] = 32,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
     """Evaluate MODEL with mteb: a local suite (no network), a benchmark, or single tasks."""
@@ -185,7 +206,7 @@ def evaluate(
     Console().print(result.to_rich_table())
 
 
-@app.command()
+@app.command(rich_help_panel=_EVALUATE)
 def study(
     study_file: Annotated[
         str,
@@ -194,18 +215,18 @@ def study(
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="Folder for results and report; runs/<study> by default.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder that {data} in the study stands for.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder to put in place of {data} in the study.")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder for checkpoints and models; OUT/work by default.")] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
     take_from: Annotated[
-        list[Path] | None, typer.Option(help="OUT of another study, whose equal runs count; may be repeated.")
+        list[Path] | None, typer.Option(help="Reuse identical runs of another study's output folder; may be repeated.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print runs, cost and power, and stop.")] = False,
     report_only: Annotated[
         bool, typer.Option("--report", help="Report on the finished runs, without new ones.")
     ] = False,
 ) -> None:
-    """Train and evaluate designs alike, test which is better, and report it. Started again, it goes on where it was.
+    """Train and evaluate several designs under equal conditions, and report paired tests. Resumes when run again.
 
     Several machines may work on one OUT; so may the processes of: accelerate launch -m st_llmpool study STUDY.
     """
@@ -237,7 +258,7 @@ def study(
         console.print(f"Written: {report}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=_EVALUATE)
 def compare(
     paths: Annotated[
         list[str],
@@ -249,7 +270,7 @@ def compare(
     ],
     contrast: Annotated[
         list[str] | None,
-        typer.Option(help="A pair A:B that was chosen before looking; up to six. All other pairs are exploratory."),
+        typer.Option(help="A pre-registered comparison A:B; up to six. All other pairs are exploratory."),
     ] = None,
     model: Annotated[list[str] | None, typer.Option(help="Compare only this model; may be repeated.")] = None,
     metric: Annotated[str, typer.Option(help="The score to compare, such as ndcg_at_10.")] = "main_score",
@@ -267,7 +288,7 @@ def compare(
     json_file: Annotated[Path | None, typer.Option("--json", help="File for every statistic.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the tables (CSV, Markdown) and pictures (PNG).")] = None,
 ) -> None:
-    """Compare two or more models on any mteb results: paired tests over tasks, corrected, and what they could find."""
+    """Compare models on mteb results: paired tests over tasks, corrected for multiplicity, with their power."""
     from rich.console import Console
 
     from .study import compare as run
@@ -288,7 +309,7 @@ def compare(
         console.print(f"Written: {path}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=_BUILD)
 def select(
     pool: Annotated[
         list[str], typer.Argument(help="Parquet, JSONL, CSV or TSV file, folder or Hub data set.", metavar="POOL...")
@@ -310,10 +331,10 @@ def select(
     target_column: Annotated[list[str] | None, typer.Option(help="The same for SET; as for POOL by default.")] = None,
     by: Annotated[str | None, typer.Option(help="A column of POOL to count the chosen rows by, besides files.")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens of a text that count.", min=1)] = 512,
-    batch_size: Annotated[int, typer.Option(help="Texts to a batch.", min=1)] = 32,
+    batch_size: Annotated[int, typer.Option(help="Batch size.", min=1)] = 32,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
-    """Choose the K training rows of POOL that look most like the rows of SET."""
+    """Select the K rows of POOL that are most similar to the rows of SET."""
     from rich.console import Console
 
     from .training.selection import select_rows
@@ -337,12 +358,12 @@ def select(
     console.print(f"Written: {out} and {out.with_suffix('.json')}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=_SHARE)
 def doctor(
     model: Annotated[str, typer.Argument(help="Folder or Hub id.", metavar="MODEL")],
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
-    """Examine MODEL: attention as measured, EOS, padding, weights, sharing. Exit code 1 if anything fails."""
+    """Check MODEL: measured attention, EOS, padding, weights, files. Exit code 1 if a check fails."""
     from rich.console import Console
 
     from .hub.doctor import examine
@@ -352,15 +373,15 @@ def doctor(
     raise typer.Exit(0 if diagnosis.ok else 1)
 
 
-@app.command()
+@app.command(rich_help_panel=_EVALUATE)
 def layers(
     model: Annotated[str, typer.Argument(help="Folder or Hub id.", metavar="MODEL")],
-    texts: Annotated[Path | None, typer.Option(help="A file with a text a line; a few are built in.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="A text file, one text a line; a few are built in.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A PNG to draw.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for every figure.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
-    """Show what each layer of MODEL is worth alone, how alike the layers are, and what the pooling reads from each."""
+    """Show what each layer of MODEL gives on its own, how similar the layers are, and which the pooling reads."""
     import json
 
     from rich.console import Console
@@ -379,7 +400,7 @@ def layers(
         Console().print(f"Drawn: {plot}")
 
 
-@app.command()
+@app.command(rich_help_panel=_SHARE)
 def card(
     model: Annotated[Path, typer.Argument(help="A saved model.", metavar="DIR", exists=True, file_okay=False)],
     results: Annotated[Path | None, typer.Option(help="The --out folder of st-llmpool evaluate.")] = None,
@@ -388,7 +409,7 @@ def card(
     license: Annotated[str | None, typer.Option(help="Licence of the model, such as apache-2.0.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
-    """Write the model card of DIR anew: design, attention, cost, layer use, training, results."""
+    """Regenerate the model card of DIR: design, attention, cost, layer use, training, results."""
     from rich.console import Console
 
     from .card import read_results, write_card
@@ -404,15 +425,21 @@ def card(
     Console().print(f"Written: {file}")
 
 
-@app.command()
+@app.command(rich_help_panel=_SHARE)
 def export(
     source: Annotated[Path, typer.Argument(help="A saved model.", metavar="DIR", exists=True, file_okay=False)],
     target: Annotated[Path, typer.Argument(help="A folder that does not exist yet.", metavar="OUT")],
-    native: Annotated[bool, typer.Option("--native", help="Loads with neither flag nor package, if it can.")] = False,
+    native: Annotated[
+        bool,
+        typer.Option(
+            "--native",
+            help="Only sentence-transformers' own modules, so that it loads with no flag; refused where that is not exact.",
+        ),
+    ] = False,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the backbone.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
-    """Copy DIR to OUT, merged or native, after a fresh process gave the same vectors."""
+    """Copy DIR to OUT, merged or native, once a fresh process has given the same vectors."""
     from rich.console import Console
 
     from .hub.export import export as run
@@ -422,7 +449,7 @@ def export(
     Console().print(f'Written: SentenceTransformer("{target}"{flag})', highlight=False)
 
 
-@app.command()
+@app.command(rich_help_panel=_SHARE)
 def push(
     model: Annotated[Path, typer.Argument(help="A saved model.", metavar="DIR", exists=True, file_okay=False)],
     repo_id: Annotated[
@@ -435,11 +462,11 @@ def push(
     native: Annotated[
         bool | None, typer.Option("--native/--portable", help="Form; native where the design has it by default.")
     ] = None,
-    no_check: Annotated[bool, typer.Option("--no-check", help="Push whatever the doctor says.")] = False,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Push even if the doctor's checks fail.")] = False,
     message: Annotated[str | None, typer.Option(help="Title of the commit or pull request.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
-    """Examine DIR and upload it to the Hub in one commit. The token is that of `hf auth login` or HF_TOKEN."""
+    """Check DIR and upload it to the Hub in one commit, with the token of `hf auth login` or HF_TOKEN."""
     from rich.console import Console
 
     from .hub.push import push as run
@@ -463,7 +490,7 @@ def push(
     console.print(f"Pushed: {pushed.url}, commit {pushed.commit}\nLoad it: {pushed.how_to_load()}")
 
 
-@app.command()
+@app.command(rich_help_panel=_BUILD)
 def soup(
     models: Annotated[list[str], typer.Argument(help="Folders or Hub ids, two at least.", metavar="MODEL...")],
     out: Annotated[Path, typer.Option(help="A folder that does not exist yet.")],
@@ -474,7 +501,7 @@ def soup(
     data: Annotated[Path | None, typer.Option(help="Folder that holds the suite's data sets.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the models' own code.")] = False,
 ) -> None:
-    """Average the weights of MODELs that were trained from one base: all of them, or greedily those that help."""
+    """Average the weights of MODELs trained from one base: all of them, or greedily those that help."""
     from rich.console import Console
 
     from .data.training_data import FORMATS, DatasetSettings
@@ -497,7 +524,7 @@ def soup(
     console.print(f"Written: {made.model_dir}")
 
 
-@app.command()
+@app.command(rich_help_panel=_SHARE)
 def submission(
     model: Annotated[str, typer.Argument(help="Hub id, or the folder that was pushed.", metavar="MODEL")],
     out: Annotated[Path, typer.Option(help="A folder that does not exist yet.")],
@@ -518,7 +545,7 @@ def submission(
     release_date: Annotated[str | None, typer.Option(help="YYYY-MM-DD; today by default.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
 ) -> None:
-    """Write what the MTEB leaderboard asks for: results, description, mock run, and what to do with them."""
+    """Write what the MTEB leaderboard asks for: results, model description, mock run, instructions."""
     from rich.console import Console
 
     from .hub.submission import Authorship

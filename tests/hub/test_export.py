@@ -34,9 +34,11 @@ def save(model: SentenceTransformer, folder: Path) -> Path:
     return folder
 
 
-def test_a_native_export_loads_without_flag_and_gives_the_same_vectors(tiny_llm, tmp_path):
+def test_a_native_export_loads_without_flag_and_gives_the_same_vectors(tiny_llm, tmp_path, monkeypatch):
     model = build_embedder(tiny_llm, attention="bidirectional", pooling="mean", prompts={"query": "the dog: "})
-    export(save(model, tmp_path / "ours"), tmp_path / "native", native=True, trust_remote_code=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "json.py").write_text("raise RuntimeError('the fresh process imports from the current folder')")
+    export(save(model, Path("ours")), Path("native"), native=True, trust_remote_code=True)
     native = SentenceTransformer(str(tmp_path / "native"))
     np.testing.assert_allclose(native.encode(TEXTS), model.encode(TEXTS), atol=1e-6)
     np.testing.assert_allclose(native.encode_query(TEXTS), model.encode_query(TEXTS), atol=1e-6)

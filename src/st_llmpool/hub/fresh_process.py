@@ -57,9 +57,9 @@ def embed_in_fresh_process(
             "trust_remote_code": trust_remote_code,
             "result": str(result),
         }
-        command = [sys.executable, "-c", _EMBED, json.dumps(order)]
-        # In the scratch folder, so that nothing of the current one can be imported by accident.
-        finished = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
+        # In the current folder, where relative paths start (of an adapter's base too); -P imports nothing from there.
+        command = [sys.executable, "-P", "-c", _EMBED, json.dumps(order)]
+        finished = subprocess.run(command, capture_output=True, text=True)
         if finished.returncode != 0:
             last = finished.stderr.strip().splitlines()[-1:] or ["no message"]
             raise InputError(f"The model in {folder} does not load in a fresh process: {last[0]}")
