@@ -4,7 +4,7 @@ Texts of lognormal length (median 64 tokens, 95th percentile 512). `encode` sort
 in its batches is the ceiling. Run it as
 
     python benchmarks/padding.py [--device cuda]
-    python benchmarks/padding.py --fit      what a forward costs in tokens, the constant in length_split.py
+    python benchmarks/padding.py --fit      what a forward costs in tokens, the constant in length_groups.py
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from harness import (
     words,
 )
 from sentence_transformers import SentenceTransformer
+
+from st_llmpool import optimize_inference
 
 MEDIAN, PERCENTILE_95, LONGEST, REQUIRED_SHARE, REQUIRED_SPEED = 64, 512, 2048, 0.9, 1.3
 
@@ -81,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     shape = "tiny" if args.quick else {"cpu": "small", "cuda": "qwen3-0.6b"}[args.device]
     with tempfile.TemporaryDirectory() as scratch:
         ours = our_model(random_backbone(shape, Path(scratch), args.device), "mean-bidirectional", args.device)
+    optimize_inference(ours)
     plain = plain_model("", "bidirectional", "mean", args.device, like=ours)
     many = sorted(corpus(ours.tokenizer, *((64, 40) if args.quick else (3200, LONGEST))), key=len, reverse=True)
     size = args.batch_size
@@ -88,7 +91,6 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     starts = range(0, len(many), size) if args.quick else range(len(many) // 8, len(many), len(many) // 4)
     texts = [text for start in starts for text in many[start : start + size]]
     runs = [lambda model=model: model.encode(texts, batch_size=size) for model in (ours, plain)]
-    runs[0]()  # a backbone's first batch is run both ways
     real = sum(map(len, ours.tokenizer(texts)["input_ids"]))
     left, found = (computed_tokens(model, texts, size) - real for model in (plain, ours))
     what = f"padding not computed, {len(texts)} texts, batch {size}"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from harness import Row, arguments, cells, finish, machine
 
-SCRIPTS = ("folded_head", "encoding_overhead", "prefix_reuse", "padding", "utilisation", "training", "in_batch_loss")
+SCRIPTS = ("folded_head", "encoding_overhead", "shared_start", "padding", "utilisation", "training", "in_batch_loss")
 HEADER = ("what", "ours", "plain", "ratio (95 %)", "limit", "verdict", "note")
 
 

@@ -21,8 +21,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from st_llmpool.attention_proof import AttentionReport, verify_attention
 from st_llmpool.modules.attention import decoder_layers, is_encoder, set_attention
-from st_llmpool.modules.attention_proof import AttentionReport, verify_attention
 from st_llmpool.modules.errors import AttentionError, ConfigurationError
 from tests.architecture_zoo import VARIANTS, build, decoder_types
 

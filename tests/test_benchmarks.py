@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 RATIOS = (
     "folded_head",
     "encoding_overhead",
-    "prefix_reuse",
+    "shared_start",
     "padding",
     "utilisation",
     "training",

@@ -30,7 +30,7 @@ HEAVY = {"torch", "transformers", "sentence_transformers", "numpy", "mteb", "dat
 # Who may import whom, from the bottom up; what is not named here (the command line, the quickstart) is on top.
 STOREYS = [
     {"modules"},
-    {"poolings"},
+    {"poolings", "attention_proof", "fast_inference"},
     {"losses", "data", "parameters", "utils", "adapters"},
     {"layer_use", "pictures", "card"},
     {"designs"},

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from .modules.version import __version__
 
 if TYPE_CHECKING:
+    from .attention_proof import AttentionReport, verify_attention
     from .designs import DESIGNS, POOLINGS, build_embedder
+    from .fast_inference import optimize_inference
     from .modules.attention import set_attention
-    from .modules.attention_proof import AttentionReport, verify_attention
 
 __all__ = [
     "DESIGNS",
@@ -18,6 +19,7 @@ __all__ = [
     "AttentionReport",
     "__version__",
     "build_embedder",
+    "optimize_inference",
     "set_attention",
     "verify_attention",
 ]
@@ -26,9 +28,10 @@ _FILES = {
     "DESIGNS": ".designs",
     "POOLINGS": ".designs",
     "build_embedder": ".designs",
+    "optimize_inference": ".fast_inference",
     "set_attention": ".modules.attention",
-    "AttentionReport": ".modules.attention_proof",
-    "verify_attention": ".modules.attention_proof",
+    "AttentionReport": ".attention_proof",
+    "verify_attention": ".attention_proof",
 }
 
 

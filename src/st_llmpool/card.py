@@ -15,10 +15,10 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.model_card import generate_model_card
 
+from .attention_proof import verify_attention
 from .data.texts import TextSettings
 from .data.training_data import DatasetSettings
 from .layer_use import SAMPLE_TEXTS, layer_use
-from .modules.attention_proof import verify_attention
 from .modules.errors import ConfigurationError, DataError, StLlmpoolError
 from .modules.version import __version__
 from .modules.weights_identity import IdentifiedCardData

@@ -13,8 +13,8 @@ from sentence_transformers.base.modules.normalize import Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from .adapters import add_adapter
+from .attention_proof import verify_attention
 from .card import EmbedderCardData
-from .modules.attention_proof import verify_attention
 from .modules.errors import ConfigurationError, nearest
 from .modules.latent_attention_pooling import LatentAttentionPooling
 from .modules.llm_transformer import LLMTransformer
@@ -199,6 +199,7 @@ def build_embedder(
         add_eos_token=add_eos_token,
         include_prompt=include_prompt,
         max_seq_length=max_seq_length,
+        verify=False,  # the full proof follows, if asked for
         model_kwargs=hub | {key: value for key, value in given.items() if value is not None} | (model_kwargs or {}),
         processor_kwargs=hub | (processor_kwargs or {}),
         config_kwargs=dict(hub),

@@ -15,8 +15,8 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from st_llmpool.attention_proof import attention_of
 from st_llmpool.modules.attention import (
-    attention_of,
     decoder_layers,
     find_backbone,
     is_encoder,

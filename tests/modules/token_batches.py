@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from st_llmpool.fast_inference import FastInference, optimize_inference
 
 
 def embed(pooling: nn.Module, **features: Tensor) -> Tensor:
@@ -63,15 +66,23 @@ def computed_tokens(backbone: Any) -> Iterator[list[tuple[int, int]]]:
 
 def plain(backbone: Any, features: dict[str, Any]) -> dict[str, Any]:
     """Runs the backbone without any fast path."""
-    switches = backbone.prefix_reuse, backbone.length_split, backbone.packing
-    backbone.prefix_reuse = backbone.length_split = backbone.packing = False
+    runner, backbone.batch_runner = backbone.batch_runner, None
     try:
         with torch.no_grad(), computed_tokens(backbone) as shapes:
             outputs = backbone(features)
         assert shapes == [tuple(features["input_ids"].shape)]
         return outputs
     finally:
-        backbone.prefix_reuse, backbone.length_split, backbone.packing = switches
+        backbone.batch_runner = runner
+
+
+def switch_on(backbone: Any, *ways: str) -> FastInference:
+    """Optimises the backbone, checks that `ways` are used, and leaves out the others."""
+    found = optimize_inference(backbone)
+    assert all(map(found.uses, ways)), found
+    others = {"shared start", "packing", "length groups"} - set(ways)
+    backbone.batch_runner = dataclasses.replace(found, reasons=dict.fromkeys(others, "not in this test"))
+    return found
 
 
 def assert_same(outputs: dict[str, Any], expected: dict[str, Any], atol: float = 1e-5) -> None:

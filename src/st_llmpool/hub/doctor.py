@@ -19,7 +19,7 @@ from rich.text import Text
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 
-from ..modules.attention_proof import verify_attention
+from ..attention_proof import verify_attention
 from ..modules.eos import special_tokens_around
 from ..modules.errors import StLlmpoolError
 from ..modules.portable import MANIFEST, UNFINISHED, saved_code

@@ -2,13 +2,15 @@
 
 transformers (5.2 and later) reads the direction from two places, the config while it builds the mask and each
 attention module where it needs none; either alone is silently wrong for some families. Both are set here, with the few
-corrections that make more families right. Whether it worked is measured in `attention_proof`, never assumed.
+corrections that make more families right. Whether it worked is measured: by two short forwards here, at every load, and
+layer by layer in the package's `verify_attention`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,9 +21,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from .errors import AttentionError, ConfigurationError, nearest
 
+logger = logging.getLogger(__name__)
+
 ATTENTION_MODES = ("causal", "bidirectional")
-#: How the name of the attention begins that runs packed batches, and all others as sdpa does.
-PACKED = "packed_"
 # bert-generation is BERT under another name, and missing from transformers' list.
 _ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
 
@@ -81,17 +83,6 @@ def set_attention(model: nn.Module, mode: str) -> None:
     _set_modules(layers, mode)
     _set_buffers(layers, mode)
     _set_chunks(backbone, layers)
-
-
-def attention_of(model: nn.Module) -> str:
-    """Returns the attention that the config of `model` asks for: `"causal"` or `"bidirectional"`.
-
-    That is a claim, not a proof; `verify_attention` measures. See `set_attention` for an example.
-    """
-    backbone = find_backbone(model)
-    text_config = backbone.config.get_text_config(decoder=True)
-    bidirectional = is_encoder(backbone) or getattr(text_config, "is_causal", True) is False
-    return "bidirectional" if bidirectional else "causal"
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -168,20 +159,6 @@ def position_ids_from(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def batch_sets_positions(model: nn.Module) -> bool:
-    """Returns whether rotary positions depend on the longest text of a batch, so that a part of it gets others."""
-    config = find_backbone(model).config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
-    return bool(kinds & {"dynamic", "longrope"})
-
-
-def implementation_of(model: nn.Module) -> str:
-    """Returns the name of the attention implementation; what packs batches stands in for ``sdpa``."""
-    name = str(find_backbone(model).config._attn_implementation)
-    return "sdpa" if name.startswith(PACKED) else name
-
-
 def needs_position_ids(model: nn.Module) -> bool:
     """Returns whether left padding changes a text's vector unless positions are counted from its first real token.
 
@@ -201,6 +178,107 @@ def needs_position_ids(model: nn.Module) -> bool:
         ):
             return False
     return True
+
+
+def check_attention(model: nn.Module, expected: str) -> None:
+    """Check by two short forwards that the attention mode was not lost; `verify_attention` proves it in full.
+
+    Skipped, with one logged line, where a forward is costly or impossible: see `why_no_forward`.
+
+    Args:
+        model: As in `set_attention`, in eval mode.
+        expected: `"causal"` or `"bidirectional"`.
+
+    Raises:
+        AttentionError: If the forwards show another attention, fail, or give NaN or infinity.
+    """
+    reason = why_no_forward(model)
+    if reason:
+        logger.info("Attention was not checked at load because the model is %s; verify_attention does.", reason)
+        return
+    found = measured_attention(model)
+    if found != expected:
+        raise AttentionError(
+            f"{_name(find_backbone(model))} should be {expected} but is {found}. Call set_attention(model, "
+            f"{expected!r}) after every load and PEFT wrap, or use another attn_implementation or base."
+        )
+
+
+def why_no_forward(model: nn.Module, parameters: Iterable[nn.Parameter] | None = None) -> str | None:
+    """Return why a forward of the backbone now would be costly or impossible; None if it is neither.
+
+    Args:
+        model: The backbone.
+        parameters: Those to look at; None is all.
+    """
+    if getattr(model, "is_quantized", False):
+        return "quantised"
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        return "spread over devices or offloaded"
+    for parameter in model.parameters() if parameters is None else parameters:
+        if parameter.is_meta:
+            return "on the meta device"
+        # By name: importing DTensor costs every load half a second. DeepSpeed and the older FSDP mark what they shard.
+        marked = any(hasattr(parameter, mark) for mark in ("ds_id", "_fsdp_flattened"))
+        if marked or type(parameter).__name__ == "DTensor":
+            return "sharded"
+    return None
+
+
+@torch.no_grad()
+def measured_attention(model: nn.Module) -> str:
+    """Measure the attention of the whole model by two short forwards, one of them padded.
+
+    Returns:
+        `"causal"`, `"bidirectional"`, or `"batch_dependent"` if the padded forward shows another direction.
+
+    Raises:
+        AttentionError: If the forwards fail, or give NaN or infinity.
+    """
+    backbone = find_backbone(model)
+    length, padding, changed = 9, 3, 4
+    generator = torch.Generator().manual_seed(20240917)
+    text, others = random_ids(backbone, 2, length + padding, generator=generator)
+    seen = []
+    for width in (length, length + padding):
+        ids = text[:width].repeat(2, 1)
+        ids[1, changed] = others[changed]
+        mask = torch.ones_like(ids)
+        mask[:, length:] = 0
+        states = run_on_ids(backbone, ids, mask).last_hidden_state[:, :length].float()
+        if not states.isfinite().all():
+            raise AttentionError(
+                f"{_name(backbone)} gives NaN or infinity on an ordinary text: its weights are broken or "
+                f"{backbone.dtype} cannot hold its activations. Check the checkpoint, or load it in float32."
+            )
+        moved = (states[0] - states[1]).norm(dim=-1)
+        seen.append(bool(moved[:changed].norm() > 1e-3 * moved[changed + 1 :].norm()))
+    if seen[0] != seen[1]:
+        return "batch_dependent"
+    return "bidirectional" if seen[0] else "causal"
+
+
+def random_ids(backbone: PreTrainedModel, *shape: int, generator: torch.Generator) -> Tensor:
+    """Draw ids that no config field names as special, so that no token means padding or an image."""
+    special = set(_special_ids(backbone.config.to_dict()))
+    weight: Any = backbone.get_input_embeddings().weight  # of peft's wrappers too, which lack num_embeddings
+    ordinary = torch.tensor([token for token in range(weight.shape[0]) if token not in special] or [0])
+    return ordinary[torch.randint(len(ordinary), shape, generator=generator)]
+
+
+def run_on_ids(backbone: PreTrainedModel, ids: Tensor, mask: Tensor) -> Any:
+    """Return the output of the backbone for ids and mask (B, T); whatever fails is an AttentionError that names it."""
+    weight: Any = backbone.get_input_embeddings().weight
+    accepted = inspect.signature(backbone.forward).parameters
+    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
+    inputs = {"input_ids": ids.to(weight.device), "attention_mask": mask.to(weight.device), "use_cache": False}
+    try:
+        return backbone(**{name: value for name, value in inputs.items() if anything or name in accepted})
+    except Exception as error:
+        raise AttentionError(
+            f"{_name(backbone)} cannot run on token ids and a mask alone ({type(error).__name__}: {error}). "
+            f"Use a text model as the base, or another attn_implementation."
+        ) from error
 
 
 def _refuse_encoder_decoder(backbone: PreTrainedModel) -> None:
@@ -321,6 +399,14 @@ def _lists_of_blocks(tower: nn.Module, counts: set[int | None]) -> Iterator[tupl
         blocks = isinstance(module, nn.ModuleList) and len(module) in counts
         if blocks and all(any(True for _ in block.children()) for block in module):
             yield name, module
+
+
+def _special_ids(config: dict[str, Any]) -> Iterator[int]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _special_ids(value)
+        elif str(name).endswith(("token_id", "token_ids", "token_index")):
+            yield from (item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int))
 
 
 def _name(backbone: PreTrainedModel) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,29 +15,23 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.base.modules.normalize import Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from .attention import (
     ATTENTION_MODES,
-    batch_sets_positions,
+    check_attention,
     decoder_layers,
     is_encoder,
     needs_position_ids,
     position_ids_from,
     set_attention,
 )
-from .attention_proof import verify_attention
 from .eos import append_eos, ends_every_text, ensure_pad_token, without_truncation
 from .errors import ConfigurationError, DataError, InputError, nearest
 from .layer_readout import POOLING_FEATURES, READOUTS, TokenSpans, capture_layers, hook_layers
-from .length_split import Read, forward_cost, read_in_groups
-from .packing import KERNELS, Packing
 from .portable import PortableModule, begin_save, copy_assets, naming, save_requirements, save_source_files
-from .prefix_reuse import PrefixReuse
 from .weights_identity import identify_by_weights
-
-logger = logging.getLogger(__name__)
 
 _MAGNITUDE = "lora_magnitude_vector"
 #: Fewest tokens that a prompt must leave to the text.
@@ -64,6 +57,7 @@ class LLMTransformer(Transformer, PortableModule):
         include_prompt: False keeps the prompt's tokens out of readout and pooling.
         causal_layers: Layers (1-based) that are known to stay causal under ``attention="bidirectional"``,
             accepted on purpose; written by ``build_embedder(allow_partial=True)``.
+        verify: Check the attention by two short forwards, at every load too; not saved.
         **kwargs: Everything that ``Transformer`` takes.
 
     Raises:
@@ -72,9 +66,8 @@ class LLMTransformer(Transformer, PortableModule):
             line, where the model is quantised, sharded, offloaded or on the meta device.
 
     Attributes:
-        prefix_reuse: False turns off what :class:`PrefixReuse` does in inference. Set it on the module; not saved.
-        length_split: False turns off what :func:`read_in_groups` does in inference. Set it on the module; not saved.
-        packing: False turns off what :class:`Packing` does in inference. Set it on the module; not saved.
+        batch_runner: Runs a batch in inference instead of :meth:`run`: ``(module, features, spans) -> features``.
+            None, as after every load, is :meth:`run` itself. ``st_llmpool.optimize_inference`` sets it; not saved.
 
     Inputs:
         ``input_ids`` (B, T) and ``attention_mask`` (B, T) with padding on any side, or flat ``input_ids``
@@ -103,12 +96,7 @@ class LLMTransformer(Transformer, PortableModule):
         "causal_layers",
     ]
 
-    #: Compute the tokens that all texts of a batch start with once, in inference with causal attention.
-    prefix_reuse: bool = True
-    #: Run a padded batch in groups of like length, in inference.
-    length_split: bool = True
-    #: Run a padded batch as one row of its real tokens, in inference.
-    packing: bool = True
+    batch_runner: Callable[[LLMTransformer, dict[str, Any], TokenSpans], dict[str, Any]] | None = None
 
     #: Where a saved model was loaded from, and how; None for one that was built.
     _loaded_from: tuple[str, dict[str, Any]] | None = None
@@ -123,6 +111,7 @@ class LLMTransformer(Transformer, PortableModule):
         add_eos_token: bool | None = None,
         include_prompt: bool = True,
         causal_layers: Sequence[int] = (),
+        verify: bool = True,
         **kwargs: Any,
     ) -> None:
         _check_choice("attention", attention, ATTENTION_MODES)
@@ -164,7 +153,8 @@ class LLMTransformer(Transformer, PortableModule):
             )
         ensure_pad_token(self.tokenizer)
         self._prepare_model()
-        self._check_attention()
+        if verify:
+            check_attention(self.model, attention)
 
     def _load_backbone(self, model_name_or_path: str, kwargs: dict[str, Any]) -> None:
         try:
@@ -254,27 +244,11 @@ class LLMTransformer(Transformer, PortableModule):
         self.config.get_text_config(decoder=True).use_cache = False
         # In a tuple, or torch would register the model as a second submodule.
         self._prepared = (self.model,)
-        self._prefixes = PrefixReuse()
-        self._packing = Packing()
         self._counts_positions = needs_position_ids(self.model)
-        self._batch_sets_positions = batch_sets_positions(self.model)
-        self._first_position = self._infer_flatten_position_offset()
-        self._weights = sum(parameter.numel() for parameter in self.model.parameters())
-        # Where a look at one parameter tells how the model is spread; to look at all takes as long as a layer.
-        self._samples = (self.model, decoder_layers(self.model)[0])
 
     def _prepare_if_replaced(self) -> None:
         if self._prepared[0] is not self.model:
             self._prepare_model()
-
-    def _check_attention(self) -> None:
-        """Notices a lost attention mode at load, by two short forwards; `verify_attention` proves it in full."""
-        reason = _why_unchecked(self.model)
-        if reason:
-            logger.info("Attention was not checked at load because the model is %s; verify_attention does.", reason)
-            return
-        expected = "partial" if self.causal_layers else self.attention
-        verify_attention(self, expected, light=True).raise_for_failure()
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Runs the backbone; shapes in the class docstring."""
@@ -282,44 +256,14 @@ class LLMTransformer(Transformer, PortableModule):
         features = dict(features)
         for_pooling = {name: features.pop(name) for name in POOLING_FEATURES if name in features}
         spans = TokenSpans.of(features, include_prompt=self.include_prompt)
-        if kwargs or not self._may_run_otherwise(features):
-            features = self._read(features, spans, **kwargs)
-        elif self.prefix_reuse:
-            # The shared tokens first, then the rest by length: they are computed once, and not once for each group.
-            cost, packs = forward_cost(spans.mask.device, self._weights), self._may_pack(spans)
-            features = self._prefixes.read(
-                self.model, features, spans, self.layer_readout, self._read, self._run, cost=cost, packs=packs
-            )
+        if self.batch_runner is None or kwargs or self.training or torch.is_grad_enabled():
+            features = self.run(features, spans, **kwargs)
         else:
-            features = self._run(features, spans, self._read)
+            features = self.batch_runner(self, features, spans)
         return spans.compact(features | for_pooling)
 
-    def _may_run_otherwise(self, features: dict[str, Any]) -> bool:
-        """Allows other forwards than the plain one, unless gradients, a compiler, other ranks or offloading mind."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return False
-        if "position_ids" in features:  # the caller's own, which need not have an entry for each token
-            return False
-        parameters = (next(module.parameters()) for module in self._samples)
-        return not getattr(self.config, "output_hidden_states", False) and not _why_unchecked(self.model, parameters)
-
-    def _run(self, features: dict[str, Any], spans: TokenSpans, read: Read, *, shared: int = 0) -> dict[str, Any]:
-        def padded() -> dict[str, Any]:
-            cost = forward_cost(spans.mask.device, self._weights)
-            if not self.length_split or self._batch_sets_positions or spans.mask.numel() <= cost:  # all it could save
-                return read(features, spans)
-            return read_in_groups(features, spans, read, cost=cost, shared=shared)
-
-        # The rest of texts after a shared start has keys that are no tokens of its own: only whole texts are packed.
-        if shared or not self._may_pack(spans):
-            return padded()
-        return self._packing.read(self.model, features, spans, read, padded, first_position=self._first_position)
-
-    def _may_pack(self, spans: TokenSpans) -> bool:
-        return self.packing and not self._batch_sets_positions and spans.mask.device.type in KERNELS
-
-    def _read(self, features: dict[str, Any], spans: TokenSpans, **kwargs: Any) -> dict[str, Any]:
-        """Runs the backbone on one batch and reads it out."""
+    def run(self, features: dict[str, Any], spans: TokenSpans, **kwargs: Any) -> dict[str, Any]:
+        """Runs the backbone on one batch and reads it out; adds ``token_embeddings``, readout and summaries."""
         # Asked of the parameters: inside a reentrant checkpoint the tensors do not say that they are trained.
         trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.model.parameters())
         if self._counts_positions and not spans.is_flat and "past_key_values" not in kwargs:
@@ -541,27 +485,6 @@ def _check_backend(backend: str) -> None:
             f"backend={backend!r} cannot run an LLMTransformer: attention mode and layer readout need the torch model. "
             f"Use backend='torch'."
         )
-
-
-def _why_unchecked(model: nn.Module, parameters: Iterable[nn.Parameter] | None = None) -> str | None:
-    """Returns why a forward at load would be costly or impossible, None if it is neither.
-
-    Args:
-        model: The backbone.
-        parameters: Those to look at; None is all.
-    """
-    if getattr(model, "is_quantized", False):
-        return "quantised"
-    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-        return "spread over devices or offloaded"
-    for parameter in model.parameters() if parameters is None else parameters:
-        if parameter.is_meta:
-            return "on the meta device"
-        # By name: importing DTensor costs every load half a second. DeepSpeed and the older FSDP mark what they shard.
-        marked = any(hasattr(parameter, mark) for mark in ("ds_id", "_fsdp_flattened"))
-        if marked or type(parameter).__name__ == "DTensor":
-            return "sharded"
-    return None
 
 
 def _shared_start(first: list[int], second: list[int]) -> int:

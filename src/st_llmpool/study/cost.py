@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..modules.attention import implementation_of
+from ..attention_proof import implementation_of
 from ..modules.errors import ConfigurationError
 from ..parameters import count_parameters
 from ..utils.random_state import preserve_rng_state

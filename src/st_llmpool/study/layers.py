@@ -91,7 +91,6 @@ class LayerReport:
         return table
 
 
-_IN_PARTS = ("prefix_reuse", "length_split")
 _OF_READ_LAYERS = {"attention": "attention", "weight_norms": "|W|", "moved": "moves by"}
 
 
@@ -166,9 +165,9 @@ def layer_embeddings(model: SentenceTransformer, texts: Sequence[str], *, batch_
     if not hasattr(backbone, "layer_readout"):
         raise ConfigurationError(f"the backbone is a {type(backbone).__name__}; layers are read from LLMTransformer.")
     layers = list(decoder_layers(backbone.model))
-    was_training, switches = model.training, {name: getattr(backbone, name, False) for name in _IN_PARTS}
+    was_training, runner = model.training, getattr(backbone, "batch_runner", None)
     model.eval()
-    vars(backbone).update(dict.fromkeys(_IN_PARTS, False))  # the hooks below are for whole batches
+    backbone.batch_runner = None  # the hooks below are for padded batches
     rows = []
     try:
         for start in range(0, len(texts), batch_size):
@@ -190,7 +189,7 @@ def layer_embeddings(model: SentenceTransformer, texts: Sequence[str], *, batch_
                     hook.remove()
             rows.append(torch.stack([*outputs, last], dim=1))
     finally:
-        vars(backbone).update(switches)
+        backbone.batch_runner = runner
         model.train(was_training)
     return torch.cat(rows)
 

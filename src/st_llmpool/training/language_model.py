@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..attention_proof import verify_attention
 from ..modules.attention import is_encoder, set_attention
-from ..modules.attention_proof import verify_attention
 from ..modules.errors import ConfigurationError
 from .adapt_recipe import AdaptRecipe
 

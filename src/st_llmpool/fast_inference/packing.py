@@ -8,7 +8,7 @@ package does the same; sentence-transformers sees to that.
 
 from __future__ import annotations
 
-import zlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,16 +22,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .attention import PACKED, find_backbone, implementation_of, position_ids_from
-from .layer_readout import TokenSpans
-from .length_split import OUTPUTS, Read, per_token
-from .prefix_reuse import other_state
-from .shortcut import Outputs, Shortcut
-
-# A model loaded from a repository runs the repository's copy of this file: each copy needs a name of its own, or one
-# would be asked for the texts of a forward that another one has noted.
-# The name is a number, as transformers looks for words such as "flash" in it.
-IMPLEMENTATION = f"{PACKED}{zlib.crc32(__name__.encode())}"
+from ..attention_proof import PACKED_SDPA, implementation_of
+from ..modules.attention import find_backbone, position_ids_from
+from ..modules.layer_readout import TokenSpans
+from .length_groups import OUTPUTS, NotApplicable, per_token
+from .shared_start import other_state
 
 
 @dataclass(frozen=True)
@@ -50,12 +45,11 @@ class Texts:
 Kernel = Callable[[Tensor, Tensor, Tensor, Texts, tuple[int, int], float | None], Tensor]
 
 # State of one forward lives in its context, so that two threads may encode on one model.
-_ACTIVE: ContextVar[Texts | None] = ContextVar(f"{IMPLEMENTATION}_texts", default=None)
+_ACTIVE: ContextVar[Texts | None] = ContextVar(f"{PACKED_SDPA}_texts", default=None)
 
 
-@dataclass
-class Packing(Shortcut):
-    """Runs the batches of one backbone without padding where a kernel for it is at hand.
+def why_not_packed(model: nn.Module, device: str) -> str | None:
+    """Return why a backbone cannot run packed input on a type of device; None if it can.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaModel
@@ -63,47 +57,14 @@ class Packing(Shortcut):
         >>> why_not_packed(LlamaModel(LlamaConfig(**sizes)), "cuda")  # in float32
         'there is no kernel for texts of different lengths in torch.float32'
     """
-
-    message = "Padding is computed: %s."
-
-    def read(
-        self,
-        model: nn.Module,
-        features: dict[str, Any],
-        spans: TokenSpans,
-        read: Read,
-        plain: Callable[[], Outputs],
-        *,
-        first_position: int = 0,
-    ) -> Outputs:
-        """Runs a batch.
-
-        Args:
-            model: The backbone.
-            features: Without gradients, in eval mode.
-            spans: Of the batch.
-            read: Runs one batch, padded or flat.
-            plain: Runs this one with its padding.
-            first_position: Of a text's first token; RoBERTa counts from two.
-
-        Returns:
-            The features with the outputs of `read`, padded as the batch was, zero where it is padding.
-        """
-        if spans.is_flat or bool(features["attention_mask"].all()):
-            return plain()
-        reason = self.off or why_not_packed(model, spans.mask.device.type)
-        if reason:
-            self.decline(reason)
-            return plain()
-        return self.take(model, spans, plain, lambda: _read_packed(model, features, spans, read, first_position))
-
-
-def why_not_packed(model: nn.Module, device: str) -> str | None:
-    """Says why a backbone cannot run packed input on a type of device that is in ``KERNELS``; None if it can."""
     backbone = find_backbone(model)
-    dtypes, _ = KERNELS[device]
+    if device not in KERNELS:
+        return f"there is no kernel for texts of different lengths on {device}"
+    dtypes, kernel = KERNELS[device]
     if backbone.dtype not in dtypes:
         return f"there is no kernel for texts of different lengths in {backbone.dtype}"
+    if kernel is _by_varlen_kernel and importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return f"torch {torch.__version__} has no variable-length attention"
     if not backbone.is_backend_compatible():
         return "its attention cannot be replaced"
     used = implementation_of(model)
@@ -114,21 +75,30 @@ def why_not_packed(model: nn.Module, device: str) -> str | None:
     return other_state(backbone)
 
 
-def _read_packed(
-    model: nn.Module, features: dict[str, Any], spans: TokenSpans, read: Read, first_position: int
-) -> Outputs:
-    backbone: Any = find_backbone(model)
-    if backbone.config._attn_implementation != IMPLEMENTATION:
-        backbone.set_attn_implementation(IMPLEMENTATION)  # which is sdpa in every other forward
+def run_packed(module: Any, features: dict[str, Any], spans: TokenSpans) -> dict[str, Any]:
+    """Run a padded batch as one row of its real tokens.
+
+    Args:
+        module: The ``LLMTransformer``, whose attention is ``PACKED_SDPA``.
+        features: Padded anywhere.
+        spans: Of the batch.
+
+    Returns:
+        The features with the outputs, padded as the batch was, zero where it is padding.
+
+    Raises:
+        NotApplicable: If attention depends on something that the kernel does not know.
+    """
     mask = features["attention_mask"]
     kept = mask.bool()
     lengths = kept.sum(dim=1)
     offsets = nn.functional.pad(lengths.cumsum(dim=0), (1, 0)).int()
     flat = {name: value[kept].unsqueeze(0) if per_token(value, mask) else value for name, value in features.items()}
     del flat["attention_mask"]
+    first_position = module._infer_flatten_position_offset()  # RoBERTa counts from two
     flat |= {"cu_seq_lens_q": offsets, "position_ids": position_ids_from(mask)[kept].unsqueeze(0) + first_position}
     with _within(Texts(offsets, int(lengths.max()))):
-        outputs = read(flat, TokenSpans(spans.mask[kept], offsets[:-1].long(), lengths))
+        outputs = module.run(flat, TokenSpans(spans.mask[kept], offsets[:-1].long(), lengths))
     found = {name: outputs[name] for name in OUTPUTS & outputs.keys()}
     tokens = found["token_embeddings"]
     found["token_embeddings"] = tokens.new_zeros(*mask.shape, tokens.shape[-1])
@@ -154,7 +124,9 @@ def _attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise ValueError(f"the kernel knows no {name}")
+            raise NotApplicable(f"the kernel knows no {name}")
+    if attention_mask is not None:
+        raise NotApplicable("its layers make a mask of their own")
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     window = kwargs.get("sliding_window")
@@ -228,5 +200,5 @@ KERNELS: dict[str, tuple[tuple[torch.dtype, ...], Kernel]] = {
     "cpu": ((torch.float32, torch.float16, torch.bfloat16), _text_by_text),
 }
 
-AttentionInterface.register(IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+AttentionInterface.register(PACKED_SDPA, _attention)
+AttentionMaskInterface.register(PACKED_SDPA, _mask)

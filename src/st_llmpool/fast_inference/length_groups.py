@@ -1,8 +1,8 @@
 """Runs a padded batch in groups of texts of like length, so that less of what is computed is padding.
 
 sentence-transformers sorts texts by their characters and pads each batch to its longest text, so tokens of padding are
-left in every batch. More forwards on narrower groups compute fewer of them, but each forward costs something whatever
-it holds. The groups here make the sum of both the least.
+left in every batch. More forwards on narrower groups compute fewer of them, but each forward has a fixed overhead.
+The groups here make the sum of both the least.
 """
 
 from __future__ import annotations
@@ -14,20 +14,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .layer_readout import TokenSpans
+from ..modules.errors import StLlmpoolError
+from ..modules.layer_readout import TokenSpans
 
 #: Runs a batch, features and spans, and returns the features with the outputs below.
-Read = Callable[..., dict[str, Any]]
+Run = Callable[..., dict[str, Any]]
 #: (B, T, D), (B, D) and, if layers are read, (B, L, D).
 OUTPUTS = {"token_embeddings", "readout", "layer_summaries"}
 
 
+class NotApplicable(StLlmpoolError):
+    """A fast path does not apply to this backbone; the message says why. Raised and caught while it is compared."""
+
+
 def forward_cost(device: torch.device, weights: int) -> int:
-    """Returns what a forward costs whatever it holds, in tokens that could be computed in that time.
+    """Return the fixed overhead of one forward pass, in token-equivalents.
 
     Args:
         device: Where the backbone is.
-        weights: How many numbers its weights are.
+        weights: Number of its parameters.
 
     Example:
         >>> forward_cost(torch.device("cpu"), 500_000_000), forward_cost(torch.device("cuda"), 500_000_000)
@@ -41,14 +46,14 @@ def forward_cost(device: torch.device, weights: int) -> int:
 
 
 def length_groups(lengths: Sequence[int], cost: int) -> list[list[int]]:
-    """Divides texts into groups so that padded tokens and `cost` for each group are the least.
+    """Divide texts into groups that minimise padded tokens plus `cost` per group.
 
     The best groups are runs of the sorted lengths, so the best ones up to each length follow from the best ones up to
     the shorter lengths: for K different lengths K² / 2 sums.
 
     Args:
         lengths: Tokens of each text.
-        cost: What a group costs, in tokens.
+        cost: Overhead of a group, in tokens.
 
     Returns:
         Indices into `lengths`, group by group, short texts first.
@@ -72,48 +77,46 @@ def length_groups(lengths: Sequence[int], cost: int) -> list[list[int]]:
     return groups[::-1]
 
 
-def read_in_groups(
-    features: dict[str, Any], spans: TokenSpans, read: Read, *, cost: int, shared: int = 0
+def run_in_groups(
+    features: dict[str, Any], spans: TokenSpans, run: Run, *, cost: int, shared: int = 0
 ) -> dict[str, Any]:
-    """Runs `read` on each group of texts of like length and returns what it returns for the whole batch.
+    """Run each group of texts of like length and return the outputs in the order of the batch.
 
     Args:
-        features: Padded on the right or on the left; otherwise, and if flat, the batch is run as it is.
-        spans: Of the whole batch.
-        read: Runs one batch.
-        cost: What a forward costs, in tokens.
-        shared: First tokens that `read` does not compute for each text.
+        features: Padded on the right or on the left; a batch with padding on both sides is run as it is.
+        spans: Of the batch.
+        run: Runs one batch.
+        cost: Overhead of a forward, in tokens.
+        shared: Leading tokens that `run` does not compute for each text.
 
     Returns:
-        The features with the outputs of `read`; padding that was not computed is zero in ``token_embeddings``.
+        The features with the outputs of `run`; padding that was not computed is zero in ``token_embeddings``.
     """
-    if spans.is_flat:
-        return read(features, spans)
     mask = features["attention_mask"]
     starts_padded, ends_padded = (bool((mask[:, column] == 0).any()) for column in (0, -1))
     if starts_padded and ends_padded:
-        return read(features, spans)
+        return run(features, spans)
     width = mask.shape[1]
     count = torch.arange(1, width + 1, device=mask.device)
     lengths = (mask.bool() * (count.flip(0) if starts_padded else count)).amax(dim=1).tolist()
     groups = length_groups([length - shared for length in lengths], cost)
     if len(groups) == 1 and max(lengths) == width:
-        return read(features, spans)
-    whole: dict[str, Tensor] = {}
+        return run(features, spans)
+    found: dict[str, Tensor] = {}
     for rows in groups:
         longest = max(lengths[row] for row in rows)
         columns = slice(width - longest, width) if starts_padded else slice(longest)
         part = {name: value[rows][:, columns] if per_token(value, mask) else value for name, value in features.items()}
-        outputs = read(part, TokenSpans(spans.mask[rows][:, columns]))
+        outputs = run(part, TokenSpans(spans.mask[rows][:, columns]))
         for name in OUTPUTS & outputs.keys():
             output, place = outputs[name], (rows, columns) if name == "token_embeddings" else (rows,)
-            if name not in whole:
+            if name not in found:
                 shape = (*mask.shape, *output.shape[2:]) if len(place) == 2 else (len(mask), *output.shape[1:])
-                whole[name] = output.new_zeros(shape)
-            whole[name][place] = output
-    return features | whole
+                found[name] = output.new_zeros(shape)
+            found[name][place] = output
+    return features | found
 
 
 def per_token(value: object, mask: Tensor) -> bool:
-    """Returns whether a feature has one entry for each token of a padded batch, (B, T, ...)."""
+    """Return whether a feature has one entry for each token of a padded batch, (B, T, ...)."""
     return isinstance(value, Tensor) and value.shape[:2] == mask.shape

@@ -8,7 +8,6 @@ changed, and the proof looks at which others moved.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,9 +17,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .attention import ATTENTION_MODES, attention_of, decoder_layers, find_backbone, implementation_of
-from .errors import AttentionError, ConfigurationError, nearest
+from .modules.attention import (
+    ATTENTION_MODES,
+    decoder_layers,
+    find_backbone,
+    is_encoder,
+    measured_attention,
+    random_ids,
+    run_on_ids,
+)
+from .modules.errors import AttentionError, ConfigurationError, nearest
 
+#: The attention of a model that runs packed batches, and all others as sdpa does; see `fast_inference`.
+PACKED_SDPA = "st_llmpool_packed"
 VERDICTS = ("causal", "bidirectional", "partial", "batch_dependent", "padding_leak", "padding_side")
 
 _EXPLANATIONS = {
@@ -49,8 +58,6 @@ _FULL, _SHORT = 12, 9
 _SEEN = 2e-5
 # Noise is measured on the model itself; an effect must stand out from it by this factor.
 _ABOVE_NOISE = 8.0
-# The light form compares two rows of one batch and knows no noise, so it asks for more.
-_GLANCED = 1e-3
 
 
 @dataclass(frozen=True)
@@ -231,13 +238,30 @@ def verify_attention(model: nn.Module, expected: str | None = None, *, light: bo
         "dtype": str(backbone.dtype).removeprefix("torch."),
     }
     with _undisturbed(backbone), torch.no_grad():
-        probe = _Probe(backbone)
         if light:
-            return AttentionReport(verdict=probe.glance(), light=True, **about)
+            return AttentionReport(verdict=measured_attention(backbone), light=True, **about)
+        probe = _Probe(backbone)
         layers, whole = probe.layers(), probe.whole()
         mixing = any(layer.direction not in ("tokenwise", "not_run") for layer in layers)
-        verdict = _verdict(layers, whole, backbone.dtype) if mixing else probe.glance()
+        verdict = _verdict(layers, whole, backbone.dtype) if mixing else measured_attention(backbone)
     return AttentionReport(verdict=verdict, layers=layers, **whole, **about)
+
+
+def attention_of(model: nn.Module) -> str:
+    """Returns the attention that the config of `model` asks for: `"causal"` or `"bidirectional"`.
+
+    That is a claim, not a proof; `verify_attention` measures. See `set_attention` for an example.
+    """
+    backbone = find_backbone(model)
+    text_config = backbone.config.get_text_config(decoder=True)
+    bidirectional = is_encoder(backbone) or getattr(text_config, "is_causal", True) is False
+    return "bidirectional" if bidirectional else "causal"
+
+
+def implementation_of(model: nn.Module) -> str:
+    """Returns the name of the attention implementation; what packs batches stands in for ``sdpa``."""
+    name = str(find_backbone(model).config._attn_implementation)
+    return "sdpa" if name == PACKED_SDPA else name
 
 
 def _claim(model: nn.Module) -> str:
@@ -349,22 +373,6 @@ class _Probe:
             "leak": share(other_padding[1:, :_SHORT], text, 1.0),  # the same shapes, so nothing flips by rounding
         }
 
-    def glance(self) -> str:
-        """Returns the direction that two forwards of the whole model show, one of them padded."""
-        changed = _SHORT // 2
-        seen = []
-        for padding in (0, _FULL - _SHORT):
-            ids = torch.cat([self.texts[0, :_SHORT], self.padding[0, :padding]]).repeat(2, 1)
-            ids[1, changed] = self.texts[1, changed]
-            mask = torch.ones_like(ids)
-            mask[:, _SHORT:] = 0
-            states = self._last(self._run(ids, mask))
-            moved = _norms(states[:1] - states[1:])[0]
-            seen.append(_rms(moved[:changed]) > _GLANCED * _rms(moved[changed + 1 : _SHORT]))
-        if seen[0] != seen[1]:
-            return "batch_dependent"
-        return "bidirectional" if seen[0] else "causal"
-
     def _layer(self, number: int, layer: nn.Module) -> LayerReport:
         found = {situation: self._direction(layer, situation) for situation in self.calls}
         leaks = [self._leak(layer, situation, found[situation][2]) for situation in ("right", "left")]
@@ -469,12 +477,7 @@ class _Probe:
         handles += [module.register_forward_hook(after) for module in watched]
         name = type(self.backbone).__name__
         try:
-            self._forward(ids, mask)
-        except Exception as error:
-            raise AttentionError(
-                f"{name} cannot run on token ids and a mask alone ({type(error).__name__}: {error}). "
-                f"Use a text model as the base, or another attn_implementation."
-            ) from error
+            run_on_ids(self.backbone, ids, mask)
         finally:
             for handle in handles:
                 handle.remove()
@@ -490,22 +493,8 @@ class _Probe:
             )
         return calls
 
-    def _forward(self, ids: Tensor, mask: Tensor) -> None:
-        device = self._embeddings().weight.device
-        accepted = inspect.signature(self.backbone.forward).parameters
-        anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
-        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
-        self.backbone(**{name: value for name, value in inputs.items() if anything or name in accepted})
-
-    def _embeddings(self) -> Any:
-        return self.backbone.get_input_embeddings()
-
     def _random_ids(self, *shape: int) -> Tensor:
-        """Draws ids that no config field names as special, so that no token means padding or an image."""
-        special = set(_special_ids(self.backbone.config.to_dict()))
-        size = self._embeddings().num_embeddings
-        ordinary = torch.tensor([token for token in range(size) if token not in special] or [0])
-        return ordinary[torch.randint(len(ordinary), shape, generator=self.generator)]
+        return random_ids(self.backbone, *shape, generator=self.generator)
 
 
 @contextmanager
@@ -519,14 +508,6 @@ def _undisturbed(backbone: PreTrainedModel) -> Iterator[None]:
         finally:
             for module, mode in modes.items():
                 module.training = mode
-
-
-def _special_ids(config: dict[str, Any]) -> Iterator[int]:
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _special_ids(value)
-        elif str(name).endswith(("token_id", "token_ids", "token_index")):
-            yield from (item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int))
 
 
 def _token_axis(tensor: Tensor, shape: tuple[int, ...]) -> int | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
-import logging
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,10 +23,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from st_llmpool.fast_inference import optimize_inference
+from st_llmpool.fast_inference.shared_start import shared_start
+from st_llmpool.modules.attention import set_attention
 from st_llmpool.modules.llm_transformer import LLMTransformer
-from st_llmpool.modules.prefix_reuse import PrefixReuse, shared_start
 from tests.conftest import save_tiny_llm
-from tests.modules.token_batches import assert_same, computed_tokens, id_batch, plain
+from tests.modules.token_batches import assert_same, computed_tokens, id_batch, plain, switch_on
 
 SIZES = {
     "hidden_size": 32,
@@ -50,12 +50,6 @@ SHARED, LENGTHS = 12, [13, 40, 20, 14, 39, 13, 22, 33, 17, 28]
 PROMPT = "the quick brown fox: over the lazy dog: "
 
 
-@pytest.fixture(autouse=True)
-def no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rest of texts after a shared start is not packed; whole batches are compared with."""
-    monkeypatch.setattr(LLMTransformer, "packing", False)
-
-
 @pytest.fixture(scope="module", params=sorted(CONFIGS))
 def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LLMTransformer:
     folder = save_tiny_llm(tmp_path_factory.mktemp(request.param), copy.deepcopy(CONFIGS[request.param]))
@@ -64,12 +58,8 @@ def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def llama(tiny_llm: str) -> LLMTransformer:
-    return LLMTransformer(tiny_llm, attention="causal").eval()
-
-
-def trusted(backbone: LLMTransformer) -> LLMTransformer:
-    """Skips the comparison with the plain forward, which returns the plain vectors."""
-    backbone._prefixes = PrefixReuse(checked=1000)
+    backbone = LLMTransformer(tiny_llm, attention="causal").eval()
+    switch_on(backbone, "shared start", "length groups")
     return backbone
 
 
@@ -84,9 +74,9 @@ def test_vectors_are_those_of_the_plain_forward(backbone, readout, monkeypatch):
     for include_prompt, prompt_length in ((True, 5), (False, 5), (False, SHARED), (False, 15)):
         monkeypatch.setattr(backbone, "include_prompt", include_prompt)
         for split in (True, False):
-            monkeypatch.setattr(backbone, "length_split", split)
+            switch_on(backbone, "shared start", *["length groups"] * split)
             features = id_batch(LENGTHS, shared=SHARED, seed=prompt_length) | {"prompt_length": prompt_length}
-            outputs, shapes = run(trusted(backbone), features)
+            outputs, shapes = run(backbone, features)
             assert_same(outputs, plain(backbone, features))
             assert shapes[0] == (1, SHARED)
             assert shapes[1:] == [(10, 28)] if not split else len(shapes) > 2
@@ -96,16 +86,14 @@ def test_vectors_are_those_of_the_plain_forward(backbone, readout, monkeypatch):
 def test_bfloat16_differs_by_rounding_only(backbone):
     features = id_batch(LENGTHS, shared=SHARED)
     model = copy.deepcopy(backbone).to(torch.bfloat16)
-    outputs, shapes = run(trusted(model), features)
+    switch_on(model, "shared start")
+    outputs, shapes = run(model, features)
     expected = plain(model, features)
     assert shapes[0] == (1, SHARED)
     assert outputs["token_embeddings"].dtype == torch.bfloat16
     for name in ("readout", "layer_summaries"):
         one, other = outputs[name].flatten(0, -2), expected[name].flatten(0, -2)
         assert ((one - other).norm(dim=1) / other.norm(dim=1)).max() < 0.03
-    model._prefixes = PrefixReuse()
-    run(model, features)
-    assert (model._prefixes.off, model._prefixes.checked) == (None, 40)
 
 
 @pytest.mark.parametrize("include_prompt", [True, False], ids=["prompt kept", "prompt excluded"])
@@ -114,20 +102,18 @@ def test_encode_with_a_prompt_gives_the_same_vectors(backbone, include_prompt):
         modules=[backbone, Pooling(32, pooling_mode="mean")], device="cpu", prompts={"query": PROMPT}
     )
     model.set_pooling_include_prompt(include_prompt)
-    backbone._prefixes = PrefixReuse()
     words = PROMPT.split()
     many = [" ".join(words[n % 5 : n % 8]) for n in range(200)]
     for texts in (["", "fox", "a quick dog"], ["fox"], ["", ""], ["dog"] * 9, many):
+        switch_on(backbone, "shared start", "length groups")
         with computed_tokens(backbone) as shapes:
             fast = model.encode(texts, prompt_name="query", batch_size=64, convert_to_tensor=True)
-        backbone.prefix_reuse = backbone.length_split = False
+        optimize_inference(model, False)
         with computed_tokens(backbone) as plain_shapes:
             slow = model.encode(texts, prompt_name="query", batch_size=64, convert_to_tensor=True)
-        del backbone.prefix_reuse, backbone.length_split  # back to the class's
         torch.testing.assert_close(fast, slow, rtol=0, atol=1e-5)
     tokens, plain_tokens = (sum(rows * columns for rows, columns in each) for each in (shapes, plain_shapes))
     assert tokens < 0.7 * plain_tokens
-    assert backbone._prefixes.off is None
 
 
 def test_the_shared_start_ends_before_the_last_token_of_any_text():
@@ -146,41 +132,30 @@ def test_the_shared_start_ends_before_the_last_token_of_any_text():
 
 def test_padding_on_the_left_reuses_nothing_and_changes_no_vector(backbone):
     features = id_batch(LENGTHS, shared=SHARED, side="left")
-    outputs, shapes = run(trusted(backbone), features)
+    switch_on(backbone, "shared start", "length groups")
+    outputs, shapes = run(backbone, features)
     assert sum(rows for rows, _ in shapes) == len(LENGTHS)
     assert_same(outputs, plain(backbone, features))
     right = run(backbone, id_batch(LENGTHS, shared=SHARED))[0]
     torch.testing.assert_close(outputs["layer_summaries"], right["layer_summaries"], rtol=0, atol=1e-5)
 
 
-def reasons(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if "start with" in record.getMessage()]
-
-
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    "change",
     [
-        (dict, None),
-        (lambda features: {name: value[1:2] for name, value in features.items()}, "one text"),
-        (lambda features: {name: value[:2] for name, value in features.items()}, "too few"),
-        (lambda features: {name: value.flip(1) for name, value in features.items()}, "too few"),
-        (lambda features: features | {"cu_seq_lens_q": torch.tensor([0, 400])}, "without padding"),
+        lambda features: {name: value[1:2] for name, value in features.items()},
+        lambda features: {name: value[:2] for name, value in features.items()},
+        lambda features: {name: value.flip(1) for name, value in features.items()},
     ],
+    ids=["one text", "two texts", "padded on the left"],
 )
-def test_where_it_cannot_help_one_line_says_why(llama, caplog, change, reason):
-    caplog.set_level(logging.INFO)
+def test_where_it_spares_too_little_the_batch_is_run_at_once(llama, change):
+    switch_on(llama, "shared start")
     features = change(id_batch(LENGTHS, shared=SHARED))
-    if "cu_seq_lens_q" in features:
-        features = {name: value.reshape(1, -1) for name, value in features.items() if name != "cu_seq_lens_q"}
-        features["cu_seq_lens_q"] = torch.tensor([0, 400])
-    for _ in range(3):
-        run(llama, features)
-    assert len(reasons(caplog)) == (0 if reason is None else 1)
-    assert reason is None or reason in reasons(caplog)[0]
+    assert run(llama, features)[1] == [tuple(features["input_ids"].shape)]
 
 
-def test_models_whose_start_depends_on_what_follows_are_run_as_they_are(tiny_llm, make_llm, caplog):
-    caplog.set_level(logging.INFO)
+def test_models_whose_start_depends_on_what_follows_are_run_as_they_are(tiny_llm, make_llm):
     both = LLMTransformer(tiny_llm, attention="bidirectional").eval()
     # Trained on 16 tokens: a batch of 40 is read with other positions than one of 13.
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
@@ -191,13 +166,19 @@ def test_models_whose_start_depends_on_what_follows_are_run_as_they_are(tiny_llm
     hybrid = BambaConfig(**SIZES, **mamba, attn_layer_indices=[1])
     recurrent = LLMTransformer(make_llm(hybrid), attention="causal").eval()
     features = id_batch(LENGTHS, shared=SHARED)
-    for model, reason in ((both, "both directions"), (stretched, "rotary"), (recurrent, "more than keys and values")):
-        caplog.clear()
-        model.length_split = model is stretched
+    for model, reason in ((both, "bidirectional"), (stretched, "rotary"), (recurrent, "more than keys and values")):
+        assert reason in optimize_inference(model).reasons["shared start"]
         outputs, shapes = run(model, features)
-        assert shapes == [(10, 40)]
-        assert reason in reasons(caplog)[0]
+        assert (1, SHARED) not in shapes
         assert_same(outputs, plain(model, features))
+
+
+def test_switching_to_bidirectional_attention_later_ends_it(llama):
+    set_attention(llama.model, "bidirectional")
+    features = id_batch(LENGTHS, shared=SHARED)
+    outputs, shapes = run(llama, features)
+    assert (1, SHARED) not in shapes
+    assert_same(outputs, plain(llama, features))
 
 
 def forget_positions(llama: LLMTransformer) -> None:
@@ -209,8 +190,18 @@ def _from_zero(rotary: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dic
     return args, {**kwargs, "position_ids": torch.arange(args[0].shape[1])[None]}
 
 
-def refuse_cache(llama: LLMTransformer) -> None:
-    llama.model.layers[2].register_forward_pre_hook(_no_cache, with_kwargs=True)
+def test_an_architecture_that_takes_it_wrongly_is_told_apart_when_it_is_switched_on(tiny_llm):
+    sound, faulty = (LLMTransformer(tiny_llm, attention="causal").eval() for _ in range(2))
+    forget_positions(faulty)
+    assert "differ by" in optimize_inference(faulty).reasons["shared start"]
+    assert "no shared start: vectors of LlamaModel differ by" in str(optimize_inference(faulty))
+    features = id_batch(LENGTHS, shared=SHARED)
+    expected = plain(faulty, features)
+    for model in (faulty, copy.deepcopy(faulty), pickle.loads(pickle.dumps(faulty))):
+        outputs, shapes = run(model, features)
+        assert (1, SHARED) not in shapes
+        torch.testing.assert_close(outputs["readout"], expected["readout"], rtol=0, atol=1e-5)
+    assert optimize_inference(sound).uses("shared start")
 
 
 def _no_cache(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -218,38 +209,23 @@ def _no_cache(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
         raise RuntimeError("no cache here")
 
 
-@pytest.mark.parametrize(("fault", "words"), [(forget_positions, "differ by"), (refuse_cache, "no cache here")])
-def test_an_architecture_that_takes_it_wrongly_turns_it_off_loudly_for_itself_alone(llama, fault, words, caplog):
-    sound = copy.deepcopy(llama)
-    fault(llama)
-    features = id_batch(LENGTHS, shared=SHARED)
-    expected = plain(llama, features)
-    assert_same(run(llama, features)[0], expected)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert words in reasons(caplog)[0]
-    for model in (llama, copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))):
-        outputs, shapes = run(model, features)
-        assert_same(outputs, expected)
-        assert (1, SHARED) not in shapes
-    assert len(reasons(caplog)) == 1
-    run(sound, features)
-    assert (sound._prefixes.off, sound._prefixes.checked) == (None, 40)
+def test_an_error_of_a_fast_path_is_an_error(tiny_llm):
+    backbone = LLMTransformer(tiny_llm, attention="causal").eval()
+    switch_on(backbone, "shared start")
+    backbone.model.layers[2].register_forward_pre_hook(_no_cache, with_kwargs=True)
+    with pytest.raises(RuntimeError, match="no cache here"):
+        run(backbone, id_batch(LENGTHS, shared=SHARED))
+    with pytest.raises(RuntimeError, match="no cache here"):
+        optimize_inference(backbone)
+    assert backbone.batch_runner is None
 
 
-def test_a_model_that_leaves_the_cache_empty_turns_it_off(make_llm):
+def test_a_model_that_leaves_the_cache_empty_does_without(make_llm):
     config = OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=4, n_positions=128)
     backbone = LLMTransformer(make_llm(config), attention="causal").eval()
+    assert "not in the cache" in optimize_inference(backbone).reasons["shared start"]
     features = id_batch(LENGTHS, shared=SHARED)
     assert_same(run(backbone, features)[0], plain(backbone, features))
-    assert "not in the cache" in backbone._prefixes.off
-
-
-def test_only_a_batch_longer_than_any_before_is_run_both_ways(llama):
-    llama.length_split = False
-    counts = []
-    for lengths in ([13, 20, 14, 16], [13, 19, 14, 17], [13, 40, 20, 30], [13, 40, 20, 14]):
-        counts.append(len(run(llama, id_batch(3 * lengths, shared=SHARED))[1]))
-    assert counts == [3, 2, 3, 2]
 
 
 def test_threads_share_a_model(llama):
@@ -258,15 +234,3 @@ def test_threads_share_a_model(llama):
     with ThreadPoolExecutor(4) as pool:
         for outputs, other in zip(pool.map(torch.no_grad()(functools.partial(llama)), batches), expected, strict=True):
             assert_same(outputs, other)
-
-
-def test_the_switches_are_no_part_of_a_saved_model(llama, tmp_path):
-    llama.prefix_reuse = llama.length_split = False
-    llama.save(str(tmp_path))
-    saved = json.loads((tmp_path / "sentence_bert_config.json").read_text())
-    assert not {"prefix_reuse", "length_split"} & saved.keys()
-    assert (tmp_path / "prefix_reuse.py").is_file()
-    assert (tmp_path / "length_split.py").is_file()
-    reloaded = LLMTransformer.load(str(tmp_path))
-    assert reloaded.prefix_reuse
-    assert reloaded.length_split

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
-import json
-import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -32,16 +28,16 @@ from transformers import (
     RobertaConfig,
 )
 
-from st_llmpool import build_embedder, verify_attention
-from st_llmpool.modules import packing
-from st_llmpool.modules.attention import implementation_of
-from st_llmpool.modules.layer_readout import TokenSpans
+from st_llmpool import build_embedder, optimize_inference, verify_attention
+from st_llmpool.attention_proof import PACKED_SDPA
+from st_llmpool.fast_inference import packing
+from st_llmpool.fast_inference.length_groups import NotApplicable
+from st_llmpool.fast_inference.packing import Texts
 from st_llmpool.modules.llm_transformer import LLMTransformer
-from st_llmpool.modules.packing import IMPLEMENTATION, Packing, Texts
 from st_llmpool.study.cost import measure_cost
 from tests.conftest import save_tiny_llm
-from tests.modules.test_prefix_reuse import SIZES
-from tests.modules.token_batches import assert_same, computed_tokens, id_batch, plain
+from tests.fast_inference.test_shared_start import SIZES
+from tests.modules.token_batches import assert_same, computed_tokens, id_batch, plain, switch_on
 
 LENGTHS = [3, 60, 7, 4, 58, 30, 1, 31]
 ENCODER = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
@@ -91,12 +87,6 @@ def test_the_kernel_of_cpus_is_attention_within_each_text_and_window(window, gro
     assert found.is_contiguous()
 
 
-def trusted(backbone: LLMTransformer) -> LLMTransformer:
-    """Skips the comparison with the plain forward, which returns the plain vectors."""
-    backbone._packing = Packing(checked=1000)
-    return backbone
-
-
 def run(backbone: LLMTransformer, features: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[int, int]]]:
     with torch.no_grad(), computed_tokens(backbone) as shapes:
         return backbone(features), shapes
@@ -110,12 +100,16 @@ def run(backbone: LLMTransformer, features: dict[str, Any]) -> tuple[dict[str, A
 def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LLMTransformer:
     name, mode = request.param
     folder = save_tiny_llm(tmp_path_factory.mktemp(name), copy.deepcopy(CONFIGS[name]))
-    return LLMTransformer(folder, attention=mode).eval()
+    backbone = LLMTransformer(folder, attention=mode).eval()
+    switch_on(backbone, "packing")
+    return backbone
 
 
 @pytest.fixture
 def llama(tiny_llm: str) -> LLMTransformer:
-    return LLMTransformer(tiny_llm, attention="bidirectional").eval()
+    backbone = LLMTransformer(tiny_llm, attention="bidirectional").eval()
+    switch_on(backbone, "packing")
+    return backbone
 
 
 @pytest.mark.parametrize("readout", ["eos", "mean"])
@@ -126,22 +120,20 @@ def test_vectors_are_those_of_the_padded_batch_and_no_padding_is_computed(backbo
         monkeypatch.setattr(backbone, "include_prompt", include_prompt)
         features = id_batch(LENGTHS, side=side, extra=2) | {"prompt_length": 4}
         expected = plain(backbone, features)
-        outputs, shapes = run(trusted(backbone), features)
+        outputs, shapes = run(backbone, features)
         assert shapes == [(1, sum(LENGTHS))]
         assert_same(outputs, expected)
         assert not outputs["token_embeddings"][~features["attention_mask"].bool()].any()
     assert_same(plain(backbone, features), expected)  # padded forwards of a model that was packed
 
 
-def test_the_longest_batch_so_far_is_run_both_ways_and_flat_or_full_ones_are_left(llama):
-    llama.length_split = False
-    counts = [len(run(llama, id_batch(lengths))[1]) for lengths in ([3, 20, 14], [2, 9, 20], [9, 9, 9], [3, 40])]
-    assert counts == [2, 1, 1, 2]
-    assert (llama._packing.off, llama._packing.checked) == (None, 40)
+def test_batches_without_padding_and_flat_ones_are_left(llama):
+    assert run(llama, id_batch([9, 9, 9]))[1] == [(3, 9)]
 
 
 def test_every_feature_with_an_entry_per_token_is_packed(make_llm):
-    backbone = trusted(LLMTransformer(make_llm(BertConfig(**ENCODER))).eval())
+    backbone = LLMTransformer(make_llm(BertConfig(**ENCODER))).eval()
+    switch_on(backbone, "packing")
     features = id_batch(LENGTHS)
     features["token_type_ids"] = torch.randint(0, 2, features["input_ids"].shape)
     outputs, shapes = run(backbone, features)
@@ -154,54 +146,46 @@ def test_encode_gives_the_same_vectors_for_hundreds_of_texts(tiny_llm, design):
     model = build_embedder(tiny_llm, attention="bidirectional", **design)
     words = "the quick brown fox jumps over the lazy dog " * 2
     texts = [words[n % 9 : n % 9 + 3 * n % 70] for n in range(300)]
+    optimize_inference(model)
     with computed_tokens(model[0]) as shapes:
         fast = model.encode(texts, batch_size=16, convert_to_tensor=True)
     assert sum(rows == 1 for rows, _ in shapes) > 12
-    model[0].packing = model[0].length_split = False
+    optimize_inference(model, False)
     torch.testing.assert_close(fast, model.encode(texts, batch_size=16, convert_to_tensor=True), rtol=0, atol=1e-5)
 
 
-def test_where_it_cannot_be_used_one_line_says_why(make_llm, tiny_llm, caplog):
-    caplog.set_level(logging.INFO)
+def test_where_it_cannot_be_used_the_report_says_why(make_llm, tiny_llm):
     capped = Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=5.0)
-    gemma2 = LLMTransformer(make_llm(capped), model_kwargs={"attn_implementation": "eager"}).eval()
-    double = LLMTransformer(tiny_llm).to(torch.float64).eval()
+    gemma2 = LLMTransformer(make_llm(capped), model_kwargs={"attn_implementation": "eager"})
+    double = LLMTransformer(tiny_llm).to(torch.float64)
     gemma3 = Gemma3TextConfig(**SIZES, head_dim=8, use_bidirectional_attention=True)  # W-1 tokens to each side
     mamba = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 16}
-    bamba = LLMTransformer(make_llm(BambaConfig(**SIZES, **mamba, attn_layer_indices=[1])), attention="causal").eval()
+    bamba = LLMTransformer(make_llm(BambaConfig(**SIZES, **mamba, attn_layer_indices=[1])), attention="causal")
     convolved = Lfm2Config(**SIZES, layer_types=["conv", "full_attention"] * 2)  # from one text into the next
-    lfm2 = LLMTransformer(make_llm(convolved), attention="causal").eval()
-    features = id_batch(LENGTHS)
+    lfm2 = LLMTransformer(make_llm(convolved), attention="causal")
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    stretched = LlamaConfig(**SIZES | {"max_position_embeddings": 16}, rope_parameters=rope)
     for model, reason in (
         (gemma2, "its attention is eager"),
         (double, "in torch.float64"),
-        (LLMTransformer(make_llm(gemma3)).eval(), "windows"),
+        (LLMTransformer(make_llm(gemma3)), "windows"),
         (bamba, "cannot be replaced"),
         (lfm2, "more than keys and values"),
+        (LLMTransformer(make_llm(stretched)), "rotary positions"),
     ):
-        caplog.clear()
-        for _ in range(2):
-            _, shapes = run(model, features)
-            assert (1, sum(LENGTHS)) not in shapes
-        assert [reason in record.getMessage() for record in caplog.records if "Padding" in record.getMessage()] == [
-            True
-        ]
+        used = model.model.config._attn_implementation
+        assert reason in optimize_inference(model).reasons["packing"]
+        assert model.model.config._attn_implementation == used
+        assert (1, sum(LENGTHS)) not in run(model.eval(), id_batch(LENGTHS))[1]
 
 
-def test_a_batch_that_sets_the_rotary_positions_of_its_texts_is_left_whole(make_llm):
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    config = LlamaConfig(**SIZES | {"max_position_embeddings": 16}, rope_parameters=rope)
-    backbone = trusted(LLMTransformer(make_llm(config), attention="bidirectional").eval())
-    assert run(backbone, id_batch(LENGTHS))[1] == [(8, 60)]
-
-
-def test_a_model_that_was_packed_is_proven_and_measured_as_one_of_sdpa(tiny_llm):
+def test_a_model_that_is_packed_is_proven_and_measured_as_one_of_sdpa(tiny_llm):
     model = build_embedder(tiny_llm, pooling="mean", verify=False).eval()
     before = measure_cost(model, lengths=(8,), repeats=1).lengths[0].flops
-    run(trusted(model[0]), id_batch(LENGTHS))
-    assert model[0].model.config._attn_implementation == IMPLEMENTATION
+    optimize_inference(model)
+    assert model[0].model.config._attn_implementation == PACKED_SDPA
     assert measure_cost(model, lengths=(8,), repeats=1).lengths[0].flops == before > 0
-    assert verify_attention(model, light=True).attn_implementation == "sdpa"
+    assert verify_attention(model).attn_implementation == "sdpa"
 
 
 def wrong_kernel(*args: Any) -> Tensor:
@@ -209,19 +193,10 @@ def wrong_kernel(*args: Any) -> Tensor:
     return text_by_text(*parts, Texts(torch.tensor([0, int(texts.offsets[-1])]), 10_000), window, scale)
 
 
-def no_kernel(*args: Any) -> Tensor:
-    raise RuntimeError("no such kernel here")
-
-
-@pytest.mark.parametrize(("fault", "words"), [(wrong_kernel, "differ by"), (no_kernel, "no such kernel")])
-def test_wrong_vectors_and_failures_turn_it_off_loudly(llama, fault, words, monkeypatch, caplog):
-    monkeypatch.setitem(packing.KERNELS, "cpu", ((torch.float32,), fault))
-    features = id_batch(LENGTHS)
-    expected = plain(llama, features)
-    for _ in range(2):
-        assert_same(run(llama, features)[0], expected)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert words in caplog.records[0].getMessage()
+def test_a_wrong_kernel_is_seen_when_it_is_switched_on(llama, monkeypatch):
+    monkeypatch.setitem(packing.KERNELS, "cpu", ((torch.float32,), wrong_kernel))
+    assert "differ by" in optimize_inference(llama).reasons["packing"]
+    assert llama.model.config._attn_implementation == "sdpa"
 
 
 def one_too_far(query: Tensor, key: Tensor, value: Tensor, texts: Texts, window: Any, scale: Any) -> Tensor:
@@ -239,48 +214,7 @@ def test_in_half_precision_too_wrong_vectors_turn_it_off_and_rounding_does_not(m
     monkeypatch.setitem(packing.KERNELS, "cpu", ((torch.bfloat16,), fault))
     config = MistralConfig(**SIZES, sliding_window=6, initializer_range=weights)
     backbone = LLMTransformer(make_llm(config), attention="bidirectional").to(torch.bfloat16).eval()
-    run(backbone, id_batch(LENGTHS))
-    assert (backbone._packing.off is None) == (fault is text_by_text)
-
-
-def test_one_wrong_layer_is_not_hidden_by_the_others(llama):
-    spans = TokenSpans(torch.ones(1, 5, dtype=torch.bool))
-    layers = torch.ones(1, 100, 8)
-    right = {"token_embeddings": torch.ones(1, 5, 8), "layer_summaries": layers}
-    wrong = right | {"layer_summaries": torch.cat([layers[:, 1:], 1.01 * layers[:, :1]], dim=1)}
-    shortcut = Packing()
-    shortcut.take(llama.model, spans, lambda: right, lambda: wrong)
-    assert "1.0e-02" in shortcut.off
-
-
-def test_outputs_that_cannot_be_compared_turn_it_off(llama):
-    spans = TokenSpans(torch.ones(1, 5, dtype=torch.bool))
-    right = {"token_embeddings": torch.ones(1, 5, 8)}
-    for wrong in ({"token_embeddings": torch.ones(1, 3, 8)}, {}):
-        shortcut = Packing()
-        assert shortcut.take(llama.model, spans, lambda: right, lambda wrong=wrong: wrong) is right
-        assert "fails with it" in shortcut.off
-
-
-def test_memory_that_runs_out_is_no_reason_to_turn_it_off(llama, monkeypatch):
-    def too_large(*args: Any) -> Tensor:
-        raise torch.OutOfMemoryError("too large")
-
-    features = id_batch(LENGTHS)
-    with monkeypatch.context() as patch:
-        patch.setitem(packing.KERNELS, "cpu", ((torch.float32,), too_large))
-        assert_same(run(llama, features)[0], plain(llama, features))
-    run(llama, features)
-    assert (llama._packing.off, llama._packing.checked) == (None, 60)
-
-
-def test_a_later_failure_gives_the_plain_vectors_and_turns_it_off(llama, monkeypatch, caplog):
-    run(llama, id_batch(LENGTHS))
-    monkeypatch.setitem(packing.KERNELS, "cpu", ((torch.float32,), no_kernel))
-    features = id_batch([3, 20, 14])
-    assert_same(run(llama, features)[0], plain(llama, features))
-    assert "no such kernel" in llama._packing.off
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert optimize_inference(backbone).uses("packing") == (fault is text_by_text)
 
 
 def test_the_kernel_of_cuda_is_told_scale_window_and_groups_of_heads(monkeypatch):
@@ -298,43 +232,16 @@ def test_the_kernel_of_cuda_is_told_scale_window_and_groups_of_heads(monkeypatch
 def test_what_the_kernel_does_not_know_is_an_error_and_not_left_out(llama, name):
     query = torch.zeros(1, 4, 9, 8)
     texts = Texts(torch.tensor([0, 4, 9], dtype=torch.int32), 5)
-    with packing._within(texts), pytest.raises(ValueError, match=name):
+    with packing._within(texts), pytest.raises(NotApplicable, match=name):
         packing._attention(llama.model.layers[0].self_attn, query, query, query, None, **{name: 1.0})
 
 
 def test_threads_share_a_model(llama):
     batches = [id_batch([13 + n, 40, 20, 14], seed=n) for n in range(8)]
     expected = [plain(llama, features) for features in batches]
-    llama._packing = Packing(checked=30)
     with ThreadPoolExecutor(4) as pool:
         for outputs, other in zip(pool.map(torch.no_grad()(functools.partial(llama)), batches), expected, strict=True):
             assert_same(outputs, other)
-
-
-def test_neither_switch_nor_kernel_is_part_of_a_saved_model(llama, tmp_path):
-    features = id_batch(LENGTHS)
-    expected, _ = run(trusted(llama), features)
-    assert llama.model.config._attn_implementation == IMPLEMENTATION
-    assert implementation_of(llama.model) == "sdpa"
-    folder = tmp_path / "flash_embedder"
-    model = SentenceTransformer(modules=[llama], device="cpu")
-    model.save_pretrained(str(folder))
-    assert (folder / "packing.py").is_file()
-    for file in ("config.json", "sentence_bert_config.json"):
-        saved = json.loads((folder / file).read_text())
-        assert IMPLEMENTATION not in json.dumps(saved)
-        assert "packing" not in saved
-    copied = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")[0].eval()
-    assert type(copied._packing) is not Packing
-    module = inspect.getmodule(type(copied._packing))
-    assert module.IMPLEMENTATION != IMPLEMENTATION
-    assert "flash" in module.__name__
-    assert "flash" not in module.IMPLEMENTATION  # which transformers would take for another
-    for _ in range(2):
-        outputs, shapes = run(copied, features)
-        assert_same(outputs, expected)
-    assert shapes == [(1, sum(LENGTHS))]
-    assert copied.model.config._attn_implementation == module.IMPLEMENTATION
 
 
 @pytest.mark.gpu
@@ -343,7 +250,8 @@ def test_the_kernel_of_cuda_gives_the_vectors_of_the_padded_batch(tmp_path):
     sizes = SIZES | {"hidden_size": 128, "intermediate_size": 192}  # heads of 32
     for number, mode in enumerate(("causal", "bidirectional")):
         folder = save_tiny_llm(tmp_path / str(number), MistralConfig(**sizes, sliding_window=6))
-        backbone = trusted(LLMTransformer(folder, attention=mode).to("cuda", torch.bfloat16).eval())
+        backbone = LLMTransformer(folder, attention=mode).to("cuda", torch.bfloat16).eval()
+        switch_on(backbone, "packing")
         features = {name: value.cuda() for name, value in id_batch(LENGTHS).items()}
         outputs, shapes = run(backbone, features)
         assert shapes == [(1, sum(LENGTHS))]

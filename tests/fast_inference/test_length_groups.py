@@ -13,23 +13,19 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import BertConfig
 
-from st_llmpool.modules import length_split
-from st_llmpool.modules.length_split import length_groups
+from st_llmpool.fast_inference import optimize_inference
+from st_llmpool.fast_inference.length_groups import forward_cost, length_groups
 from st_llmpool.modules.llm_transformer import LLMTransformer
-from tests.modules.token_batches import assert_same, computed_tokens, id_batch, plain
+from tests.modules.token_batches import assert_same, computed_tokens, id_batch, plain, switch_on
 
 LENGTHS = [3, 60, 7, 4, 58, 30, 1, 31]
 
 
-@pytest.fixture(autouse=True)
-def no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed batches have no padding to split off, and are tested by themselves."""
-    monkeypatch.setattr(LLMTransformer, "packing", False)
-
-
 @pytest.fixture(scope="module", params=["causal", "bidirectional"])
 def backbone(request: pytest.FixtureRequest, tiny_llm: str) -> LLMTransformer:
-    return LLMTransformer(tiny_llm, attention=request.param).eval()
+    backbone = LLMTransformer(tiny_llm, attention=request.param).eval()
+    switch_on(backbone, "length groups")
+    return backbone
 
 
 def cost_of(groups: list[list[int]], lengths: list[int], cost: int) -> int:
@@ -69,7 +65,7 @@ def test_vectors_are_those_of_the_whole_batch(backbone, side, readout, monkeypat
                 outputs = backbone(features)
             assert_same(outputs, plain(backbone, features))
             computed = sum(rows * columns for rows, columns in shapes)
-            best = length_groups(LENGTHS, length_split.forward_cost(torch.device("cpu"), 0))
+            best = length_groups(LENGTHS, forward_cost(torch.device("cpu"), 0))
             assert computed == cost_of(best, LENGTHS, 0) < 0.6 * features["input_ids"].numel()
             assert len(shapes) == len(best) > 1
 
@@ -80,7 +76,7 @@ def test_vectors_are_those_of_the_whole_batch(backbone, side, readout, monkeypat
 )
 def test_the_larger_the_model_the_fewer_tokens_pay_for_a_forward_on_a_gpu(device, weights, pays):
     """`pays` texts save more than the forward of 40 shared tokens costs, half as many do not."""
-    cost = length_split.forward_cost(torch.device(device), int(weights))
+    cost = forward_cost(torch.device(device), int(weights))
     assert pays / 2 * 40 < cost < pays * 40
 
 
@@ -123,10 +119,12 @@ def test_where_more_forwards_would_be_wrong_the_batch_is_whole(backbone, monkeyp
 
 def test_offloaded_weights_are_fetched_once_for_a_batch(backbone):
     offloaded = copy.deepcopy(backbone)
+    assert offloaded.batch_runner is not None
     cpu_offload(offloaded.model, execution_device=torch.device("cpu"))
     with torch.no_grad(), computed_tokens(offloaded) as shapes:
         offloaded(id_batch(LENGTHS))
     assert shapes == [(8, 60)]
+    assert "on the meta device" in str(optimize_inference(offloaded))
 
 
 def test_padding_on_both_sides_gradients_and_the_switch_leave_the_batch_whole(backbone, monkeypatch):
@@ -139,7 +137,7 @@ def test_padding_on_both_sides_gradients_and_the_switch_leave_the_batch_whole(ba
         with torch.no_grad():
             backbone.train()(right)
             backbone.eval()
-            monkeypatch.setattr(backbone, "length_split", False)
+            monkeypatch.setattr(backbone, "batch_runner", None)
             backbone(right)
     assert shapes == [(16, 60), (8, 60), (8, 60), (8, 60)]
 
@@ -147,6 +145,7 @@ def test_padding_on_both_sides_gradients_and_the_switch_leave_the_batch_whole(ba
 def test_every_feature_with_an_entry_per_token_is_cut(make_llm):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     backbone = LLMTransformer(make_llm(BertConfig(**sizes))).eval()
+    switch_on(backbone, "length groups")
     features = id_batch(LENGTHS)
     features["token_type_ids"] = torch.randint(0, 2, features["input_ids"].shape)
     with torch.no_grad(), computed_tokens(backbone) as shapes:
@@ -160,5 +159,5 @@ def test_encode_gives_the_same_vectors_for_thousands_of_texts(backbone, monkeypa
     words = "the quick brown fox jumps over the lazy dog " * 2
     texts = [words[n % 9 : n % 9 + 3 * n % 70] for n in range(2000)]
     fast = model.encode(texts, batch_size=64, convert_to_tensor=True)
-    monkeypatch.setattr(backbone, "length_split", False)
+    monkeypatch.setattr(backbone, "batch_runner", None)
     torch.testing.assert_close(fast, model.encode(texts, batch_size=64, convert_to_tensor=True), rtol=0, atol=1e-5)

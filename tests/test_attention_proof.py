@@ -11,8 +11,8 @@ from packaging.version import Version
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
+from st_llmpool.attention_proof import VERDICTS, verify_attention
 from st_llmpool.modules.attention import decoder_layers, set_attention
-from st_llmpool.modules.attention_proof import VERDICTS, verify_attention
 from st_llmpool.modules.errors import AttentionError, ConfigurationError
 from tests.architecture_zoo import build
 

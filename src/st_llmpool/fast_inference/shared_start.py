@@ -1,0 +1,129 @@
+"""Computes the tokens that all texts of a batch start with once: the instruction before every query, for instance.
+
+Under causal attention the first tokens of a text do not depend on what follows. So the longest start that all texts of
+a batch share, in tokens, is run as one text; its keys and values stand before those of every other text, and only the
+rest is run. Positions go on counting and windows go on sliding, so the vectors are the same up to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..attention_proof import attention_of
+from ..modules.attention import find_backbone
+from ..modules.layer_readout import TokenSpans
+from .length_groups import OUTPUTS, NotApplicable, per_token
+
+
+def shared_start(features: dict[str, Any], mask: Tensor) -> int:
+    """Return how many leading tokens all texts share, each keeping at least one of its own; 0 if padded on the left.
+
+    Args:
+        features: ``input_ids`` (B, T) and whatever else has an entry for each token.
+        mask: (B, T), 0 where padded.
+
+    Example:
+        >>> shared_start({"input_ids": torch.tensor([[7, 8, 1, 0], [7, 8, 2, 3]])}, torch.ones(2, 4))
+        2
+    """
+    kept = mask.bool()
+    if not bool(kept[:, 0].all()) or bool((kept[:, 1:] & ~kept[:, :-1]).any()):
+        return 0
+    same = kept.all(dim=0)
+    same[int(kept.sum(dim=1).min()) - 1 :] = False
+    for value in features.values():
+        if per_token(value, mask):
+            same &= (value == value[:1]).view(*mask.shape, -1).all(dim=-1).all(dim=0)
+    return int(same.long().cumprod(dim=0).sum())
+
+
+def why_not_shared(model: nn.Module) -> str | None:
+    """Return why the start of texts cannot be computed once for a backbone; None if it can."""
+    if attention_of(model) != "causal":
+        return "attention is bidirectional, so the first tokens depend on what follows"
+    return other_state(model)
+
+
+def other_state(model: nn.Module) -> str | None:
+    """Return which layers hand on more than keys and values from token to token (recurrent ones); None if none."""
+    try:
+        layers = DynamicCache(config=find_backbone(model).config.get_text_config(decoder=True)).layers
+    except KeyError as error:
+        return f"it has layers of type {error}"
+    other = {type(layer).__name__ for layer in layers if type(layer) not in _FROZEN}
+    return f"some layers keep more than keys and values ({', '.join(sorted(other))})" if other else None
+
+
+def run_shared(
+    module: Any, features: dict[str, Any], spans: TokenSpans, length: int, *, cost: int, run_rest: Any
+) -> dict[str, Any]:
+    """Run the first `length` tokens as one text, then the rest of all texts.
+
+    Args:
+        module: The ``LLMTransformer``.
+        features: Padded on the right, sharing at least `length` leading tokens.
+        spans: Of the batch.
+        length: Tokens to share.
+        cost: Overhead of a forward, in tokens.
+        run_rest: As ``run_in_groups``: how the rest is run.
+
+    Raises:
+        NotApplicable: If the backbone does not keep keys and values in the cache that it is given.
+    """
+    mask = features["attention_mask"]
+    first = {name: value[:1, :length] if per_token(value, mask) else value for name, value in features.items()}
+    cache = DynamicCache(config=find_backbone(module.model).config)
+    first_spans = TokenSpans(spans.mask[:1, :length])
+    first = module.run(first, first_spans, past_key_values=cache, use_cache=True)
+    if any(cache.get_seq_length(layer) != length for layer in range(len(cache.layers))):
+        raise NotApplicable("keys and values are not in the cache that was passed")
+    frozen = _frozen(cache)
+
+    def run(features: dict[str, Any], spans: TokenSpans) -> dict[str, Any]:
+        mask = features["attention_mask"]
+        rest = {name: value[:, length:] if per_token(value, mask) else value for name, value in features.items()}
+        rest["attention_mask"] = mask  # of the keys, old and new
+        rest = module.run(rest, TokenSpans(spans.mask[:, length:]), past_key_values=frozen, use_cache=True)
+        outputs = {name: rest[name] for name in OUTPUTS & rest.keys()}
+        tokens = first["token_embeddings"].expand(len(mask), -1, -1)
+        outputs["token_embeddings"] = torch.cat([tokens, outputs["token_embeddings"]], dim=1)
+        if module.layer_readout == "mean" and bool(first_spans.mask.any()):  # else the mean of no tokens, NaN
+            fraction = first_spans.mask.sum() / spans.mask.sum(dim=1)
+            for name in outputs.keys() - {"token_embeddings"}:
+                weight = fraction.view(-1, *(1,) * (outputs[name].dim() - 1))
+                outputs[name] = outputs[name].lerp(first[name], weight)
+        return features | outputs
+
+    return run_rest(features, spans, run, cost=cost, shared=length)
+
+
+class _FirstTokens(DynamicLayer):
+    """Keys and values of one text, (1, H, P, d), that stand before those of every batch and never change."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return keys and values (B, H, P + T, d); kept, they would be those of all layers at once."""
+        assert self.keys is not None
+        assert self.values is not None
+        keys, values = (part.expand(len(key_states), -1, -1, -1) for part in (self.keys, self.values))
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+
+class _FirstTokensInWindow(DynamicSlidingWindowLayer):
+    update = _FirstTokens.update
+
+
+_FROZEN: dict[type, Any] = {DynamicLayer: _FirstTokens, DynamicSlidingWindowLayer: _FirstTokensInWindow}
+
+
+def _frozen(cache: Cache) -> Cache:
+    layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
+    for layer in layers:
+        layer.__class__ = _FROZEN[type(layer)]
+    frozen = copy.copy(cache)
+    frozen.layers = layers
+    return frozen
