@@ -23,7 +23,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 from transformers import AutoModel, BertConfig, BitsAndBytesConfig, GPT2Config, T5Config
 
-from st_llmpool.modules.attention import attention_of
+from st_llmpool.attention_proof import attention_of
 from st_llmpool.modules.errors import ConfigurationError, InputError, StLlmpoolError
 from st_llmpool.modules.llm_transformer import LLMTransformer, resolve_layers
 from tests.conftest import tiny_tokenizer
