@@ -144,7 +144,7 @@ def adapt(
     merge: Annotated[
         list[float] | None,
         typer.Option(
-            help="Weight of the trained model in the result, 0 to 1 (the rest is the base); of several the best is used."
+            help="Weight of the trained model in the result, 0 to 1 (the rest is the base); the best of several is used"
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this run.")] = False,
@@ -433,7 +433,7 @@ def export(
         bool,
         typer.Option(
             "--native",
-            help="Only sentence-transformers' own modules, so that it loads with no flag; refused where that is not exact.",
+            help="Only sentence-transformers' own modules: loads with no flag; refused where that is not exact.",
         ),
     ] = False,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the backbone.")] = False,
