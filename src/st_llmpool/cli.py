@@ -219,7 +219,8 @@ def study(
     work: Annotated[Path | None, typer.Option(help="Folder for checkpoints and models; OUT/work by default.")] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
     take_from: Annotated[
-        list[Path] | None, typer.Option(help="Reuse identical runs of another study's output folder; may be repeated.")
+        list[Path] | None,
+        typer.Option(help="Reuse identical runs of another study: its OUT or results.parquet; may be repeated."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print runs, cost and power, and stop.")] = False,
     report_only: Annotated[
@@ -240,7 +241,9 @@ def study(
 
     plan = Study.load(study_file)
     folder = out or Path("runs") / plan.name
-    runner = StudyRunner(plan, folder, work=work, data_dir=data, jobs=jobs, take_from=take_from or ())
+    runner = StudyRunner(
+        plan, folder, work=work, data_dir=data, jobs=jobs, take_from=take_from or (), report_only=report_only
+    )
     console = Console()
     if int(os.environ.get("RANK", 0)) == 0 and not report_only:
         console.print(forecast(plan, runner.records).to_rich())
@@ -249,13 +252,9 @@ def study(
     if not report_only:
         runner.run()
     if int(os.environ.get("RANK", 0)) == 0:
-        from .study.report import write_report
-
         if not report_only:
             runner.examine()
-        runner.write_results()
-        report = write_report(plan, runner.records, runner.results, folder / "report")
-        console.print(f"Written: {report}", highlight=False, soft_wrap=True)
+        console.print(f"Written: {runner.report()}", highlight=False, soft_wrap=True)
 
 
 @app.command(rich_help_panel=_EVALUATE)

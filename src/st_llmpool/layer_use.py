@@ -25,6 +25,9 @@ SAMPLE_TEXTS = (
 )
 
 
+_DECIMALS = 9
+
+
 @dataclass(frozen=True)
 class LayerUse:
     """What the embeddings lose without each layer.
@@ -103,8 +106,9 @@ def _pool(model: SentenceTransformer, features: dict[str, object], summaries: to
     features = {**features, "layer_summaries": summaries}
     for module in list(model)[1:]:
         features = module(features)
-    return features["sentence_embedding"].float()  # type: ignore[attr-defined]
+    return features["sentence_embedding"].double()  # type: ignore[attr-defined]
 
 
 def _distance(first: torch.Tensor, second: torch.Tensor) -> float:
-    return (1 - cosine_similarity(first, second)).clamp(min=0).mean().item()
+    """Returns the mean of 1 - cosine; rounding errors are zero."""
+    return round((1 - cosine_similarity(first, second)).clamp(min=0).mean().item(), _DECIMALS)

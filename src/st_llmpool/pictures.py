@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_UNMOVED = "No layer moves the embedding:\nthe pooling is untrained."
 _BLUE, _PALE, _EDGE = "#2b6cb0", "#e8eef5", "#1a365d"
 
 
@@ -24,11 +25,13 @@ def draw_curve(file: Path, points: Sequence[Sequence[float]], label: str) -> boo
         label: What the values are.
 
     Returns:
-        Whether the file was written.
+        Whether the file was written: not without points, and not without matplotlib.
     """
+    if not points:
+        return False
 
     def draw(axes: Axes) -> None:
-        axes.plot(*zip(*points, strict=True) if points else ([], []), color=_BLUE)
+        axes.plot(*zip(*points, strict=True), color=_BLUE, marker="o" if len(points) == 1 else None)
         axes.set(xlabel="step", ylabel=label)
         axes.grid(alpha=0.3)
 
@@ -41,7 +44,10 @@ def draw_layer_use(file: Path, use: LayerUse) -> bool:
     def draw(axes: Axes) -> None:
         axes.bar([str(layer) for layer in use.layers], use.moved, color=_BLUE)
         axes.set(xlabel="layer", ylabel="embedding moves by (1 - cosine)", title="Without one layer")
+        axes.set_ylim(0, None if any(use.moved) else 1)
         axes.grid(axis="y", alpha=0.3)
+        if not any(use.moved):
+            _note(axes, _UNMOVED)
 
     return _draw(file, (max(4.0, 0.3 * len(use.layers)), 3.2), draw)
 
@@ -58,29 +64,38 @@ def draw_layers(file: Path, report: Mapping[str, Any]) -> bool:
     """
     looks = {name: report[name] for name in ("before", "after") if report[name] is not None}
     layers = range(1, len(report["after"]["search"]) + 1)
+    edges = (0.5, len(layers) + 0.5)
 
     def draw(figure: Figure) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         panels = list(figure.subplots(1, len(looks) + 2))
         for axes, (name, look) in zip(panels, looks.items(), strict=False):
             cells = [[float("nan") if value is None else value for value in line] for line in look["cka"]]
-            edges = (0.5, len(layers) + 0.5)
             image = axes.imshow(cells, vmin=0, vmax=1, cmap="Blues", origin="lower", extent=(*edges, *edges))
             axes.set(xlabel="layer", ylabel="layer", title=f"linear CKA{f', {name}' if len(looks) > 1 else ''}")
         figure.colorbar(image, ax=panels[: len(looks)], shrink=0.7)
         for name, look in looks.items():
             style = "-" if name == "after" else ":"
+            when = f", {name}" if len(looks) > 1 else ""
             for probe, colour in (("similarity", _BLUE), ("search", _EDGE)):
                 values = [float("nan") if value is None else value for value in look[probe]]
-                panels[-2].plot(layers, values, style, marker=".", color=colour, label=f"{probe}, {name}")
+                panels[-2].plot(layers, values, style, marker=".", color=colour, label=f"{probe}{when}")
         panels[-2].set(xlabel="layer", title="each layer alone")
         panels[-2].legend(fontsize=7)
-        for name, label in (("attention", "attention"), ("moved", "moves without it")):
+        highest = 0.0
+        for name, label in (("attention", "attention weight"), ("moved", "embedding moves without it")):
             if report[name] and sum(report[name]) > 0:
-                shares = [value / sum(report[name]) for value in report[name]]
-                panels[-1].plot(report["read"], shares, marker=".", label=label)
-        panels[-1].set(xlabel="layer", title="read by the pooling (shares)")
+                fractions = [value / sum(report[name]) for value in report[name]]
+                panels[-1].plot(report["read"], fractions, marker=".", label=label)
+                highest = max(highest, *fractions)
+        panels[-1].set(xlabel="layer", title="read by the pooling (fraction)", ylim=(0, 1.3 * highest or 1), xlim=edges)
         if panels[-1].lines:
             panels[-1].legend(fontsize=7)
+        if not report["moved"] or not any(report["moved"]):
+            _note(panels[-1], _UNMOVED if report["moved"] else "The pooling reads only the last layer.")
+        for panel in panels:
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return _draw_figure(file, (3.6 * (len(looks) + 2), 3.4), draw)
 
@@ -121,6 +136,10 @@ def draw_design(file: Path, *, attention: str, read: str, pooling: str, num_laye
         axes.set_axis_off()
 
     return _draw(file, (7.5, 3.6), draw)
+
+
+def _note(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=8, wrap=True)
 
 
 def _box(axes: Axes, left: float, bottom: float, width: float, height: float, text: str, filled: bool = False) -> None:

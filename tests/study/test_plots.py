@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 
 pytest.importorskip("matplotlib", reason="the extra 'plots' is not installed")
@@ -12,7 +13,7 @@ from matplotlib import image
 from matplotlib.figure import Figure
 
 from st_llmpool.study import compare
-from st_llmpool.study.plots import draw, draw_critical_difference
+from st_llmpool.study.plots import draw, draw_critical_difference, draw_pairs
 from tests.study.validation import CONTRASTS, DESIGNS, simulated_scores
 
 
@@ -47,14 +48,15 @@ def test_heatmap_shows_every_difference_with_its_mark(tmp_path, drawn):
     list(draw(kind, tmp_path, "STS"))
     shown = texts(drawn[0]).splitlines()
     for pair, sign in itertools.product(kind.pairs, (1, -1)):
-        text = f"{sign * pair.test.mean_difference:+.3f}" + ("*" if pair.significant else "")
+        decimals = 3 if abs(pair.test.mean_difference) >= 0.002 else 4
+        text = f"{sign * pair.test.mean_difference:+.{decimals}f}" + ("*" if pair.significant else "")
         assert (f"[{text}]" if pair.confirmatory else text) in shown
     assert any(pair.significant for pair in kind.pairs)
     assert set(DESIGNS) <= set(shown)
 
 
 def test_diagram_joins_what_is_not_told_apart_and_names_the_critical_difference(tmp_path, drawn):
-    table = simulated_scores(np.random.default_rng(0), DESIGNS, tasks=12, effect=1.0)
+    table = simulated_scores(np.random.default_rng(0), DESIGNS, tasks=12, effect=0.2)
     (kind,) = compare(table).types
     draw_critical_difference(kind, tmp_path / "x.png")
     shown = texts(drawn[0])
@@ -85,6 +87,23 @@ def test_two_designs_have_no_diagram(tmp_path):
         draw_critical_difference(kind, tmp_path / "x.png")
 
 
-def test_designs_that_always_tie_can_be_drawn(tmp_path):
-    table = simulated_scores(np.random.default_rng(0), "abc", tasks=6).assign(score=0.5)
-    assert len(list(draw(compare(table).types[0], tmp_path, "STS"))) == 2
+def test_designs_that_always_tie_have_no_ranks_to_draw(tmp_path):
+    table = simulated_scores(np.random.default_rng(0), "a", tasks=6)
+    table = pd.concat([table.assign(design=name) for name in "abc"])
+    assert [file.name for file in draw(compare(table).types[0], tmp_path, "STS")] == ["STS_pairs.png"]
+
+
+def test_small_differences_look_small_and_are_not_written_as_zeros(tmp_path, drawn):
+    table = simulated_scores(np.random.default_rng(0), "a", tasks=8)
+    tables = [table.assign(design=name, score=table["score"] + gain) for name, gain in (("a", 0), ("b", 0.0004))]
+    draw_pairs(compare(pd.concat(tables)).types[0], tmp_path / "x.png")
+    (heat,) = drawn[0].axes[0].images
+    assert heat.get_clim() == (-0.02, 0.02)
+    assert {"-0.0004*", "+0.0004*"} <= set(texts(drawn[0]).splitlines())
+    assert "Holm over 1 test" in texts(drawn[0]).splitlines()[1]
+
+
+def test_copies_are_zeros_without_a_sign(tmp_path, drawn):
+    table = simulated_scores(np.random.default_rng(0), "a", tasks=8)
+    draw_pairs(compare(pd.concat([table, table.assign(design="copy")])).types[0], tmp_path / "x.png")
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["0", "0"]

@@ -28,7 +28,7 @@ def record_of(run, out) -> None:
     record = RunRecord(**{name: getattr(run, name) for name in names}, training={}, evaluation_seconds=1.0)
     score = {"task": "T", "task_type": "STS", "split": "test", "subset": "", "metric": "m", "score": 0.5}
     scores = pd.DataFrame([score])
-    write_record(record, Results(scores, scores.iloc[:0].assign(item="")), out / "runs")
+    write_record(record, Results(scores, scores.iloc[:0].assign(item="")), out)
 
 
 def test_a_study_is_run_once_and_compared(tiny_study, study_data, tmp_path):
@@ -66,11 +66,11 @@ def test_a_stopped_run_goes_on_and_gives_the_numbers_of_one_that_was_not(tiny_st
         patch.setattr(worker, "tell", stop)
         with pytest.raises(KeyboardInterrupt):
             start()
-    assert not finished([run], tmp_path / "stopped" / "runs")
+    assert not finished([run], tmp_path / "stopped")
     assert (tmp_path / "work-2" / run.id / "training" / "checkpoints" / "checkpoint-2").is_dir()
     start()
 
-    folders = [tmp_path / name / "runs" for name in ("whole", "stopped")]
+    folders = [tmp_path / name for name in ("whole", "stopped")]
     one, other = (read_scores(finished([run], folder), folder) for folder in folders)
     pd.testing.assert_frame_equal(one.scores, other.scores, check_exact=True)
     whole, stopped = (finished([run], folder)[0] for folder in folders)
@@ -126,13 +126,13 @@ def test_equal_runs_of_another_study_are_taken_over_and_no_others(tiny_study, st
     first, second = tiny_study.runs()
     record_of(first, tmp_path / "other")
     record_of(dataclasses.replace(second, seed=8), tmp_path / "other")  # another run under this one's name
-    assert take_over([first, second], tmp_path / "other" / "runs", tmp_path / "out" / "runs") == [first.id]
-    assert [record.key for record in finished([first, second], tmp_path / "out" / "runs")] == [first.key]
+    assert take_over([first, second], tmp_path / "other", tmp_path / "out") == [first.id]
+    assert [record.key for record in finished([first, second], tmp_path / "out")] == [first.key]
 
 
 def test_runs_of_other_settings_are_not_taken_for_those_of_the_study(tiny_study, study_data, tmp_path):
     record_of(tiny_study.runs()[0], tmp_path / "out")
-    assert finished(tiny_study.runs(), tmp_path / "out" / "runs")
+    assert finished(tiny_study.runs(), tmp_path / "out")
     tiny_study.recipe["training"]["steps"] = 5
     with pytest.raises(ConfigurationError, match=r"training\.steps changed"):
         runner_of(tiny_study, study_data, tmp_path / "out")

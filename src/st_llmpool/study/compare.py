@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..modules.errors import ConfigurationError, DataError, nearest
+from ..utils.words import counted
 from .comparability import check_main_metrics, check_scores, constant_scores, source_differences, unknown_sources
 from .items import ItemTest, item_test
 from .power import ALPHA, POWER, Plan
@@ -95,7 +96,7 @@ class Pair:
         """What the test over tasks says, in one sentence."""
         difference = abs(self.test.mean_difference)
         better, worse = (self.first, self.second) if self.test.mean_difference > 0 else (self.second, self.first)
-        tasks = f"{self.test.n} task{'s' if self.test.n != 1 else ''}"
+        tasks = counted(self.test.n, "task")
         if self.identical:
             return f"{self.first} and {self.second} are identical: the same score in every cell of {tasks}."
         if self.doubt:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel
 
 from ..evaluation.suite import read_suite
 from ..training.arguments import resolve_base
+from ..utils.words import counted
 from .power import Plan
 from .records import RunRecord
 from .settings import PlannedRun, Study
@@ -70,9 +71,7 @@ class Forecast:
         how = "by the time of the finished runs" if self.from_finished else "training alone, by its operations"
         missing = len(self.runs) - self.finished
         plan.caption = "FLOPs of the training, at most: texts may be shorter than the limit."
-        time_left = (
-            f"{missing} of {len(self.runs)} runs to do, about {self.seconds / 60:,.0f} minutes one after another"
-        )
+        time_left = f"{missing} of {counted(len(self.runs), 'run')} to do, {self.seconds / 60:,.0f} minutes one by one"
         return Group(plan, power, Text(f"{time_left} ({how})."))
 
 

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ..utils.words import counted
 from .compare import TypeComparison
 
 _DPI = 160
+_LEAST_SCALE = 0.02  # difference that has the full colour at least: smaller ones must look small
+_SMALL = 0.002
 
 
 def require_libraries() -> None:
@@ -55,7 +58,7 @@ def draw_critical_difference(kind: TypeComparison, path: Path) -> None:
         crossbar_props={"color": "tab:blue", "linewidth": 4, "solid_capstyle": "round"},
     )
     title = [
-        f"{kind.title}: mean rank over {ranks.tasks} tasks, 1 is best",
+        f"{kind.title}: mean rank over {counted(ranks.tasks, 'task')}, 1 is best",
         f"bars join what the Nemenyi test does not tell apart (critical difference {ranks.critical_difference:.2f})",
     ]
     if not ranks.reachable:
@@ -81,14 +84,14 @@ def draw_pairs(kind: TypeComparison, path: Path) -> None:
     for pair in kind.pairs:
         row, column = place[pair.first], place[pair.second]
         mark = "*" if pair.significant else ""
-        frame = "[{}]" if pair.confirmatory else "{}"
+        frame = "[{}]" if pair.confirmatory and len(models) > 2 else "{}"
         for at, sign in (((row, column), 1), ((column, row), -1)):
             differences[at] = sign * pair.test.mean_difference
-            texts[at] = frame.format(f"{differences[at]:+.3f}{mark}")
+            texts[at] = frame.format(f"{_signed(differences[at])}{mark}")
     size = 0.85 * len(models)  # small, so that the numbers are legible where the picture is as wide as a page
     figure = Figure(figsize=(2.4 + size, 1.5 + 0.55 * size), layout="constrained")
     axes = figure.add_subplot()
-    limit = max(float(np.nanmax(abs(differences))), 1e-9)
+    limit = max(float(np.nanmax(abs(differences))), _LEAST_SCALE)
     colours = matplotlib.colormaps["RdBu"].with_extremes(bad="0.92")
     image = axes.imshow(differences, cmap=colours, vmin=-limit, vmax=limit, aspect="auto")
     for (row, column), text in texts.items():
@@ -96,14 +99,28 @@ def draw_pairs(kind: TypeComparison, path: Path) -> None:
         axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
     axes.set_xticks(range(len(models)), models, rotation=30, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(range(len(models)), models, fontsize=8)
-    tests = " and ".join(str(family.plan.tests) for family in kind.families)
+    counts = [family.plan.tests for family in kind.families]
+    tests = " and ".join([*map(str, counts[:-1]), counted(counts[-1], "test")])
+    named = "; [ ] named beforehand" if len(models) > 2 and any(pair.confirmatory for pair in kind.pairs) else ""
     axes.set_title(
         f"{kind.title}: mean difference, row minus column (blue: row is better)\n"
-        f"* significant after Holm over {tests} tests; [ ] named beforehand",
+        f"* significant after Holm over {tests}{named}",
         fontsize=9,
     )
-    figure.colorbar(image, ax=axes, shrink=0.8)
+    figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=8)
     figure.savefig(path, dpi=_DPI, bbox_inches="tight", facecolor="white")
+
+
+def has_ranks(kind: TypeComparison) -> bool:
+    """Returns whether there are ranks to draw: those of designs that always tie say nothing."""
+    return kind.ranks is not None and len(set(kind.ranks.mean_ranks.values())) > 1
+
+
+def _signed(difference: float) -> str:
+    """Returns a difference with its sign: three decimals, four where these would be zeros."""
+    if round(difference, 4) == 0:
+        return "0"
+    return f"{difference:+.3f}" if abs(difference) >= _SMALL else f"{difference:+.4f}"
 
 
 def draw(kind: TypeComparison, folder: Path, name: str) -> Iterator[Path]:
@@ -111,7 +128,7 @@ def draw(kind: TypeComparison, folder: Path, name: str) -> Iterator[Path]:
     path = folder / f"{name}_pairs.png"
     draw_pairs(kind, path)
     yield path
-    if kind.ranks is not None:
+    if has_ranks(kind):
         path = folder / f"{name}_critical_difference.png"
         draw_critical_difference(kind, path)
         yield path

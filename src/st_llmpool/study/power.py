@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import optimize
 from statsmodels.stats.power import TTestPower
 
+from ..utils.words import counted
 from .statistics import signed_rank_p, smallest_p
 
 ALPHA = 0.05
@@ -56,9 +57,8 @@ class Plan:
         return detectable_effect(self.tasks, tests=self.tests, alpha=self.alpha)
 
     def __str__(self) -> str:
-        tests = f"{self.tests} test{'s' if self.tests != 1 else ''}"
         start = (
-            f"{self.tasks} task{'s' if self.tasks != 1 else ''}, {tests}: smallest corrected p {self.smallest_p:.3g}"
+            f"{counted(self.tasks, 'task')}, {counted(self.tests, 'test')}: smallest corrected p {self.smallest_p:.3g}"
         )
         if not self.reachable:
             return f"{start}; cannot reach {self.alpha} whatever the scores are."

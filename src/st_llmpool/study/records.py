@@ -1,24 +1,28 @@
-"""What a finished run leaves: a small folder with its scores and facts, enough to go on and to report in any clone."""
+"""Records of finished runs: a folder for each, and one `results.parquet` with all of them to commit and go on from."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..modules.errors import ConfigurationError, DataError
 from ..training.settings import differences
-from ..utils.files import atomic_folder
-from .results import COLUMNS, ITEM_COLUMNS, Results
+from ..utils.files import atomic_file, atomic_folder
+from .results import COLUMNS, ITEM_COLUMNS, SOURCE_COLUMNS, Results
 from .settings import PlannedRun
 
 _FACTS = "run.json"
 _SCORES = "results.parquet"
+_FACTS_OF_ALL = b"st_llmpool.runs"  # key of the records in the metadata of a study's results.parquet
+_RUN = ["base", "design", "option", "seed"]
+_ROWS = [*ITEM_COLUMNS, *SOURCE_COLUMNS[:-1]]
 COST = "cost.json"
 LAYERS = "layers.json"
 
@@ -83,21 +87,41 @@ class RunRecord:
         return [(int(step), float(metrics[name])) for step, metrics in entries if name in metrics]
 
 
-def write_record(record: RunRecord, results: Results, folder: Path) -> None:
-    """Writes a run's folder beside and renames it, so that a folder that is there is whole.
+def write_record(record: RunRecord, results: Results, out: Path) -> None:
+    """Write the folder of a run atomically.
 
     Args:
         record: The facts.
         results: The scores, of this run only; base, design, option and seed are the record's.
-        folder: ``runs`` of the study.
+        out: The study's folder.
     """
-    names = {name: str(getattr(record, name)) for name in ("base", "design", "option", "seed")}
-    rows = pd.concat([results.scores.assign(item=""), results.items], ignore_index=True).assign(**names)
-    # Scores are means of float32 arithmetic: what follows the seventh digit is noise that does not compress.
-    rows = rows[ITEM_COLUMNS].assign(score=rows["score"].astype("float32"))
-    with atomic_folder(folder / record.id) as place:
-        rows.to_parquet(place / _SCORES, index=False, compression="zstd")
+    names = {name: str(getattr(record, name)) for name in _RUN}
+    with atomic_folder(out / "runs" / record.id) as place:
+        _rows(results).assign(**names).to_parquet(place / _SCORES, index=False, compression="zstd")
         (place / _FACTS).write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+
+
+def write_results(records: Sequence[RunRecord], results: Results, out: Path) -> Path:
+    """Write ``results.parquet``: all scores, and the facts of all runs in the file's metadata; return its path.
+
+    Args:
+        records: The finished runs.
+        results: Their scores.
+        out: The study's folder.
+    """
+    table = pa.Table.from_pandas(_rows(results), preserve_index=False)
+    facts = json.dumps([asdict(record) for record in records]).encode()
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _FACTS_OF_ALL: facts})
+    with atomic_file(out / _SCORES) as partial:
+        pq.write_table(table, partial, compression="zstd")
+    return out / _SCORES
+
+
+def _rows(results: Results) -> pd.DataFrame:
+    rows = pd.concat([results.scores.assign(item=""), results.items], ignore_index=True).reindex(columns=_ROWS)
+    texts = [name for name in _ROWS if name != "score"]
+    # Scores are means of float32 arithmetic: what follows the seventh digit is noise that does not compress.
+    return rows.fillna(dict.fromkeys(texts, "")).astype({"score": "float32"})
 
 
 def read_record(folder: Path) -> RunRecord | None:
@@ -119,40 +143,97 @@ def read_record(folder: Path) -> RunRecord | None:
         raise DataError(f"{folder} is not the record of a run ({error}): delete it to run it again.") from error
 
 
-def take_over(runs: Iterable[PlannedRun], other: Path, folder: Path) -> list[str]:
-    """Copies those runs of another study that are the same runs, so that no one makes them twice.
+class RunStore:
+    """The finished runs of a study's folder: those in ``runs``, then those that only ``results.parquet`` holds.
+
+    Args:
+        source: The folder, or its ``results.parquet`` alone.
+
+    Raises:
+        DataError: If ``results.parquet`` cannot be read.
+    """
+
+    def __init__(self, source: Path) -> None:
+        self._folder = source / "runs"
+        self._file = source / _SCORES if source.is_dir() else source
+        self._packed: dict[str, RunRecord] = {}
+        if self._file.is_file():
+            try:
+                facts = json.loads((pq.read_schema(self._file).metadata or {}).get(_FACTS_OF_ALL, b"[]"))
+                self._packed = {content["id"]: RunRecord(**content) for content in facts}
+            except (OSError, ValueError, TypeError, KeyError) as error:  # Arrow's own errors are among them
+                raise DataError(f"{self._file} is not the results of a study: {error}") from error
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is anything that holds runs."""
+        return self._folder.is_dir() or bool(self._packed)
+
+    def record(self, run_id: str) -> RunRecord | None:
+        """Return the facts of a run; None if it is not finished."""
+        return read_record(self._folder / run_id) or self._packed.get(run_id)
+
+    def results(self, records: Sequence[RunRecord]) -> Results:
+        """Return the scores of some finished runs."""
+        packed = pd.DataFrame(columns=_ROWS)
+        if any(not self._has_folder(record) for record in records):
+            packed = pd.read_parquet(self._file)
+        own = dict(iter(packed.groupby(_RUN, sort=False)))
+        tables = [
+            pd.read_parquet(self._folder / record.id / _SCORES)
+            if self._has_folder(record)
+            else own[tuple(str(getattr(record, name)) for name in _RUN)]
+            for record in records
+        ]
+        rows = pd.concat(tables, ignore_index=True).reindex(columns=_ROWS).astype({"score": float})
+        rows = rows.fillna(dict.fromkeys(SOURCE_COLUMNS[:-1], ""))
+        is_item = rows["item"] != ""
+        return Results(
+            rows.loc[~is_item, [*COLUMNS, *SOURCE_COLUMNS[:-1]]].reset_index(drop=True),
+            rows.loc[is_item, ITEM_COLUMNS].reset_index(drop=True),
+        )
+
+    def _has_folder(self, record: RunRecord) -> bool:
+        return (self._folder / record.id / _FACTS).is_file()
+
+
+def take_over(runs: Iterable[PlannedRun], other: Path, out: Path) -> list[str]:
+    """Copy those runs of another study that are the same to the last setting, and return their ids.
 
     Args:
         runs: The runs that the study asks for.
-        other: ``runs`` of the other study.
-        folder: ``runs`` of the study.
+        other: The other study's folder, or its ``results.parquet``.
+        out: The study's folder.
 
-    Returns:
-        The ids of the runs that were copied.
+    Raises:
+        DataError: If `other` holds no runs.
     """
+    store, own = RunStore(other), RunStore(out)
+    if not store.exists:
+        raise DataError(f"{other} holds no runs of a study: neither a folder 'runs' nor a results.parquet with them.")
     taken = []
     for run in runs:
-        record = read_record(other / run.id)
-        if record is not None and record.key == run.key and not (folder / run.id).exists():
-            with atomic_folder(folder / run.id) as place:
-                shutil.copytree(other / run.id, place, dirs_exist_ok=True)
+        record = store.record(run.id)
+        if record is not None and record.key == run.key and own.record(run.id) is None:
+            write_record(record, store.results([record]), out)
             taken.append(run.id)
     return taken
 
 
-def finished(runs: Iterable[PlannedRun], folder: Path) -> list[RunRecord]:
-    """Returns the records of those planned runs that are finished.
+def finished(runs: Iterable[PlannedRun], out: Path) -> list[RunRecord]:
+    """Return the records of those planned runs that are finished.
 
     Args:
         runs: The runs that the study asks for.
-        folder: ``runs`` of the study.
+        out: The study's folder.
 
     Raises:
         ConfigurationError: If a run was made with other settings than the study has now; the message names them.
     """
+    store = RunStore(out)
     records = []
     for run in runs:
-        record = read_record(folder / run.id)
+        record = store.record(run.id)
         if record is None:
             continue
         if record.key != run.key:
@@ -160,21 +241,18 @@ def finished(runs: Iterable[PlannedRun], folder: Path) -> list[RunRecord]:
             changes = differences(before, {"recipe": run.recipe, "evaluation": run.evaluation})
             raise ConfigurationError(
                 f"run {run.id} was made with other settings: {', '.join(changes) or 'an earlier version'} changed. "
-                f"Delete {folder / run.id} to run it again, give the changed design an option of its own, or choose "
-                f"another output folder."
+                f"Delete {out / 'runs' / run.id} and {out / _SCORES} to run it again, give the changed design an "
+                f"option of its own, or choose another output folder."
             )
         records.append(record)
     return records
 
 
-def read_scores(records: Sequence[RunRecord], folder: Path) -> Results:
-    """Reads the scores of finished runs into one table.
+def read_scores(records: Sequence[RunRecord], out: Path) -> Results:
+    """Read the scores of finished runs into one table.
 
     Args:
         records: The runs.
-        folder: ``runs`` of the study.
+        out: The study's folder.
     """
-    tables = [pd.read_parquet(folder / record.id / _SCORES) for record in records]
-    rows = pd.concat(tables, ignore_index=True).astype({"score": float})
-    is_item = rows["item"] != ""
-    return Results(rows.loc[~is_item, COLUMNS].reset_index(drop=True), rows.loc[is_item].reset_index(drop=True))
+    return RunStore(out).results(records)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 import yaml
 from filelock import Timeout
@@ -26,8 +25,9 @@ from rich.table import Table
 from ..evaluation.suite import load_suite
 from ..modules.errors import ConfigurationError, StLlmpoolError
 from ..training.checks import check_names
-from ..utils.files import atomic_file, write_atomically
-from .records import RunRecord, finished, read_record, read_scores, take_over
+from ..utils.files import write_atomically
+from ..utils.words import counted
+from .records import RunRecord, finished, read_record, read_scores, take_over, write_results
 from .results import Results
 from .settings import PlannedRun, Study
 from .worker import PROGRESS, TAKEN, lock_of
@@ -59,12 +59,13 @@ class StudyRunner:
 
     Args:
         study: The study.
-        out: Its folder, small enough to be kept: ``study.yaml``, ``runs``, ``results.parquet``, ``report``, and mteb's
-            result files in ``mteb``.
+        out: Its folder. ``study.yaml``, ``results.parquet``, ``summary.md`` and its pictures are worth committing;
+            ``runs``, ``report`` and ``mteb`` can be removed when the study is finished.
         work: Folder for checkpoints, models and logs; None is ``work`` in `out`.
         data_dir: What ``{data}`` in the recipe stands for, and where the suite's folders are.
         jobs: Runs at a time in this process; several GPUs are shared out over them.
-        take_from: Folders of other studies, whose runs count where they are the same to the last setting.
+        take_from: Folders of other studies, or their ``results.parquet``; identical runs are reused.
+        report_only: Report on what is finished; needs no data.
         console: Where progress is shown; None is standard error.
 
     Raises:
@@ -85,6 +86,7 @@ class StudyRunner:
         data_dir: str | Path | None = None,
         jobs: int = 1,
         take_from: Sequence[Path] = (),
+        report_only: bool = False,
         console: Console | None = None,
     ) -> None:
         if jobs < 1:
@@ -97,9 +99,10 @@ class StudyRunner:
         self.take_from = take_from
         self.console = console or Console(stderr=True)
         self.runs = study.runs()
-        for run in self.runs:
-            check_names(run.to_recipe(self.data_dir, self.work / run.id / "training"))
-        self.tasks = load_suite(study.suite, self.data_dir, limit=study.limit)
+        if not report_only:
+            for run in self.runs:
+                check_names(run.to_recipe(self.data_dir, self.work / run.id / "training"))
+            self.tasks = load_suite(study.suite, self.data_dir, limit=study.limit)
         self.records  # noqa: B018 # raises if runs of other settings are there
         self._stop = threading.Event()
         self._processes: set[subprocess.Popen[bytes]] = set()
@@ -107,7 +110,7 @@ class StudyRunner:
     @property
     def records(self) -> list[RunRecord]:
         """The finished runs, in the order of the study."""
-        return finished(self.runs, self.out / "runs")
+        return finished(self.runs, self.out)
 
     def run(self) -> list[RunRecord]:
         """Carries out all runs that are not finished, and returns the records of all.
@@ -119,8 +122,8 @@ class StudyRunner:
         write_atomically(self.out / "study.yaml", yaml.safe_dump(self.study.to_dict(), sort_keys=False))
         for other in self.take_from:
             with lock_of("take_from", self.out).acquire(timeout=-1):  # one of several processes copies
-                taken = take_over(self.runs, other / "runs", self.out / "runs")
-            self.console.print(f"{len(taken)} runs are taken from {other}", highlight=False)
+                taken = take_over(self.runs, other, self.out)
+            self.console.print(f"{counted(len(taken), 'run')} reused from {other}", highlight=False)
         states = {run.id: _State(run) for run in self.runs}
         for record in self.records:
             states[record.id].stage, states[record.id].record = "finished before", record
@@ -145,7 +148,7 @@ class StudyRunner:
             log = self.log(failed[0])
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:])
             raise StudyError(
-                f"{len(failed)} of {len(states)} runs failed: {', '.join(failed)}. The end of {log}:\n{tail}\n"
+                f"{len(failed)} of {counted(len(states), 'run')} failed: {', '.join(failed)}. End of {log}:\n{tail}\n"
                 f"Start the study again to go on from the last checkpoints."
             )
         return self.records
@@ -154,8 +157,11 @@ class StudyRunner:
         """Measures cost and layers of the designs whose models are here, in the first seed, one after the other."""
         from .insight import examine_run
 
-        first = [run for run in self.runs if run.seed == self.study.seeds[0]]
-        models = [(run, self.work / run.id / "training" / "model") for run in first]
+        measured = {r.id for r in self.records if r.cost and (r.layers or not self.study.layers)}
+        first = [run for run in self.runs if run.seed == self.study.seeds[0] and run.id not in measured]
+        models = [
+            (run, self.work / run.id / "training" / "model") for run in first if (self.out / "runs" / run.id).is_dir()
+        ]
         for run, model in track(
             [(run, model) for run, model in models if model.is_dir()], "cost and layers", console=self.console
         ):
@@ -171,16 +177,25 @@ class StudyRunner:
         """
         if not self.records:
             raise StudyError(f"no run in {self.out / 'runs'} is finished: start the study first.")
-        return read_scores(self.records, self.out / "runs")
+        return read_scores(self.records, self.out)
 
     def write_results(self) -> Path:
-        """Writes ``results.parquet`` with the scores of all finished runs, and returns its path."""
-        results = self.results
-        rows = pd.concat([results.scores.assign(item=""), results.items], ignore_index=True)
-        path = self.out / "results.parquet"
-        with atomic_file(path) as partial:
-            rows.to_parquet(partial, index=False, compression="zstd")
-        return path
+        """Write ``results.parquet`` with scores and facts of all finished runs, and return its path."""
+        return write_results(self.records, self.results, self.out)
+
+    def report(self) -> Path:
+        """Write results, report and summary of what is finished, and return the report's page.
+
+        ``study.yaml``, ``results.parquet``, ``summary.md`` and its pictures are what to keep of a study: the report
+        can be made from them again, and another study can reuse the runs.
+        """
+        from .report import write_report
+
+        self.write_results()
+        page = write_report(self.study, self.records, self.results, self.out / "report")
+        for file in (page.parent / "summary").iterdir():
+            write_atomically(self.out / file.name, file.read_bytes())
+        return page
 
     def log(self, run_id: str) -> Path:
         """Returns where a run's output goes."""
@@ -288,7 +303,7 @@ class StudyRunner:
     def _left(self, states: dict[str, _State], began: float) -> str:
         done = [state for state in states.values() if state.stage == "finished"]
         left = sum(not state.stage.startswith(("finished", "failed")) for state in states.values())
-        text = f"{len(states) - left} of {len(states)} runs finished"
+        text = f"{len(states) - left} of {counted(len(states), 'run')} finished"
         if done and left:
             each = sum(state.seconds for state in done) / len(done)
             running = [time.monotonic() - s.started for s in states.values() if s.started and s.stage == "starting"]

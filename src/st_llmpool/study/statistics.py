@@ -145,7 +145,7 @@ def smallest_p(n: int) -> float:
 def _bootstrap_interval(values: NDArray[np.float64]) -> tuple[float, float]:
     if smallest_p(len(values)) > 1 - CONFIDENCE:
         return math.nan, math.nan
-    if np.ptp(values) == 0:  # nothing to resample, and BCa divides by the spread
+    if np.ptp(values) < 0.5 * 10.0**-DECIMALS:  # nothing to resample, and BCa divides by the spread
         return float(values[0]), float(values[0])
     interval = stats.bootstrap(
         (values,), np.mean, confidence_level=CONFIDENCE, n_resamples=_RESAMPLES, rng=np.random.default_rng(0)

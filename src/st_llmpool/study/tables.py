@@ -17,6 +17,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ..utils.words import counted
 from .compare import Comparison, Family, Pair, TypeComparison
 from .items import ItemTest
 from .plots import draw, require_libraries
@@ -253,7 +254,7 @@ def _means(comparison: Comparison) -> Sheet:
         )
         for model in models
     )
-    columns = (f"{title}, {len(table)} task{'s' if len(table) != 1 else ''}" for title, table in complete.items())
+    columns = (f"{title}, {counted(len(table), 'task')}" for title, table in complete.items())
     what = "Mean score" if comparison.metric == MAIN_SCORE else f"Mean {comparison.metric}"
     return Sheet(f"{what} over the tasks that all have", ("Model", *columns), rows)
 
@@ -317,8 +318,8 @@ def about_type(kind: TypeComparison) -> tuple[str, ...]:
         ranks = kind.ranks
         order = ", ".join(f"{model} ({rank:.2f})" for model, rank in ranks.mean_ranks.items())
         lines.append(
-            f"Friedman over {len(ranks.mean_ranks)} models and {ranks.tasks} tasks: chi² {ranks.chi_square:.2f}, "
-            f"F {ranks.f:.2f}, p {p_text(ranks.p)}. Mean ranks: {order}; "
+            f"Friedman over {len(ranks.mean_ranks)} models and {counted(ranks.tasks, 'task')}: "
+            f"chi² {ranks.chi_square:.2f}, F {ranks.f:.2f}, p {p_text(ranks.p)}. Mean ranks: {order}; "
             f"critical difference {ranks.critical_difference:.2f}"
             + ("." if ranks.reachable else ", which so few tasks cannot reach.")
         )
@@ -326,7 +327,7 @@ def about_type(kind: TypeComparison) -> tuple[str, ...]:
         seeds = kind.seeds
         lines.append(
             f"Seeds: standard deviation {seeds.sd_seeds:.4f} between runs of one design, {seeds.sd_designs:.4f} "
-            f"between designs ({sum(seeds.runs.values())} runs)."
+            f"between designs ({counted(sum(seeds.runs.values()), 'run')})."
         )
     return tuple(lines)
 

@@ -107,7 +107,7 @@ def carry_out(study: Study, run: PlannedRun, *, out: Path, work: Path, data_dir:
         machine=_machine(),
     )
     results = read_results([str(scores.folder)], task_types={row.task: row.type for row in scores.rows})
-    write_record(record, results, out / "runs")
+    write_record(record, results, out)
     shutil.rmtree(folder / "training" / "checkpoints")  # the optimizer's state, of use to nobody now
     return record
 
@@ -135,7 +135,7 @@ def main(arguments: list[str]) -> int:
     run = next(run for run in study.runs() if run.id == given.run)
     try:
         with lock_of(run.id, out):
-            if not finished([run], out / "runs"):
+            if not finished([run], out):
                 data_dir = None if given.data is None else Path(given.data)
                 carry_out(study, run, out=out, work=Path(given.work), data_dir=data_dir)
     except Timeout:

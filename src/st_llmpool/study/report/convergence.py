@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...training.pooling_share import NOTHING
+from ...utils.words import counted
 from ..compare import label
 from ..records import RunRecord
 from ..tables import Sheet, file_name
@@ -64,7 +65,9 @@ def _rises(record: RunRecord) -> bool:
 def _named(records: Sequence[RunRecord], flagged: Callable[[RunRecord], bool]) -> str:
     names = [record.id for record in records if flagged(record)]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{len(names)} of {len(records)} runs" + (": " if names else "") + ", ".join(names[:_SHOWN]) + more
+    return (
+        f"{len(names)} of {counted(len(records), 'run')}" + (": " if names else "") + ", ".join(names[:_SHOWN]) + more
+    )
 
 
 def _stages_sheet(records: Sequence[RunRecord]) -> Sheet:

@@ -7,7 +7,9 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from ...utils.words import counted
 from ..compare import Comparison, Family, Pair, TypeComparison, label
+from ..plots import has_ranks
 from ..settings import Study
 from ..tables import INDEPENDENCE, Sheet, about_type, file_name, footnotes, p_text, sheets_of_family
 from .claims import claims_sheet
@@ -54,7 +56,7 @@ def verdict(kind: TypeComparison) -> str:
         return "no pair was named beforehand, so there is no verdict."
     if not any(pair.reachable for pair in pairs):
         tasks = max(pair.test.n for pair in pairs)
-        return f"cannot tell; {tasks} task{'s' if tasks != 1 else ''} cannot give a significant result."
+        return f"cannot tell; {counted(tasks, 'task')} cannot give a significant result."
     parts = _won(pairs)
     unclear = [_both(pair) for pair in pairs if pair.significant and pair.winner is None]
     if unclear:
@@ -75,11 +77,11 @@ def exploratory_verdict(kind: TypeComparison) -> str:
     if not pairs:
         return "there is no other pair."
     if not any(pair.reachable for pair in pairs):
-        return f"{len(pairs)} pairs on so few tasks cannot give a significant result."
+        return f"{counted(len(pairs), 'pair')} on so few tasks cannot give a significant result."
     parts = _won(pairs, "above")
     if not parts:
-        return f"none of {len(pairs)} pairs stands out."
-    return f"of {len(pairs)} pairs, " + "; ".join(parts) + "."
+        return f"none of {counted(len(pairs), 'pair')} stands out."
+    return f"of {counted(len(pairs), 'pair')}, " + "; ".join(parts) + "."
 
 
 def _won(pairs: Sequence[Pair], words: str = "better than") -> list[str]:
@@ -152,7 +154,7 @@ def _verdicts(study: Study, comparison: Comparison) -> list[Block]:
     waiting = [contrast for contrast in contrasts if not set(contrast.split(":")) <= present]
     blocks: list[Block] = [
         Text(
-            f"Verdicts rest on {len(contrasts)} contrasts that were named before anything ran: {', '.join(contrasts)}."
+            f"Verdicts rest on {counted(len(contrasts), 'contrast')} named before anything ran: {', '.join(contrasts)}."
         )
         if contrasts
         else Text("No contrast was named beforehand, so every difference below is exploratory."),
@@ -187,7 +189,7 @@ def _scores(comparison: Comparison, base: str) -> Sheet:
         )
         for model in models
     )
-    columns = (f"{name}\n{len(table)} tasks" for name, table in complete.items())
+    columns = (f"{name}\n{counted(len(table), 'task')}" for name, table in complete.items())
     title = "Mean score over tasks" + (f", {base}" if len({kind.base for kind in comparison.types}) > 1 else "")
     return Sheet(title, ("Design", *columns), rows)
 
@@ -230,7 +232,7 @@ def _pairs(comparison: Comparison, folder: Path) -> Iterator[Block]:
             f"With a verdict: {'; '.join(marked) or 'none'}.",
             f"{kind.title}: mean difference of every pair, row minus column; * significant, [ ] named beforehand.",
         )
-        if kind.ranks is not None:
+        if kind.ranks is not None and has_ranks(kind):
             order = ", ".join(f"{model} {rank:.2f}" for model, rank in kind.ranks.mean_ranks.items())
             yield Picture(
                 Path(f"{name}_critical_difference.png"),

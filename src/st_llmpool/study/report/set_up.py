@@ -8,6 +8,7 @@ from typing import Any
 from ...designs import DESIGNS
 from ...modules.errors import StLlmpoolError
 from ...modules.version import __version__
+from ...utils.words import counted
 from ..compare import Comparison
 from ..records import RunRecord
 from ..results import Results
@@ -37,10 +38,10 @@ def missing(study: Study, records: Sequence[RunRecord]) -> list[Block]:
     """Returns which runs have no result yet, and the command that makes the rest of the study."""
     absent = missing_runs(study, records)
     total = len(study.runs())
-    blocks: list[Block] = [Text(f"All {total} runs are finished.")]
+    blocks: list[Block] = [Text(f"{counted(total, 'run')}, all finished.")]
     if absent:
         names = ", ".join(run.id for run in absent[:_MANY]) + (", ..." if len(absent) > _MANY else "")
-        blocks = [Text(f"{len(absent)} of {total} runs are missing: {names}.", warning=True)]
+        blocks = [Text(f"Missing: {len(absent)} of {counted(total, 'run')}: {names}.", warning=True)]
         rows = tuple((run.id, run.base, run.label, str(run.seed)) for run in absent)
         blocks.append(Table(Sheet("Missing runs", ("Run", "Base", "Design", "Seed"), rows), shown=False))
     return [
@@ -90,12 +91,12 @@ def limits(study: Study, records: Sequence[RunRecord], comparison: Comparison | 
         items.append(
             (
                 "Under-trained runs",
-                f"{rising} of {len(records)} runs were still improving on the validation at the end. A design that is "
-                "behind may only be slower: for these runs the study compares speed of learning as much as quality.",
+                f"{rising} of {counted(len(records), 'run')} still improved at the end. A design that is behind "
+                " may only be slower: for these runs the study compares speed of learning as much as quality.",
             )
         )
     if unknown:
-        items.append(("Convergence unknown", f"{unknown} of {len(records)} runs have too few evaluations to tell."))
+        items.append(("Convergence unknown", f"{unknown} of {counted(len(records), 'run')}: too few evaluations."))
     if len(study.seeds) < 3:
         items.append(("Few seeds", f"{len(study.seeds)} per design: the noise of seeds is hardly known."))
     items.append(
@@ -191,8 +192,8 @@ def _source(item: Any) -> str:
 
 def _machine(record: RunRecord) -> str:
     gpu, processor = record.machine.get("gpu"), record.machine.get("processor", "unknown processor")
-    threads = record.machine.get("threads", "?")
-    return f"{gpu or processor}, {threads} thread{'s' if threads != 1 else ''}, {record.training.get('precision', '?')}"
+    threads = counted(record.machine["threads"], "thread") if "threads" in record.machine else "? threads"
+    return f"{gpu or processor}, {threads}, {record.training.get('precision', '?')}"
 
 
 def _designs(study: Study) -> Iterator[tuple[str, ...]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ...modules.errors import DataError
 from ...modules.version import __version__
 from ...utils.files import atomic_folder
+from ...utils.words import counted
 from .. import tables
 from ..compare import Comparison, compare, label
 from ..plots import require_libraries
@@ -23,13 +24,13 @@ from .equality import equality
 from .findings import COMPARISON, findings
 from .layers import layers
 from .set_up import limits, missing, missing_runs, runs_sheet, set_up
-from .summary import summary
+from .summary import write_summary
 
 
 def write_report(study: Study, records: Sequence[RunRecord], results: Results, folder: Path) -> Path:
     """Writes the report of what is finished of a study; one that is there is replaced when the new one is whole.
 
-    In the folder are ``index.html``, which needs no other file, ``summary.md`` for a README, ``tables`` (CSV and
+    In the folder are ``index.html``, which needs no other file, ``summary`` with its pictures, ``tables`` (CSV and
     Markdown), ``comparison`` (every statistic, and the pictures of the tests) and ``figures``.
 
     Args:
@@ -45,8 +46,8 @@ def write_report(study: Study, records: Sequence[RunRecord], results: Results, f
         ModuleNotFoundError: If the libraries that draw are not installed.
 
     Example:
-        >>> records = finished(study.runs(), Path("out/runs"))  # doctest: +SKIP
-        >>> write_report(study, records, read_scores(records, Path("out/runs")), Path("out/report"))  # doctest: +SKIP
+        >>> records = finished(study.runs(), Path("out"))  # doctest: +SKIP
+        >>> write_report(study, records, read_scores(records, Path("out")), Path("out/report"))  # doctest: +SKIP
         PosixPath('out/report/index.html')
     """
     require_libraries()
@@ -71,7 +72,7 @@ def write_report(study: Study, records: Sequence[RunRecord], results: Results, f
         ]
         write_tables(sections, scratch / "tables")
         write_page(study.name, _subtitle(study, records), _head(study, records), sections, scratch / "index.html")
-        (scratch / "summary.md").write_text(summary(study, records, comparison), encoding="utf-8")
+        write_summary(study, records, comparison, scratch)
     return folder / "index.html"
 
 
@@ -90,17 +91,21 @@ def _compare(study: Study, results: Results) -> tuple[Comparison | None, str]:
 
 def _subtitle(study: Study, records: Sequence[RunRecord]) -> str:
     today = datetime.now(UTC).strftime("%Y-%m-%d")
-    return f"A study by st_llmpool {__version__}: {len(records)} of {len(study.runs())} runs, report of {today}"
+    return (
+        f"A study by st_llmpool {__version__}: {len(records)} of {counted(len(study.runs()), 'run')}, report of {today}"
+    )
 
 
 def _head(study: Study, records: Sequence[RunRecord]) -> list[Block]:
     blocks: list[Block] = [Text(study.description)] if study.description else []
     absent = len(missing_runs(study, records))
     if absent:
-        text = f"Not finished: {absent} of {len(study.runs())} runs are missing, and all that follows may change."
+        text = (
+            f"Not finished: {absent} of {counted(len(study.runs()), 'run')} missing, and all that follows may change."
+        )
         blocks.append(Text(text, warning=True))
     rising = sum(record.rising is True for record in records)
     if rising:
-        text = f"{rising} of {len(records)} runs are under-trained: their validation was still rising at the end."
+        text = f"Under-trained: the validation of {rising} of {counted(len(records), 'run')} still rose at the end."
         blocks.append(Text(text, warning=True))
     return blocks

@@ -1,0 +1,107 @@
+"""results.parquet alone is enough: to report, to go on, and to reuse runs in another study."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from st_llmpool.modules.errors import DataError
+from st_llmpool.study.records import RunStore, finished, read_scores, take_over, write_record, write_results
+from st_llmpool.study.results import SOURCE_COLUMNS, Results, read_results
+from st_llmpool.study.runner import StudyRunner
+from tests.study.synthetic_study import synthetic_records, synthetic_results, synthetic_study
+
+STUDY = synthetic_study(seeds=[0, 1], layers=False)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """What is committed of a study: its file and its results. And the folder with all runs that they are from."""
+    out, other = tmp_path_factory.mktemp("study"), tmp_path_factory.mktemp("kept")
+    results = synthetic_results(records := synthetic_records(STUDY), tasks=6)
+    scores = results.scores.assign(dataset_revision="7", mteb_version="2.26.24", languages="eng-Latn")
+    for record in records:
+        own = [
+            table[(table["design"] == record.design) & (table["option"] == record.option)]
+            for table in (scores, results.items)
+        ]
+        own = [table[table["seed"] == str(record.seed)] for table in own]
+        write_record(record, Results(*own), out)
+    write_results(finished(STUDY.runs(), out), read_scores(records, out), out)
+    shutil.copy(out / "results.parquet", other)
+    return out, other
+
+
+def test_results_file_gives_the_records_and_scores_of_the_run_folders(kept):
+    folders, file = kept
+    records = finished(STUDY.runs(), folders)
+    assert finished(STUDY.runs(), file) == records
+    assert records[0].validation
+    assert records[0].cost
+    one, other = read_scores(records, folders), read_scores(records, file)
+    pd.testing.assert_frame_equal(one.scores, other.scores, check_exact=True)
+    pd.testing.assert_frame_equal(one.items, other.items, check_exact=True)
+    assert set(one.scores["dataset_revision"]) == {"7"}
+
+
+def test_results_file_is_a_table_that_anyone_can_compare(kept):
+    scores = read_results([kept[1] / "results.parquet"]).scores
+    assert set(scores["design"]) == {design.design for design in STUDY.designs}
+    assert list(scores.columns[-len(SOURCE_COLUMNS) :]) == SOURCE_COLUMNS
+
+
+def test_a_clone_with_the_results_alone_has_nothing_left_to_run(kept, monkeypatch):
+    runner = StudyRunner(STUDY, kept[1], report_only=True, console=Console(quiet=True))
+    monkeypatch.setattr(runner, "_carry_out", None)  # would fail if it were called
+    assert len(runner.run()) == len(STUDY.runs())
+
+
+@pytest.mark.parametrize("source", ["runs", "folder with results", "file"])
+def test_runs_are_taken_over_from_run_folders_and_from_a_results_file(kept, tmp_path, source):
+    folders, file = kept
+    other = {"runs": folders, "folder with results": file, "file": file / "results.parquet"}[source]
+    wanted = synthetic_study(seeds=[1]).runs()[:2]
+    changed = dataclasses.replace(wanted[1], recipe={**wanted[1].recipe, "model": {"tune": "lora"}})
+    assert take_over([wanted[0], changed], other, tmp_path) == [wanted[0].id]
+    (record,) = finished(wanted, tmp_path)
+    (original,) = finished(wanted[:1], folders)
+    assert record == original
+    pd.testing.assert_frame_equal(
+        read_scores([record], tmp_path).scores, read_scores([record], folders).scores, check_exact=True
+    )
+
+
+def test_a_folder_without_runs_is_refused_and_not_taken_for_an_empty_study(tmp_path):
+    with pytest.raises(DataError, match=r"holds no runs of a study: neither a folder 'runs' nor a results.parquet"):
+        take_over(STUDY.runs(), tmp_path / "none", tmp_path)
+
+
+def test_damaged_results_are_named(tmp_path):
+    (tmp_path / "results.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(DataError, match=r"results.parquet is not the results of a study"):
+        RunStore(tmp_path)
+
+
+def test_report_is_made_again_from_study_file_and_results_alone(kept, tmp_path, monkeypatch):
+    pytest.importorskip("scikit_posthocs", reason="the extra 'plots' is not installed")
+    monkeypatch.setattr("st_llmpool.study.statistics._bootstrap_interval", lambda values: (-0.01, 0.01))
+    for module in ("plots", "report.document"):
+        monkeypatch.setattr(f"st_llmpool.study.{module}._DPI", 20)
+    tables = []
+    for number, source in enumerate(kept):
+        out = tmp_path / str(number)
+        shutil.copytree(source, out)
+        page = StudyRunner(STUDY, out, report_only=True, console=Console(quiet=True)).report()
+        files = [
+            *(page.parent / "tables").iterdir(),
+            *(page.parent / "comparison").glob("*.[cjm]*"),
+            out / "summary.md",
+        ]
+        tables.append({file.name: file.read_text() for file in files})
+        assert len(list(out.glob("*.png"))) <= 4
+    assert tables[0] == tables[1]
+    assert "Convergence.csv" in tables[0]
