@@ -361,13 +361,14 @@ def select(
 def doctor(
     model: Annotated[str, typer.Argument(help="Folder or Hub id.", metavar="MODEL")],
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    seal: Annotated[bool, typer.Option("--seal", help="Accept the folder's files as they are now.")] = False,
 ) -> None:
-    """Check MODEL: measured attention, EOS, padding, weights, files. Exit code 1 if a check fails."""
+    """Check MODEL: seal, measured attention, EOS, padding, weights. Exit code 1 if a check fails."""
     from rich.console import Console
 
     from .hub.doctor import examine
 
-    diagnosis = examine(model, trust_remote_code=trust_remote_code)
+    diagnosis = examine(model, trust_remote_code=trust_remote_code, seal=seal)
     Console().print(diagnosis.to_table())
     raise typer.Exit(0 if diagnosis.ok else 1)
 

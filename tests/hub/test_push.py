@@ -19,6 +19,7 @@ from st_llmpool.cli import app
 from st_llmpool.hub.push import PushError, push
 from st_llmpool.modules.errors import ConfigurationError, InputError
 from tests.hub.hub_server import File, HubServer
+from tests.hub.test_doctor import unseal
 
 TEXTS = ["fox", "the quick brown fox jumps over the lazy dog"]
 
@@ -234,7 +235,7 @@ def test_code_of_others_is_examined_on_demand_only(hub, folder, tmp_path):
     witness = tmp_path / "it_ran"
     code = (folder / "errors.py").read_text()
     (folder / "errors.py").write_text(code + f"\nimport pathlib\npathlib.Path({str(witness)!r}).touch()\n")
-    (folder / "st_llmpool.json").unlink()  # whoever puts other code there can put other hashes there too
+    unseal(folder)  # whoever puts other code there can put other hashes there too
     refused(hub, InputError, "not examined.*errors.py.*--trust-remote-code", folder)
     assert not witness.exists()
     lines: list[str] = []

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -22,28 +22,13 @@ from sentence_transformers import SentenceTransformer
 from ..attention_proof import verify_attention
 from ..modules.eos import special_tokens_around
 from ..modules.errors import StLlmpoolError
-from ..modules.portable import MANIFEST, UNFINISHED, saved_code
-from ..modules.version import __version__
-
-Status = Literal["ok", "warning", "failed", "skipped"]
+from ..modules.portable import saved_code
+from ..modules.seal import UNFINISHED
+from .finding import Finding, Status
+from .seal_checks import SEAL_CHECKS, examine_probes, examine_seal, sealing_again
 
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 _UNSAFE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the doctor's table.
-
-    Attributes:
-        check: What was looked at.
-        status: ``"ok"``, ``"warning"``, ``"failed"`` or ``"skipped"``.
-        detail: What was found, and the way out if it is not ok.
-    """
-
-    check: str
-    status: Status
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -75,7 +60,11 @@ class Diagnosis:
 
 
 def examine(
-    model: str | Path | SentenceTransformer, *, trust_remote_code: bool = False, device: str | None = None
+    model: str | Path | SentenceTransformer,
+    *,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    seal: bool = False,
 ) -> Diagnosis:
     """Examines a model: its files first, without running anything from them, then the loaded model.
 
@@ -85,6 +74,7 @@ def examine(
         model: A folder, a Hub id, or a loaded model.
         trust_remote_code: Allow code from the folder or repository to run.
         device: Where to load it.
+        seal: Seal the folder as it is now if nothing else fails, and report what changed since its last seal.
 
     Returns:
         The findings; ``.ok`` says whether anything failed.
@@ -103,25 +93,34 @@ def examine(
         missing = f"no such folder, and from the Hub: {error}"
         return Diagnosis(str(model), (Finding("files", "failed", missing),))
     findings = list(_examine_folder(folder))
+    if seal:
+        if not Path(model).is_dir():
+            return Diagnosis(str(model), (Finding("seal", "failed", f"{model} is no folder here: download it first."),))
+        findings = [finding for finding in findings if finding.check not in SEAL_CHECKS]
     if any(finding.status == "failed" for finding in findings):
         return Diagnosis(str(model), tuple(findings))
     code = _examine_code(folder, trusted=trust_remote_code)
     findings.append(code)
     if code.status == "skipped":
         return Diagnosis(str(model), tuple(findings))
-    try:
-        loaded = SentenceTransformer(str(folder), trust_remote_code=True, device=device)
-    except Exception as error:  # whatever it is, the recipient would meet it too
-        findings.append(Finding("loading", "failed", f"{type(error).__name__}: {error}"))
-    else:
-        findings.extend(_examine_loaded(loaded))
+    with sealing_again(folder) if seal else nullcontext() as write:
+        try:
+            loaded = SentenceTransformer(str(folder), trust_remote_code=True, device=device)
+        except Exception as error:  # whatever it is, the recipient would meet it too
+            findings.append(Finding("loading", "failed", f"{type(error).__name__}: {error}"))
+        else:
+            findings.extend(_examine_loaded(loaded))
+            if write is None:
+                findings.append(examine_probes(folder, loaded))
+            elif all(finding.status != "failed" for finding in findings):
+                findings.append(write(loaded))
     return Diagnosis(str(model), tuple(findings))
 
 
 def _examine_folder(folder: Path) -> Iterator[Finding]:
     """Checks files only."""
     yield _module_list(folder)
-    yield from _manifest(folder)
+    yield from examine_seal(folder)
     weights = sorted(folder.rglob("*.safetensors"))
     damaged = [f"{file.relative_to(folder)} ({error})" for file in weights if (error := _header_error(file))]
     size = sum(file.stat().st_size for file in weights) / 2**20
@@ -173,27 +172,6 @@ def _defines(source: Path, name: str) -> bool:
     except (OSError, SyntaxError, ValueError):
         return False
     return any(isinstance(node, ast.ClassDef) and node.name == name for node in tree.body)
-
-
-def _manifest(folder: Path) -> Iterator[Finding]:
-    """Compares the code with the hashes that the save noted, and its version with the installed one."""
-    if not (folder / MANIFEST).is_file():
-        return
-    manifest = _read(folder / MANIFEST)
-    version, hashes = manifest.get("version"), manifest.get("code", {})
-    files = {name: folder / name for name in hashes}
-    missing = [name for name, file in files.items() if not file.is_file()]
-    changed = [
-        name
-        for name, file in files.items()
-        if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() != hashes[name]
-    ]
-    detail = f"written by st_llmpool {version}, installed is {__version__}"
-    if missing or changed:
-        names = ", ".join([*(f"{name} is missing" for name in missing), *(f"{name} has changed" for name in changed)])
-        yield Finding("code as saved", "failed", f"{detail}; {names} since. Save or download the model again.")
-    else:
-        yield Finding("code as saved", "ok", f"{detail}; {len(hashes)} files unchanged since")
 
 
 def _header_error(file: Path) -> str | None:

@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from ..adapters import merge_adapter
 from ..card import write_card_of
 from ..modules.errors import ConfigurationError, InputError
-from ..modules.portable import MANIFEST
+from ..modules.seal import write_seal
 from ..utils.files import atomic_folder, refuse_existing
 from .fresh_process import PROBES, embed_in_fresh_process
 
@@ -114,8 +114,9 @@ def _make_native(model: SentenceTransformer, folder: Path) -> None:
             _edit_json(folder / entry["path"] / "config.json", include_prompt=model[0].include_prompt)
     (folder / "modules.json").write_text(json.dumps(modules, indent=2), encoding="utf-8")
     _edit_json(folder / "sentence_bert_config.json", **dict.fromkeys(_OUR_KEYS))
-    for file in (*folder.glob("*.py"), folder / MANIFEST):
+    for file in folder.glob("*.py"):
         file.unlink()
+    write_seal(folder, model)
 
 
 def _edit_json(file: Path, **changes: object) -> None:

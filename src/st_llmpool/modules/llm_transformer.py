@@ -30,7 +30,8 @@ from .attention import (
 from .eos import append_eos, ends_every_text, ensure_pad_token, without_truncation
 from .errors import ConfigurationError, DataError, InputError, nearest
 from .layer_readout import POOLING_FEATURES, READOUTS, TokenSpans, capture_layers, hook_layers
-from .portable import PortableModule, begin_save, copy_assets, naming, save_requirements, save_source_files
+from .portable import PortableModule, copy_assets, naming, save_requirements, save_source_files
+from .seal import begin_save, check_seal, seal_saves
 from .weights_identity import identify_by_weights
 
 _MAGNITUDE = "lora_magnitude_vector"
@@ -221,10 +222,13 @@ class LLMTransformer(Transformer, PortableModule):
             ConfigurationError: As the constructor.
             AttentionError: As the constructor.
         """
-        with naming(f"{model_name_or_path}/{cls.config_file_name}", TypeError):
-            module = super().load(model_name_or_path, **kwargs)
         location = ("token", "cache_folder", "revision", "local_files_only")
-        module._loaded_from = (model_name_or_path, {key: kwargs[key] for key in location if key in kwargs})
+        where = {key: kwargs[key] for key in location if key in kwargs}
+        options = dict(kwargs.get("model_kwargs") or {})
+        check_seal(model_name_or_path, verify_weights=options.pop("verify_weights", False), **where)
+        with naming(f"{model_name_or_path}/{cls.config_file_name}", TypeError):
+            module = super().load(model_name_or_path, **{**kwargs, "model_kwargs": options})
+        module._loaded_from = (model_name_or_path, where)
         return module
 
     def _prepare_model(self) -> None:
@@ -294,6 +298,7 @@ class LLMTransformer(Transformer, PortableModule):
         """
         super().on_model_ready(model)
         identify_by_weights(model)
+        seal_saves(model)
         if isinstance(model[-1], Normalize):
             model._inference = partial(_infer_with_unit_length, model)
 

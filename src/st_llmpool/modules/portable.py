@@ -8,11 +8,9 @@ st_llmpool. The base class here closes that gap inside ``save`` itself: ``save_p
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import logging
-import os
 import re
 import shutil
 import sys
@@ -27,17 +25,12 @@ from sentence_transformers.util import load_dir_path
 from torch import nn
 
 from .errors import DataError, StLlmpoolError
+from .seal import MANIFEST, write_text
 from .version import __version__
 
 logger = logging.getLogger(__name__)
 
 CODE_HEADER = f"# Part of st_llmpool {__version__} (Apache-2.0), copied here so that this model loads without it.\n"
-
-#: Beside a saved model: the version that wrote its code, and a hash of each code file.
-MANIFEST = "st_llmpool.json"
-
-#: What modules.json names while a save is under way; importing it fails under this telling name.
-UNFINISHED = "sentence_transformers.this_model_was_saved_only_in_part.SaveItAgain"
 
 #: ``from .x import`` and ``from ..folder.x import``.
 _RELATIVE_IMPORT = re.compile(r"^(\s*from\s+)\.(?:\.(\w+)\.)?([^\s.]\S*)(\s+import\b)", re.MULTILINE)
@@ -145,23 +138,6 @@ def naming(file: str, *kinds: type[Exception]) -> Iterator[None]:
         raise DataError(f"{file} cannot be used: {words}.{newer} Save or download the model again.") from error
 
 
-def begin_save(root: Path) -> None:
-    """Makes `root` unloadable until sentence-transformers ends its save, which writes modules.json last.
-
-    Without it, a save that is cut off leaves a new backbone beside an old pooling, or a backbone alone, which
-    sentence-transformers loads with mean pooling and no word.
-
-    Args:
-        root: Root of the saved model; code files that an earlier save noted there are removed.
-    """
-    manifest = _read_manifest(root)
-    for name in manifest["code"]:
-        (root / Path(name).name).unlink(missing_ok=True)
-    (root / MANIFEST).unlink(missing_ok=True)
-    placeholder = [{"idx": 0, "name": "0", "path": "", "type": UNFINISHED}]
-    _write_text(root / "modules.json", json.dumps(placeholder))
-
-
 def save_source_files(module_class: type[nn.Module], root: Path) -> None:
     """Writes the file that defines `module_class`, and every file that it needs, flat into `root`.
 
@@ -177,12 +153,8 @@ def save_source_files(module_class: type[nn.Module], root: Path) -> None:
             module_class.__name__,
         )
         return
-    manifest = _read_manifest(root)
     for file in code_files(Path(inspect.getfile(sys.modules[import_path]))):
-        text = saved_code(file)
-        _write_text(root / file.name, text)
-        manifest["code"][file.name] = hashlib.sha256(text.encode()).hexdigest()
-    _write_text(root / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
+        write_text(root / file.name, saved_code(file))
 
 
 def code_files(source: Path) -> list[Path]:
@@ -246,19 +218,8 @@ def save_requirements(root: Path) -> None:
     config["requirements"] = {
         library: {"specifier": specifier, "reason": reason} for library, (specifier, reason) in MINIMUM_VERSIONS.items()
     }
-    _write_text(file, json.dumps(config, indent=2, sort_keys=True))
-
-
-def _read_manifest(root: Path) -> dict[str, Any]:
-    file = root / MANIFEST
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"version": __version__, "code": {}}
-
-
-def _write_text(file: Path, text: str) -> None:
-    """Writes beside and renames, so that a kill never leaves half a file."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    config["sealed"] = MANIFEST  # so that a folder that lost its manifest is not taken for one that had none
+    write_text(file, json.dumps(config, indent=2, sort_keys=True))
 
 
 def _new_instance(import_path: str, name: str) -> nn.Module:

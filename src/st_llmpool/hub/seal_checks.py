@@ -1,0 +1,108 @@
+"""Compare a saved model with its seal: every file by its hash, files that were added, and the probe vectors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from sentence_transformers import SentenceTransformer
+
+from ..modules.seal import (
+    MANIFEST,
+    Difference,
+    differences,
+    files_to_seal,
+    probe_vectors,
+    read_manifest,
+    write_seal,
+)
+from ..modules.version import __version__
+from .finding import Finding
+
+#: What :func:`examine_seal` looks at.
+SEAL_CHECKS = ("seal", "files added", "code added")
+
+_WAY_OUT = "Save or download the model again; after a change on purpose, seal it with `st-llmpool doctor --seal`."
+
+
+def examine_seal(folder: Path) -> Iterator[Finding]:
+    """Compares every sealed file with its hash and names files that were added; runs nothing."""
+    manifest = read_manifest(folder)
+    files = manifest.get("files")
+    if not files:
+        yield _unsealed(folder)
+        return
+    found = list(differences(folder, files))
+    written = f"written by st_llmpool {manifest.get('version')}, installed is {__version__}"
+    if found:
+        yield Finding("seal", "failed", f"{'; '.join(map(str, found))}. {_WAY_OUT} ({written})")
+        return
+    yield Finding("seal", "ok", f"{len(files)} files as they were saved; {written}")
+    if added := [name for name in files_to_seal(folder) if name not in files]:
+        yield Finding("files added", "failed", f"{', '.join(added)} may change what is loaded. Remove. {_WAY_OUT}")
+    if code := sorted(file.name for file in folder.glob("*.py") if file.name not in {*files, *added}):
+        yield Finding("code added", "warning", f"{', '.join(code)}: not part of the saved model, which never runs it")
+
+
+def examine_probes(folder: Path, model: SentenceTransformer) -> Finding:
+    """Compares the vectors of the probe texts with those that the seal recorded."""
+    recorded = read_manifest(folder).get("probes", {})
+    if "vectors" not in recorded:
+        return Finding("probe vectors", "skipped", recorded.get("skipped", "the model is not sealed"))
+    expected = torch.tensor([[float(value) for value in row.split()] for row in recorded["vectors"]]).double()
+    found = probe_vectors(model)
+    if found.shape != expected.shape:
+        return Finding("probe vectors", "failed", f"{tuple(found.shape)} numbers instead of {tuple(expected.shape)}")
+    worst = ((found - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-12)).max().item()
+    same_device = model.device.type == recorded["device"]
+    exact = {recorded["dtype"], str(model.dtype).removeprefix("torch.")} == {"float32"}
+    limit = (1e-4 if same_device else 1e-3) if exact else 5e-2
+    detail = f"largest relative difference {worst:.1e}, limit {limit:.0e}"
+    if not worst <= limit:  # also for NaN
+        return Finding(
+            "probe vectors", "failed", f"{detail}: other weights, another base or another library. {_WAY_OUT}"
+        )
+    return Finding("probe vectors", "ok", detail)
+
+
+@contextmanager
+def sealing_again(folder: Path) -> Iterator[Callable[[SentenceTransformer], Finding]]:
+    """Loads inside are not compared with the old seal; the function that it gives writes a new one.
+
+    Args:
+        folder: A saved model, with or without a seal. Its old seal stays unless the function is called.
+
+    Example:
+        >>> with sealing_again(Path("model")) as seal:  # doctest: +SKIP
+        ...     print(seal(SentenceTransformer("model")).detail)
+        sealed; since the last seal config_sentence_transformers.json has changed in prompts.query
+    """
+    files = read_manifest(folder).get("files")
+    added = [Difference(name, "was added", True) for name in files_to_seal(folder) if name not in (files or {})]
+    changes = "nothing" if files else "it had none"
+    if files and (found := [*differences(folder, files), *added]):
+        changes = "; ".join(map(str, found))
+    old, aside = folder / MANIFEST, folder / f".{MANIFEST}.old"
+    if old.exists():
+        old.rename(aside)
+
+    def seal(model: SentenceTransformer) -> Finding:
+        write_seal(folder, model)
+        return Finding("seal", "ok", f"sealed; since the last seal: {changes}")
+
+    try:
+        yield seal
+    finally:
+        if aside.exists() and not old.exists():
+            aside.rename(old)
+        aside.unlink(missing_ok=True)
+
+
+def _unsealed(folder: Path) -> Finding:
+    config = folder / "config_sentence_transformers.json"
+    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("sealed"):
+        return Finding("seal", "failed", f"{MANIFEST}, which the save wrote last, is missing or unreadable. {_WAY_OUT}")
+    return Finding("seal", "warning", "none, so damage cannot be found. Seal it with `st-llmpool doctor --seal`.")
