@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import transformers
 from packaging.version import Version
 
 from tests.architecture_zoo import decoder_types
-from tests.architectures import LEAST_BUILT, contradiction, examine, failures_of, table
+from tests.architectures import LEAST_BUILT, compact, contradiction, examine, failures_of, table
 
 NEW_ENOUGH = Version(transformers.__version__) >= Version("5.23")
 
@@ -75,6 +78,25 @@ def test_the_sweep_fails_on_too_few_types_and_on_vectors_that_do_not_come_back()
     assert any("at least 150" in failure for failure in failures_of([row], complete=True))
     assert any("at least 115" in failure for failure in failures_of([row], complete=True))
     assert "other vectors" in failures_of([{**row, "causal_again": False}], complete=False)[0]
+
+
+def test_the_committed_table_is_made_from_the_committed_data_and_these_are_small():
+    docs = Path(__file__).parents[1] / "docs"
+    data = (docs / "architectures.json").read_text()
+    rows = json.loads(data)
+    assert table(rows).splitlines()[4:] == (docs / "architectures.md").read_text().splitlines()[4:]
+    assert compact(rows) == data
+    assert len(data) < 60_000
+
+
+def test_what_is_kept_of_a_row_makes_the_same_table():
+    measured = {"signal": 0.8308543422433065, "noise": 0.0, "batch": 3.8e-07}
+    row = {"type": "x", "kind": "decoder", "implementation": "sdpa", "causal": "causal", "causal_again": True}
+    row |= {"bidirectional": "bidirectional", "bidirectional_measured": measured, "causal_truth": {"ahead": 0.0}}
+    kept = json.loads(compact([row]))
+    assert table(kept) == table([row])
+    assert "8.3e-01 | 0.0e+00" in table(kept)
+    assert "causal_truth" not in kept[0]
 
 
 def test_the_table_has_a_line_for_every_type():

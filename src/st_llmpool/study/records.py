@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -110,7 +112,7 @@ def write_results(records: Sequence[RunRecord], results: Results, out: Path) -> 
         out: The study's folder.
     """
     table = pa.Table.from_pandas(_rows(results), preserve_index=False)
-    facts = json.dumps([asdict(record) for record in records]).encode()
+    facts = base64.b64encode(zlib.compress(json.dumps([asdict(record) for record in records]).encode()))
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), _FACTS_OF_ALL: facts})
     with atomic_file(out / _SCORES) as partial:
         pq.write_table(table, partial, compression="zstd")
@@ -159,9 +161,10 @@ class RunStore:
         self._packed: dict[str, RunRecord] = {}
         if self._file.is_file():
             try:
-                facts = json.loads((pq.read_schema(self._file).metadata or {}).get(_FACTS_OF_ALL, b"[]"))
-                self._packed = {content["id"]: RunRecord(**content) for content in facts}
-            except (OSError, ValueError, TypeError, KeyError) as error:  # Arrow's own errors are among them
+                facts = (pq.read_schema(self._file).metadata or {}).get(_FACTS_OF_ALL)
+                contents = json.loads(zlib.decompress(base64.b64decode(facts))) if facts else []
+                self._packed = {content["id"]: RunRecord(**content) for content in contents}
+            except (OSError, ValueError, TypeError, KeyError, zlib.error) as error:  # Arrow's own errors are among them
                 raise DataError(f"{self._file} is not the results of a study: {error}") from error
 
     @property
@@ -186,7 +189,8 @@ class RunStore:
             for record in records
         ]
         rows = pd.concat(tables, ignore_index=True).reindex(columns=_ROWS).astype({"score": float})
-        rows = rows.fillna(dict.fromkeys(SOURCE_COLUMNS[:-1], ""))
+        sources = dict.fromkeys(SOURCE_COLUMNS[:-1], "")  # runs of earlier versions do not have them
+        rows = rows.fillna(sources).astype(dict.fromkeys(sources, "str"))
         is_item = rows["item"] != ""
         return Results(
             rows.loc[~is_item, [*COLUMNS, *SOURCE_COLUMNS[:-1]]].reset_index(drop=True),
