@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..modules.errors import DataError, nearest
+from ..utils.reading import read_lines
 from .training_data import DOCSTRINGS, DatasetSettings, check_texts, read_rows
 
 if TYPE_CHECKING:
@@ -106,13 +107,9 @@ def _lines(settings: TextSettings) -> Dataset:
     from datasets import Dataset
 
     path = Path(settings.source).expanduser()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{settings.source!r} cannot be read as text (relative paths start at {str(Path.cwd())!r}): {error}"
-        ) from error
-    return Dataset.from_dict({"text": [line for line in lines if line.strip()]})
+    if not path.exists():
+        raise DataError(f"There is no file {settings.source!r}; relative paths start at {str(Path.cwd())!r}.")
+    return Dataset.from_dict({"text": [line for line in read_lines(path) if line.strip()]})
 
 
 def _column(settings: TextSettings) -> Dataset:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..modules.errors import DataError, nearest
+from ..utils.reading import check_file, check_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -120,7 +121,7 @@ def read_rows(settings: DatasetSettings) -> Dataset:
     path = Path(settings.source).expanduser()
     if path.is_dir():
         return _read_file(settings, _file_of_split(path, settings.split))
-    if path.is_file():
+    if path.exists():
         return _read_file(settings, path)
     if path.suffix in FORMATS or path.is_absolute() or settings.source.startswith((".", "~")):
         raise DataError(f"There is no file {settings.source!r}; relative paths start at {str(Path.cwd())!r}.")
@@ -154,8 +155,11 @@ def _read_file(settings: DatasetSettings, path: Path) -> Dataset:
     if path.suffix not in FORMATS:
         raise DataError(f"{settings.source!r} ends in {path.suffix!r}; readable are {list(FORMATS)}.")
     try:
+        check_file(path)
         if _has_no_rows(path):
             raise DataError(f"{settings.source!r} is empty.")
+        if path.suffix != ".parquet":
+            check_rows(path)
         options = _csv_options(path) if FORMATS[path.suffix] == "csv" else {}
         return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", **options)
     except DataError:
@@ -199,7 +203,7 @@ def _read_hub(settings: DatasetSettings) -> Dataset:
 def _innermost(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
 def _find_columns(settings: DatasetSettings, found: Sequence[str]) -> dict[str, list[str]]:
@@ -274,6 +278,10 @@ def check_texts(settings: DatasetSettings, name: str, column: Any) -> None:
             f"{settings.source!r}: the {name} is of type {column.type}, not text. Choose another column under columns, "
             f"or convert it."
         )
+    try:
+        column.validate(full=True)
+    except pa.ArrowException as error:
+        raise DataError(f"{settings.source!r}: the {name} is not valid UTF-8 text: {error}. Convert it.") from error
     blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(column, ""))), 0)
     count = pc.sum(blank).as_py()
     if count:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import pyarrow.parquet
 
 from ..modules.errors import DataError, nearest
+from ..utils.reading import read_json_lines, shown
 
 SUFFIXES = (".parquet", ".jsonl")
 
@@ -114,19 +114,14 @@ def _read_parquet(path: Path, names: Sequence[str]) -> tuple[list[str], dict[str
 def _read_json_lines(path: Path, names: Sequence[str]) -> tuple[list[str], dict[str, list[Any]]]:
     """As `_read_parquet`. Every row must have the columns of the first."""
     table: dict[str, list[Any]] = {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate((line for line in lines if line.strip()), start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}: row {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}: row {number} is {type(row).__name__}, expected an object with named columns.")
-            if number > 1 and row.keys() != table.keys():
-                differs = ", ".join(sorted(row.keys() ^ table.keys()))
-                raise DataError(f"{path}: row {number} differs from the first row in the columns {differs}.")
-            for name, value in row.items():
-                table.setdefault(name, []).append(value)
+    for number, row in enumerate(read_json_lines(path), start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: row {number} is {type(row).__name__}, expected an object with named columns.")
+        if number > 1 and row.keys() != table.keys():
+            differs = ", ".join(sorted(row.keys() ^ table.keys()))
+            raise DataError(f"{path}: row {number} differs from the first row in the columns {differs}.")
+        for name, value in row.items():
+            table.setdefault(name, []).append(value)
     if not table:
         raise DataError(f"{path} has no rows.")
     return list(table), {name: table[name] for name in names if name in table}
@@ -143,7 +138,7 @@ def _checked(path: Path, name: str, kind: Kind, values: list[Any]) -> list[Any]:
     check, expected = _KINDS[kind]
     for row, value in enumerate(values, start=1):
         if not check(value):
-            raise DataError(f"{path}: column {name!r} holds {value!r} in row {row}, expected {expected}.")
+            raise DataError(f"{path}: column {name!r} holds {shown(value)} in row {row}, expected {expected}.")
     if kind == "id":
         return [str(value) for value in values]
     if kind == "integer":

@@ -7,9 +7,11 @@ here, so that a user sees one line.
 
 from __future__ import annotations
 
+import csv
 import json
 import reprlib
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,93 @@ def parse_json(text: str, where: str, kind: type[StLlmpoolError] = DataError) ->
         raise kind(f"{where} is not JSON: {_reason(error)}.") from error
     check_plain(content, where, kind)
     return content
+
+
+def read_json_lines(path: str | Path, kind: type[StLlmpoolError] = DataError) -> Iterator[Any]:
+    """Yields the values of a JSON Lines file; blank lines are passed over.
+
+    Args:
+        path: The file.
+        kind: The error to raise.
+
+    Raises:
+        StLlmpoolError: Of `kind`, as :func:`read_lines` and :func:`parse_json`, with the number of the line.
+    """
+    for number, line in enumerate(read_lines(path, kind), start=1):
+        if line.strip():
+            yield parse_json(line, f"Line {number} of {str(path)!r}", kind)
+
+
+def read_lines(path: str | Path, kind: type[StLlmpoolError] = DataError) -> Iterator[str]:
+    """Yields the lines of a UTF-8 file, without their ends.
+
+    Args:
+        path: The file.
+        kind: The error to raise.
+
+    Raises:
+        StLlmpoolError: Of `kind`, if there is no such regular file, or it is not UTF-8.
+    """
+    file = check_file(path, kind)
+    try:
+        with file.open("rb") as lines:
+            if reason := not_utf8(lines.read(1024)):
+                raise kind(f"{str(path)!r} {reason}")
+            lines.seek(0)
+            for number, line in enumerate(lines, start=1):
+                try:
+                    yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    raise kind(f"Line {number} of {str(path)!r} {not_utf8(line, error)}") from error
+    except OSError as error:
+        raise kind(f"{str(path)!r} cannot be read: {_reason(error)}.") from error
+
+
+def check_rows(path: str | Path, kind: type[StLlmpoolError] = DataError) -> None:
+    """Checks a JSON, JSON Lines, CSV or TSV file for what other readers crash on, or get wrong in silence.
+
+    Arrow's JSON reader ends the process at deep nesting, and takes text that is not UTF-8; pandas moves the columns of
+    a row that is longer than the header.
+
+    Args:
+        path: The file; its suffix says its format.
+        kind: The error to raise.
+
+    Raises:
+        StLlmpoolError: Of `kind`, with the line.
+    """
+    suffix, name = Path(path).suffix, str(path)
+    if suffix in (".csv", ".tsv"):
+        _check_cells(read_lines(path, kind), name, kind, separator="\t" if suffix == ".tsv" else ",")
+        return
+    for number, line in enumerate(read_lines(path, kind), start=1):
+        if line.count("[") + line.count("{") > MAX_DEPTH or "\\ud" in line.lower():  # else it can be neither
+            where = f"Line {number} of {name!r}"
+            if suffix == ".jsonl":
+                parse_json(line, where, kind)
+            else:
+                read_json(path, kind)
+                return
+
+
+def _check_cells(lines: Iterator[str], name: str, kind: type[StLlmpoolError], *, separator: str) -> None:
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        rows = csv.reader((f"{line}\n" for line in lines), delimiter=separator, strict=True)
+        header = next(rows, [])
+        repeated = [column for place, column in enumerate(header) if column in header[:place]]
+        if repeated or "" in header:
+            raise kind(f"The header of {name!r} must name every column once; it has {shown(header)}.")
+        for row in rows:
+            if len(row) > len(header):
+                raise kind(
+                    f"Line {rows.line_num} of {name!r} has {len(row)} cells and the header {len(header)}: put a cell "
+                    f"that holds the separator into double quotes."
+                )
+    except csv.Error as error:
+        raise kind(f"Line {rows.line_num} of {name!r} is not CSV: {_reason(error)}.") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def read_yaml(path: str | Path) -> Any:
