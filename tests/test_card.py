@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
 from st_llmpool import build_embedder
-from st_llmpool.card import EmbedderCardData, read_results, write_card
+from st_llmpool.card import EmbedderCardData, read_results, training_facts, write_card
 from st_llmpool.hub.export import export
-from st_llmpool.modules.errors import ConfigurationError, DataError
+from st_llmpool.modules.errors import ConfigurationError, DataError, StLlmpoolError
 
 RESULTS = [
     {"task": "LocalSts", "type": "STS", "metric": "cosine_spearman", "score": 0.5, "interval": "0.4 to 0.6"},
@@ -193,3 +193,42 @@ def test_users_can_fill_in_what_only_they_know(tiny_llm, tmp_path):
     model.model_card_data.license = "mit"
     model.save_pretrained(str(tmp_path))
     assert ModelCard.load(tmp_path / "README.md").data.license == "mit"
+
+
+def test_what_the_trainer_wrote_stays_when_results_come(tiny_llm, tmp_path):
+    build_embedder(tiny_llm).save_pretrained(str(tmp_path))
+    card = ModelCard.load(tmp_path / "README.md")
+    card.data["tags"] = [*card.data["tags"], "loss:FocalRankingLoss", "dataset_size:1234"]
+    card.data["widget"] = [{"source_sentence": "a", "sentences": ["b", "c"]}]
+    card.data["model_name"] = "mine"
+    earlier = {"task_type": "information-retrieval", "dataset_type": "held", "dataset_name": "held"}
+    card.data["eval_results"] = [EvalResult(metric_type="cosine_ndcg@10", metric_value=0.7, **earlier)]
+    card.save(tmp_path / "README.md")
+    for _ in range(2):  # and nothing is doubled
+        write_card(tmp_path, results=RESULTS, trust_remote_code=True)
+    data = ModelCard.load(tmp_path / "README.md").data
+    found = {(row.dataset_name, row.metric_type): row.metric_value for row in data.eval_results}
+    assert found == {("held", "cosine_ndcg@10"): 0.7, ("LocalSts", "cosine_spearman"): 0.5} | {
+        ("LocalSearch", "ndcg_at_10"): 0.25
+    }
+    assert data["metrics"] == ["cosine_ndcg@10", "cosine_spearman", "ndcg_at_10"]
+    assert data["widget"] == [{"source_sentence": "a", "sentences": ["b", "c"]}]
+    assert data["tags"].count("loss:FocalRankingLoss") == data["tags"].count("sentence-transformers") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("training.json", b"[" * 3000),
+        ("training.json", b'{"rows": 3}'),
+        ("training.json", '{"rows": "\u00e9"}'.encode("latin-1")),
+        ("recipe.yaml", b"data: [3]"),
+        ("recipe.yaml", b"- 1"),
+        ("recipe.yaml", b"stages: [{}]"),
+    ],
+)
+def test_facts_that_training_did_not_write_are_refused(tmp_path, file, content):
+    (tmp_path / "training.json").write_text(json.dumps(TRAINING))
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(StLlmpoolError):
+        training_facts(tmp_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,6 +13,7 @@ from torch import nn
 
 from .modules.attention import set_attention
 from .modules.errors import ConfigurationError
+from .utils.reading import read_json_object
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -196,7 +196,7 @@ def merge_adapter(model: SentenceTransformer, source: Path) -> None:
     """
     from peft import PeftModel
 
-    base = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = read_json_object(source / "adapter_config.json").get("base_model_name_or_path")
     dtype = model.transformers_model.get_input_embeddings().weight.dtype
     quantization = getattr(model.transformers_model.config, "quantization_config", None)
     given = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": "cpu"}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,6 +25,7 @@ from .parameters import count_parameters
 from .pictures import draw_curve, draw_design, draw_layer_use
 from .utils.files import write_atomically
 from .utils.random_state import preserve_rng_state
+from .utils.reading import read_json_object, read_text, read_yaml
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
@@ -87,7 +87,7 @@ class EmbedderCardData(IdentifiedCardData):
             "prompts": {name: prompt for name, prompt in model.prompts.items() if prompt},
             "layer_use": None if use is None else {**asdict(use), "texts": len(SAMPLE_TEXTS)},
             "pictures": pictures,
-            **({"model-index": self._model_index()} if self.results else {}),
+            **({"model-index": self._model_index(), "metrics": self._metrics()} if self.results else {}),
         }
 
     def _set_base_model(self, model: Any) -> None:
@@ -130,6 +130,9 @@ class EmbedderCardData(IdentifiedCardData):
         ]
         return eval_results_to_model_index(name, rows)
 
+    def _metrics(self) -> list[str]:
+        return list(dict.fromkeys(row["metric"] for row in self.results))
+
 
 def write_card(
     folder: Path,
@@ -145,7 +148,8 @@ def write_card(
     Args:
         folder: A saved model with one of our backbones.
         run: The run's folder, with ``training.json`` and ``recipe.yaml``; by default the one above `folder`.
-        results: As ``EmbedderCardData.results``.
+        results: As ``EmbedderCardData.results``; results of other tasks and metrics in the card that is there stay, as
+            do its tags and widget.
         model_id: Hub id that it will have.
         license: Of the model.
         trust_remote_code: Run the module code in `folder`, as loading it needs.
@@ -186,8 +190,12 @@ def write_card_of(
         The card.
     """
     known = _read_card(earlier) if earlier.is_file() else {}
-    fields = {**known, **{name: value for name, value in given.items() if value}}
+    tags, widget = known.pop("tags", []), known.pop("widget", [])
+    results = {(row["task"], row["metric"]): row for row in (*known.pop("results", ()), *given.get("results", ()))}
+    fields = {**known, **{name: value for name, value in given.items() if value}, "results": list(results.values())}
     card = EmbedderCardData(**fields, **training_facts(run), native=native)
+    card.add_tags(tags)
+    card.widget = widget
     model.model_card_data = card
     card.register_model(model)
     card.save_dir = str(folder)
@@ -197,13 +205,29 @@ def write_card_of(
 
 
 def _read_card(file: Path) -> dict[str, Any]:
-    data = ModelCard.load(file, ignore_metadata_errors=True).data
+    try:
+        data = ModelCard(read_text(file), ignore_metadata_errors=True).data
+    except StLlmpoolError:
+        raise
+    except Exception as error:  # huggingface_hub lets through whatever YAML and its own checks raise
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"The front matter of {file} cannot be read: {reason}. Mend or delete it.") from error
     results = [
         {"task": row.dataset_name, "type": row.task_type, "metric": row.metric_type, "score": row.metric_value}
         for row in data.eval_results or ()
     ]
     model_id = data.model_name if _REPOSITORY.fullmatch(str(data.model_name)) else None
-    return {"license": data.license, "language": data.language, "results": results, "model_id": model_id}
+    kept = {name: data.get(name) for name in ("tags", "widget")}
+    if not all(value is None or isinstance(value, list) for value in kept.values()):
+        raise DataError(f"The front matter of {file} has tags or a widget that are no list. Mend or delete them.")
+    return {
+        "license": data.license,
+        "language": data.language,
+        "results": results,
+        "model_id": model_id,
+        "tags": [str(tag) for tag in kept["tags"] or ()],
+        "widget": kept["widget"] or [],
+    }
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -215,7 +239,10 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     file = folder / "scores.json"
     if not file.is_file():
         raise DataError(f"{file} does not exist. Name the --out folder of st-llmpool evaluate.")
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    rows = read_json_object(file).get("rows")
+    wanted = {"task", "type", "metric", "score"}
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and wanted <= row.keys() for row in rows):
+        raise DataError(f"{file} must hold rows with {', '.join(sorted(wanted))}. Run st-llmpool evaluate again.")
     return [row for row in rows if row["score"] is not None]
 
 
@@ -223,10 +250,18 @@ def training_facts(run: Path) -> dict[str, Any]:
     """Returns the fields of :class:`EmbedderCardData` that a run's ``training.json`` and ``recipe.yaml`` fill."""
     if not (run / "training.json").is_file():
         return {}
-    facts = json.loads((run / "training.json").read_text(encoding="utf-8"))
-    recipe = {}
-    if (run / "recipe.yaml").is_file():
-        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    facts = read_json_object(run / "training.json")
+    recipe = read_yaml(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else {}
+    try:
+        return _facts_of(run, facts, recipe)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{run} holds a training.json or recipe.yaml that st-llmpool train did not write ({error!r}). Name the "
+            f"run's folder, or remove them."
+        ) from error
+
+
+def _facts_of(run: Path, facts: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
     sets = [DatasetSettings(**item) for item in recipe.get("data", ())]
     licenses = {item.label: item.license for item in sets}
     own = [{"name": name, "rows": rows, "license": licenses.get(name)} for name, rows in facts["rows"].items()]
@@ -244,7 +279,7 @@ def _stage_sets(run: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     for number, stage in enumerate(recipe.get("stages") or (), start=1):
         report = run / "stages" / f"{number}-{stage['kind']}" / "training.json"
-        rows = json.loads(report.read_text(encoding="utf-8")).get("rows", {}) if report.is_file() else {}
+        rows = read_json_object(report).get("rows", {}) if report.is_file() else {}
         texts = [TextSettings(**item) for item in stage.get("texts") or ()]
         pairs = [DatasetSettings(**item) for item in stage.get("data") or ()]
         sets: list[TextSettings | DatasetSettings] = [*texts, *pairs]

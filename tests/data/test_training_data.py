@@ -1,9 +1,14 @@
+import gzip
 import importlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from st_llmpool.data import training_data
@@ -190,3 +195,47 @@ def test_an_unreadable_ending_and_an_empty_file_are_refused(tmp_path):
 
 def test_every_ending_that_is_named_is_tested():
     assert WRITERS.keys() == training_data.FORMATS.keys()
+
+
+ROW = '{"query": "caf\u00e9 a", "positive": "b"}\n'
+DEEP = b'{"query": "a", "positive": "b", "x": %s}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", ROW.encode("latin-1"), "Line 1 of .* is not UTF-8: byte 0xe9 at position 14.*iconv"),
+        ("a.jsonl", ROW.encode("utf-16"), "is UTF-16, not UTF-8"),
+        ("a.jsonl", gzip.compress(ROW.encode()), "compressed with gzip"),
+        ("a.jsonl", b'{"query": "\\ud800", "positive": "b"}\n', "Line 1 of .* lone surrogate"),
+        ("a.jsonl", DEEP % (b"[" * 200_000 + b"]" * 200_000), "Line 1 of .* nested deeper than 64"),
+        ("a.json", b"[" + DEEP % (b"[" * 200_000 + b"]" * 200_000) + b"]", "nested deeper than 64"),
+        ("a.csv", "query,positive\ncaf\u00e9,b\n".encode("latin-1"), "Line 2 of .* is not UTF-8"),
+        ("a.csv", b"query,positive\na,b\nc,d,e\n", "Line 3 of .* has 3 cells and the header 2"),
+        ("a.tsv", b"query\tpositive\na\tb\tc\n", "Line 2 of .* has 3 cells and the header 2"),
+        ("a.csv", b"query,query\na,b\n", "must name every column once"),
+        ("a.csv", b'query,positive\n"a,b\nc,d\n', "Line 3 of .* is not CSV"),
+        ("a.csv", b"query,positive\na,\0b\n", "holds zero bytes"),
+        ("a.parquet", b"query,positive", "cannot be read as .parquet"),
+    ],
+)
+def test_a_file_that_no_reader_gets_right_is_refused_on_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as refusal:
+        load_pairs(DatasetSettings(str(tmp_path / name)))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="is a pipe or device"):
+        load_pairs(DatasetSettings(str(tmp_path / "a.jsonl")))
+
+
+def test_parquet_text_that_is_not_utf8_is_refused(tmp_path):
+    texts = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(np.array([0, 1], np.int32)), pa.py_buffer(b"\xe9")]
+    )
+    pq.write_table(pa.table({"query": texts, "positive": ["b"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="the query is not valid UTF-8"):
+        load_pairs(DatasetSettings(str(tmp_path / "a.parquet")))

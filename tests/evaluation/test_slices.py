@@ -58,7 +58,7 @@ def test_ranges_and_parts_side_by_side_divide_the_table(parts):
         (SEARCH, {"corps": {"title": {"in": ["a"]}}}, "unknown table 'corps'.*Did you mean 'corpus'"),
         (SEARCH, {"corpus": {"titel": {"in": ["a"]}}}, "unknown column of corpus 'titel'.*Did you mean 'title'"),
         (SEARCH, {"corpus": {"title": {"is": ["a"]}}}, "unknown condition 'is'; known are in, starts, length, part"),
-        (SEARCH, {"corpus": {"title": "a"}}, "where has 'a', expected condition and a value each"),
+        (SEARCH, {"corpus": {"title": "a"}}, "where.corpus.title='a' must hold keys and values"),
         (SEARCH, {"corpus": {}}, "expected column of corpus"),
         (SEARCH, {"qrels": {"score": {"starts": ["1"]}}}, "does not fit a column of kind 'integer'"),
         (SEARCH, {"corpus": {"title": {"in": "a"}}}, "expected a list of texts or integers"),

@@ -14,7 +14,7 @@ SEARCH = {"name": "TinySearch", "type": "Retrieval", "folder": "search"}
     ("change", "message"),
     [
         ({"type": "Retreival"}, "unknown type 'Retreival'.*Did you mean 'Retrieval'"),
-        ({"foldr": "x"}, "task 1 has the unknown key 'foldr'.*Did you mean 'folder'"),
+        ({"foldr": "x"}, "tasks.0.foldr is not a key here.*Did you mean 'folder'"),
         ({"columns": {"ids": "_id"}}, "unknown column 'ids'.*Did you mean 'id'"),
         ({"files": {"query": "q.parquet"}}, "unknown file 'query'.*Did you mean 'queries'"),
         ({"metric": "ndcg_at_11"}, "unknown metric 'ndcg_at_11'.*Did you mean 'ndcg_at_1"),
@@ -23,8 +23,9 @@ SEARCH = {"name": "TinySearch", "type": "Retrieval", "folder": "search"}
         ({"name": "SciFact"}, "'SciFact' is one of mteb's; name it 'LocalSciFact'"),
         ({"name": "a/b"}, "it names a file"),
         ({"limit": 0}, "limit=0 must be at least 1"),
-        ({"limit": "many"}, "limit of task 1 cannot be 'many'"),
-        ({"columns": {"id": 3}}, "must map text to text"),
+        ({"limit": "many"}, "tasks.0.limit='many' must be of type int"),
+        ({"columns": {"id": [3]}}, r"tasks.0.columns.id=\[3\] must be of type str"),
+        ({"where": {"corpus": 3}}, "tasks.0.where.corpus=3 must hold keys and values"),
     ],
 )
 def test_wrong_task_is_refused_with_the_way_out(suite_of, change, message):
@@ -36,10 +37,10 @@ def test_wrong_task_is_refused_with_the_way_out(suite_of, change, message):
     ("content", "message"),
     [
         ("tasks: [", "suite.yaml is not YAML"),
-        ("- 1", "expected keys and values"),
-        ("task: []", "unknown key 'task'.*Did you mean 'tasks'"),
+        ("- 1", "suite.yaml: The file must hold keys and values"),
+        ("task: []", "suite.yaml: task is not a key here. Did you mean 'tasks'"),
         ("tasks: []", "must list tasks"),
-        ("tasks: [{type: STS}]", "task 1 has no 'name'"),
+        ("tasks: [{type: STS}]", "tasks.0.name is missing"),
     ],
 )
 def test_wrong_suite_file_is_refused_with_the_way_out(tmp_path, content, message):

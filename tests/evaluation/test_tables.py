@@ -62,7 +62,7 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / "c.jsonl").write_text("[1]\n")
     for name, message in [
         ("a.parquet", "a.parquet is not a readable Parquet file"),
-        ("a.jsonl", "a.jsonl: row 2 is not JSON"),
+        ("a.jsonl", "Line 2 of .*a.jsonl' is not JSON"),
         ("b.jsonl", "b.jsonl: row 2 differs from the first row in the columns text"),
         ("c.jsonl", "c.jsonl: row 1 is list"),
     ]:

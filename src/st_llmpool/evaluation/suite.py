@@ -26,14 +26,13 @@ without an answer left, and training texts of classes that are not in the test t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from ..modules.errors import ConfigurationError, DataError, nearest
+from ..training.settings import from_mapping
 from ..utils.random_state import preserve_rng_state
+from ..utils.reading import read_yaml
 from .tasks import LocalTask, TaskSpec, make_task
 
 _SHIPPED = Path(__file__).parent / "suites"
@@ -54,6 +53,12 @@ class Suite:
     folder: Path | None
     description: str
     tasks: tuple[TaskSpec, ...]
+
+
+@dataclass
+class _SuiteFile:
+    description: str = ""
+    tasks: list[TaskSpec] = field(default_factory=list)
 
 
 def shipped_suites() -> list[str]:
@@ -85,15 +90,14 @@ def read_suite(name_or_file: str | Path) -> Suite:
             f"{nearest(str(name_or_file), shipped_suites())}"
         )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} is not YAML: {error}") from error
-    _check_keys(path, "the suite", content, {"description": str, "tasks": list})
-    tasks = tuple(_task_spec(path, number, task) for number, task in enumerate(content.get("tasks", ()), start=1))
+        content = from_mapping(_SuiteFile, read_yaml(path))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+    tasks = content.tasks
     names = [task.name for task in tasks]
     if not tasks or len(set(names)) < len(names):
         raise ConfigurationError(f"{path} must list tasks, each name once; it has {', '.join(names) or 'none'}.")
-    return Suite(str(name_or_file), None if shipped else path.parent, content.get("description", ""), tasks)
+    return Suite(str(name_or_file), None if shipped else path.parent, content.description, tuple(tasks))
 
 
 def load_suite(
@@ -136,29 +140,3 @@ def load_suite(
         folder = Path()
     with preserve_rng_state():
         return [make_task(task, folder, limit) for task in chosen]
-
-
-def _task_spec(path: Path, number: int, content: Any) -> TaskSpec:
-    kinds: dict[str, Any] = {"name": str, "type": str, "folder": str, "source": str, "files": dict, "columns": dict}
-    kinds |= {"metric": str, "prompt": str | dict, "limit": int, "where": dict}
-    _check_keys(path, f"task {number}", content, kinds)
-    for key in ("name", "type"):
-        if key not in content:
-            raise ConfigurationError(f"{path}: task {number} has no {key!r}.")
-    for key in ("files", "columns", "prompt"):
-        value = content.get(key)
-        if isinstance(value, dict) and not all(isinstance(text, str) for text in (*value, *value.values())):
-            raise ConfigurationError(f"{path}: {key} of task {number} must map text to text; it is {value!r}.")
-    return TaskSpec(**content)
-
-
-def _check_keys(path: Path, what: str, content: Any, kinds: dict[str, Any]) -> None:
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"{path}: {what} is {content!r}, expected keys and values.")
-    for key, value in content.items():
-        if key not in kinds:
-            raise ConfigurationError(
-                f"{path}: {what} has the unknown key {key!r}; known are {', '.join(kinds)}.{nearest(str(key), kinds)}"
-            )
-        if not isinstance(value, kinds[key]) or isinstance(value, bool):
-            raise ConfigurationError(f"{path}: {key} of {what} cannot be {value!r}.")

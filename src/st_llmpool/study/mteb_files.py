@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import pandas as pd
 
 from ..modules.errors import DataError
 from ..utils.random_state import preserve_rng_state
+from ..utils.reading import read_json, read_json_object, shown
 from .results import ITEM_COLUMNS, SOURCE_COLUMNS
 
 with preserve_rng_state():  # importing mteb seeds Python, numpy and torch
@@ -121,11 +121,10 @@ def _identity(folder: Path, root: Path) -> tuple[str, str]:
     revision_folder = folder.parent.parent if experiment else folder
     meta = next((path for path in (folder / _META, revision_folder / _META) if path.is_file()), None)
     if meta is not None:
-        try:
-            content = json.loads(meta.read_text(encoding="utf-8"))
-            name, revision = content["name"], content["revision"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{meta} cannot be read: name and revision of the model are needed ({error!r}).") from error
+        content = read_json_object(meta)
+        if not {"name", "revision"} <= content.keys():
+            raise DataError(f"{meta} must hold name and revision of the model; it has {shown(list(content))}.")
+        name, revision = content["name"], content["revision"]
     elif _is_revision(revision_folder, root):
         name, revision = revision_folder.parent.name, revision_folder.name
     else:
@@ -140,16 +139,13 @@ def _is_revision(folder: Path, root: Path) -> bool:
 
 def _read(path: Path) -> TaskResult | None:
     """Returns the result in a file; None if the file holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
+    content = read_json(path)
     if not isinstance(content, dict) or not {"task_name", "mteb_dataset_name"} & content.keys():
         return None
     try:
         return TaskResult.from_disk(path)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+    except Exception as error:  # mteb's own reading fails in many ways
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise DataError(f"{path} is not a result that mteb can read: {reason}") from error
 
 

@@ -14,9 +14,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..modules.errors import ConfigurationError, DataError
-from ..training.settings import differences
+from ..modules.errors import ConfigurationError, DataError, StLlmpoolError
+from ..training.settings import differences, from_mapping
 from ..utils.files import atomic_file, atomic_folder
+from ..utils.reading import check_file, parse_json, read_json_object
 from .results import COLUMNS, ITEM_COLUMNS, SOURCE_COLUMNS, Results
 from .settings import PlannedRun
 
@@ -136,12 +137,12 @@ def read_record(folder: Path) -> RunRecord | None:
     if not file.is_file():
         return None
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        facts = read_json_object(file)
         for name in (COST, LAYERS):
             if (folder / name).is_file():
-                facts[Path(name).stem] = json.loads((folder / name).read_text(encoding="utf-8"))
-        return RunRecord(**facts)
-    except (ValueError, TypeError) as error:
+                facts[Path(name).stem] = read_json_object(folder / name)
+        return from_mapping(RunRecord, facts)
+    except StLlmpoolError as error:
         raise DataError(f"{folder} is not the record of a run ({error}): delete it to run it again.") from error
 
 
@@ -162,9 +163,15 @@ class RunStore:
         if self._file.is_file():
             try:
                 facts = (pq.read_schema(self._file).metadata or {}).get(_FACTS_OF_ALL)
-                contents = json.loads(zlib.decompress(base64.b64decode(facts))) if facts else []
-                self._packed = {content["id"]: RunRecord(**content) for content in contents}
-            except (OSError, ValueError, TypeError, KeyError, zlib.error) as error:  # Arrow's own errors are among them
+                text = zlib.decompress(base64.b64decode(facts)).decode() if facts else "[]"
+                records = [from_mapping(RunRecord, content) for content in parse_json(text, "its metadata")]
+                self._packed = {record.id: record for record in records}
+            except (
+                OSError,
+                ValueError,
+                TypeError,
+                zlib.error,
+            ) as error:  # Arrow's own errors, and ours, are among them
                 raise DataError(f"{self._file} is not the results of a study: {error}") from error
 
     @property
@@ -180,10 +187,10 @@ class RunStore:
         """Return the scores of some finished runs."""
         packed = pd.DataFrame(columns=_ROWS)
         if any(not self._has_folder(record) for record in records):
-            packed = pd.read_parquet(self._file)
+            packed = _read_scores(self._file)
         own = dict(iter(packed.groupby(_RUN, sort=False)))
         tables = [
-            pd.read_parquet(self._folder / record.id / _SCORES)
+            _read_scores(self._folder / record.id / _SCORES)
             if self._has_folder(record)
             else own[tuple(str(getattr(record, name)) for name in _RUN)]
             for record in records
@@ -260,3 +267,13 @@ def read_scores(records: Sequence[RunRecord], out: Path) -> Results:
         out: The study's folder.
     """
     return RunStore(out).results(records)
+
+
+def _read_scores(file: Path) -> pd.DataFrame:
+    check_file(file)
+    try:
+        rows = pd.read_parquet(file)
+        return rows.astype({"score": float})
+    except (OSError, ValueError, KeyError, TypeError) as error:  # pandas' and Arrow's own errors are among them
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{file} is not the scores of a run ({reason}): delete its folder to run it again.") from error

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
-import yaml
 
 from ..modules.errors import ConfigurationError, DataError, nearest
+from ..utils.reading import check_file, check_rows, read_yaml
 
 if TYPE_CHECKING:
     from .mteb_files import ModelFiles
@@ -122,12 +122,7 @@ def read_task_types(path: Path) -> dict[str, str]:
         >>> read_task_types(file)
         {'OurSearch': 'Retrieval'}
     """
-    if not path.is_file():
-        raise DataError(f"{path} (the types of tasks) is not a file.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} is not YAML: {error}") from error
+    content = read_yaml(check_file(path))
     if isinstance(content, dict) and isinstance(content.get("tasks"), list):
         from ..evaluation.suite import read_suite  # takes seconds
 
@@ -153,8 +148,10 @@ def _split_name(given: str) -> tuple[str, Path]:
 
 def _read_table(path: Path) -> pd.DataFrame:
     """Returns the rows of a table with all of `ITEM_COLUMNS` and the file that they are from."""
+    check_file(path)
     try:
         if path.suffix == ".csv":
+            check_rows(path)
             table = pd.read_csv(path, dtype=str, keep_default_na=False)
         elif path.suffix == ".parquet":
             table = pd.read_parquet(path)
@@ -163,7 +160,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     except (OSError, ValueError) as error:  # pandas' and Arrow's own errors are among them
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path} cannot be read as a table: {error}") from error
+        raise DataError(f"{path} cannot be read as a table: {' '.join(str(error).split())[:300]}") from error
     if "model" in table and "design" in table:
         raise DataError(f"{path} has both a column 'model' and a column 'design'; they are the same here, keep one.")
     for column, other in (("task", ""), ("model", "design"), ("score", "")):

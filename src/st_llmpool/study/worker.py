@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..utils.files import write_atomically
+from ..utils.reading import read_json_object
 from .records import RunRecord, finished, write_record
 from .settings import PlannedRun, Study
 
@@ -155,7 +156,7 @@ def _stages(folder: Path) -> list[dict[str, Any]]:
     wanted = ("steps", "wall_seconds", "masked_accuracy", "merge", "losses")
     found = []
     for file in sorted(folder.glob("*/training.json")):
-        report = json.loads(file.read_text(encoding="utf-8"))
+        report = read_json_object(file)
         found.append({"stage": file.parent.name, **{name: report[name] for name in wanted if name in report}})
     return found
 

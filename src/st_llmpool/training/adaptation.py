@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from ..data.texts import load_texts
 from ..modules.attention import set_attention
 from ..modules.errors import ConfigurationError, DataError
 from ..utils.files import atomic_folder
+from ..utils.reading import read_json_object
 from .adapt_recipe import AdaptRecipe
 from .arguments import enable_gradient_checkpointing, precision_of, resolve_base, shared_arguments, use_one_gpu
 from .checks import check_adapter, check_machine
@@ -109,7 +109,7 @@ def adapt(recipe: AdaptRecipe, *, resume: bool = False) -> AdaptResult:
     check_output(recipe, folder, resume=resume)
     if (folder / "model").is_dir():
         logger.info("%s is finished; nothing to train.", folder)
-        return AdaptResult(folder / "model", json.loads((folder / "training.json").read_text(encoding="utf-8")))
+        return AdaptResult(folder / "model", read_json_object(folder / "training.json"))
     base = check_adapt(recipe)
     tokenizer = load_tokenizer(recipe, base)
     arguments = _training_arguments(recipe, folder)

@@ -23,6 +23,7 @@ from ..designs import build_embedder
 from ..modules.errors import ConfigurationError
 from ..utils.files import atomic_folder
 from ..utils.random_state import preserve_rng_state
+from ..utils.reading import read_json_object
 from .arguments import enable_gradient_checkpointing, precision_of, resolve_base, shared_arguments, use_one_gpu
 from .checkpoints import load_poolings
 from .checks import (
@@ -181,11 +182,9 @@ def _keep_recipe(recipe: Recipe, folder: Path) -> None:
 
 
 def _finished(folder: Path) -> TrainingResult:
-    import json
-
     logger.info("%s is finished; nothing to train.", folder)
     model = SentenceTransformer(str(folder / "model"), trust_remote_code=True)
-    return TrainingResult(model, folder / "model", json.loads((folder / "training.json").read_text(encoding="utf-8")))
+    return TrainingResult(model, folder / "model", read_json_object(folder / "training.json"))
 
 
 def _training_arguments(recipe: Recipe, folder: Path) -> SentenceTransformerTrainingArguments:
