@@ -196,7 +196,7 @@ def merge_adapter(model: SentenceTransformer, source: Path) -> None:
     """
     from peft import PeftModel
 
-    base = read_json_object(source / "adapter_config.json").get("base_model_name_or_path")
+    base = str(read_json_object(source / "adapter_config.json").get("base_model_name_or_path"))
     dtype = model.transformers_model.get_input_embeddings().weight.dtype
     quantization = getattr(model.transformers_model.config, "quantization_config", None)
     given = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": "cpu"}}

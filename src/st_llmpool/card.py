@@ -206,7 +206,7 @@ def write_card_of(
 
 def _read_card(file: Path) -> dict[str, Any]:
     try:
-        data = ModelCard(read_text(file), ignore_metadata_errors=True).data
+        data: Any = ModelCard(read_text(file), ignore_metadata_errors=True).data
     except StLlmpoolError:
         raise
     except Exception as error:  # huggingface_hub lets through whatever YAML and its own checks raise
