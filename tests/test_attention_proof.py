@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
@@ -216,3 +217,12 @@ def test_the_light_form_accepts_what_it_cannot_tell_from_partial():
     model = bidirectional("bamba")
     assert verify_attention(model, "partial", light=True).ok
     assert not verify_attention(build("bamba", "sdpa"), "partial", light=True).ok
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["q_proj", "embed_tokens"]}, {"trainable_token_indices": [5, 6]}], ids=str
+)
+def test_a_model_whose_embedding_peft_has_wrapped_is_proven(options):
+    model = get_peft_model(bidirectional("llama"), LoraConfig(**options))
+    assert verify_attention(model, "bidirectional").ok
+    assert verify_attention(model, "bidirectional", light=True).ok

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from .modules.version import __version__
+from .modules.errors import __version__
 
 if TYPE_CHECKING:
     from .attention_proof import AttentionReport, verify_attention

@@ -18,9 +18,8 @@ from .attention_proof import verify_attention
 from .data.texts import TextSettings
 from .data.training_data import DatasetSettings
 from .layer_use import SAMPLE_TEXTS, layer_use
-from .modules.errors import ConfigurationError, DataError, StLlmpoolError
-from .modules.version import __version__
-from .modules.weights_identity import IdentifiedCardData
+from .modules.errors import ConfigurationError, DataError, StLlmpoolError, __version__
+from .modules.portable import IdentifiedCardData
 from .parameters import count_parameters
 from .pictures import draw_curve, draw_design, draw_layer_use
 from .utils.files import write_atomically

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .modules.version import __version__
+from .modules.errors import __version__
 
 app = typer.Typer(
     name="st-llmpool",

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .modules.errors import __version__
 from .modules.portable import CODE_HEADER, saved_code
-from .modules.version import __version__
 
 _PACKAGE = Path(__file__).parent
 _HEADER = re.compile(re.escape(CODE_HEADER).replace(re.escape(__version__), r"(\d[\w.+-]*)"))

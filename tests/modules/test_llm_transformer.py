@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModel, BertConfig, BitsAndBytesConfig, GPT2Config, T5Config
 
 from st_llmpool.attention_proof import attention_of
-from st_llmpool.modules.errors import ConfigurationError, InputError, StLlmpoolError
+from st_llmpool.modules.errors import AttentionError, ConfigurationError, InputError, StLlmpoolError
 from st_llmpool.modules.llm_transformer import LLMTransformer, resolve_layers
 from tests.conftest import tiny_tokenizer
 
@@ -501,3 +501,42 @@ def test_the_module_works_as_the_first_of_a_plain_list_of_modules(tiny_llm):
     torch.testing.assert_close(features["sentence_embedding"], features["readout"])
     assert model.get_embedding_dimension() == 32
     assert model.modalities == ["text"]
+
+
+# --- token embeddings, and what encode leaves as it was -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_token_embeddings_are_one_row_for_each_token_of_the_text(tiny_llm, side, include_prompt):
+    model = embedder(LLMTransformer(tiny_llm, include_prompt=include_prompt))
+    model.tokenizer.padding_side = side
+    texts, prompt = ["the quick fox", "a lazy dog sleeps near tall trees", "dog"], "find this:"
+    rows = model.encode(texts, prompt=prompt, output_value="token_embeddings")
+    prompt_length = model[0]._get_prompt_length(prompt)
+    full = model.tokenizer([prompt + text for text in texts])["input_ids"]
+    kept = [len(ids) - (0 if include_prompt else prompt_length) for ids in full]
+    assert [len(row) for row in rows] == kept
+    for row, text, count in zip(rows, texts, kept, strict=True):  # as the text alone, without any padding
+        alone = model.encode([text], prompt=prompt, output_value="token_embeddings")[0]
+        assert len(alone) == count
+        torch.testing.assert_close(row, alone, rtol=0, atol=1e-5)
+
+
+def test_encode_changes_neither_config_nor_hooks_nor_what_they_see(tiny_llm):
+    model = embedder(LLMTransformer(tiny_llm))
+    shapes = []
+    model[0].model.layers[1].register_forward_hook(lambda layer, args, output: shapes.append(tuple(output.shape[:2])))
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    config = copy.deepcopy(model[0].config)
+    model.encode(["the quick fox " * 8, "dog"])
+    assert shapes == [(2, max(map(len, model.tokenizer(["the quick fox " * 8])["input_ids"])))]
+    assert hooks == [len(module._forward_hooks) for module in model.modules()]
+    assert (model[0].config, model[0].config._attn_implementation) == (config, config._attn_implementation)
+
+
+def test_verify_false_skips_the_check_at_load_and_a_failed_check_is_an_error(tiny_llm, monkeypatch):
+    monkeypatch.setattr("st_llmpool.modules.llm_transformer.set_attention", lambda model, mode: None)
+    with pytest.raises(AttentionError, match="should be bidirectional but is causal"):
+        LLMTransformer(tiny_llm)
+    assert LLMTransformer(tiny_llm, verify=False).attention == "bidirectional"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import inspect
 import json
 import logging
 import os
@@ -12,9 +13,11 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import typing
 from pathlib import Path
 from typing import Any, ClassVar
 
+import cloudpickle
 import pytest
 import torch
 from peft import LoraConfig
@@ -24,9 +27,10 @@ from sentence_transformers.base.modules.normalize import Normalize
 from torch import Tensor, nn
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from st_llmpool import POOLINGS, build_embedder
+from st_llmpool import POOLINGS, build_embedder, optimize_inference
 from st_llmpool.modules import portable
 from st_llmpool.modules.llm_transformer import LLMTransformer
+from st_llmpool.modules.multi_layer_pooling import MultiLayerPooling
 from st_llmpool.modules.portable import PortableModule
 from st_llmpool.modules.scalar_mix_pooling import ScalarMixPooling
 
@@ -250,6 +254,31 @@ def test_a_pooling_is_read_back_as_it_was_saved(tmp_path):
     assert sorted(file.name for file in (tmp_path / "1_ScalePooling").iterdir()) == ["config.json", "model.safetensors"]
 
 
+# --- the true module in memory, the flat name in a saved model ------------------------------------------------------
+
+
+@pytest.mark.parametrize("module_class", [LLMTransformer, ScalarMixPooling, ScalePooling])
+@pytest.mark.parametrize("dumps", [pickle.dumps, pickle._dumps, cloudpickle.dumps], ids=["C", "Python", "cloudpickle"])
+def test_a_class_is_found_by_its_module_in_this_process(module_class, dumps):
+    module = sys.modules[module_class.__module__]
+    assert getattr(module, module_class.__name__) is module_class
+    assert inspect.getmodule(module_class) is module
+    assert f"class {module_class.__name__}(" in inspect.getsource(module_class)
+    assert typing.get_type_hints(module_class)["config_keys"]
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        assert pickle.loads(dumps(module_class, protocol=protocol)) is module_class
+    assert type(copy.deepcopy(module_class.__module__)) is str
+    assert repr(module_class) == f"<class '{module.__name__}.{module_class.__name__}'>"
+
+
+def test_sentence_transformers_still_asks_what_the_flat_name_answers():
+    """The canary of `SavedModuleName`: modules.json by an f-string, code copied by a prefix."""
+    code = inspect.getsource(SentenceTransformer.save)
+    assert "class_ref = type(module).__module__" in code
+    assert 'class_ref.startswith("transformers_modules.")' in code
+    assert 'class_ref = f"{class_ref}.{type(module).__name__}"' in code
+
+
 # --- copies in memory -----------------------------------------------------------------------------------------------
 
 
@@ -307,7 +336,7 @@ def test_a_users_subclass_is_saved_with_its_file_and_without_our_licence(saved_b
 
 
 def test_a_class_of_a_script_or_notebook_is_saved_without_code_and_with_a_warning(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(ScalePooling, "import_path", "__main__")
+    monkeypatch.setattr(ScalePooling, "__module__", "__main__")
     (tmp_path / "1_ScalePooling").mkdir()
     with caplog.at_level(logging.WARNING):
         ScalePooling().save(str(tmp_path / "1_ScalePooling"))
@@ -489,3 +518,44 @@ def test_a_users_subclass_loads_where_the_package_is_installed(elsewhere):
 def test_an_untrusted_load_runs_no_code(saved):
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         SentenceTransformer(str(saved[0]))
+
+
+# --- models that were saved by earlier code -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A design 5 with the code of commit 33d2e3d (17 files), and its vectors. Read only."""
+    folder = tmp_path_factory.mktemp("old")
+    shutil.unpack_archive(Path(__file__).parents[1] / "old_models" / "design_5_of_november_2026.zip", folder)
+    return folder / "model", json.loads((folder / "vectors.json").read_text())
+
+
+def assert_old_vectors(model: SentenceTransformer, expected: dict[str, Any]) -> None:
+    for name, prompt in (("plain", None), ("query", "query")):
+        found = model.encode(expected["texts"], prompt_name=prompt, convert_to_tensor=True)
+        torch.testing.assert_close(found, torch.tensor(expected[name]), rtol=0, atol=1e-6)
+
+
+def test_a_model_with_the_code_of_33d2e3d_loads_with_the_same_vectors_and_is_saved_again(old, tmp_path):
+    folder, expected = old
+    model = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    assert_old_vectors(model, expected)
+    assert "LLMTransformer has no batch_runner" in str(optimize_inference(model))
+    model.save_pretrained(str(tmp_path))
+    assert {file.name for file in tmp_path.glob("*.py")} == {file.name for file in folder.glob("*.py")}
+    assert_old_vectors(SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu"), expected)
+
+
+def test_the_package_reads_the_files_of_33d2e3d_and_saves_them_with_its_own_code(old, tmp_path):
+    folder, expected = old
+    modules = [
+        LLMTransformer.load(str(folder)),
+        MultiLayerPooling.load(str(folder), subfolder="1_MultiLayerPooling"),
+        Normalize(),
+    ]
+    model = SentenceTransformer(modules=modules, device="cpu", prompts={"query": "Find: "})
+    assert_old_vectors(model, expected)
+    model.save_pretrained(str(tmp_path))
+    assert not (tmp_path / "shortcut.py").exists()
+    assert_old_vectors(SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu"), expected)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 
-from ..modules.weights_identity import fingerprint
+from ..modules.portable import fingerprint
 from ..utils.files import slug
 
 

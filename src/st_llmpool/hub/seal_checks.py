@@ -19,7 +19,6 @@ from ..modules.seal import (
     read_manifest,
     write_seal,
 )
-from ..modules.version import __version__
 from .finding import Finding
 
 #: What :func:`examine_seal` looks at.

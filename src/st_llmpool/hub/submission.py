@@ -32,7 +32,7 @@ from sentence_transformers.util import load_file_path
 from ..evaluation.run import find_benchmark
 from ..evaluation.tasks import MTEB_TASKS
 from ..modules.errors import ConfigurationError, DataError, InputError, nearest
-from ..modules.weights_identity import fingerprint
+from ..modules.portable import fingerprint
 from ..utils.files import atomic_folder, refuse_existing
 from ..utils.random_state import preserve_rng_state
 

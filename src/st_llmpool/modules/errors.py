@@ -1,9 +1,11 @@
-"""The errors that st_llmpool raises: each names the value, the limit and the way out."""
+"""The errors that st_llmpool raises, each naming the value, the limit and the way out; and its version."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+__version__ = "0.1.0"
 
 
 class StLlmpoolError(Exception):

@@ -30,9 +30,15 @@ from .attention import (
 from .eos import append_eos, ends_every_text, ensure_pad_token, without_truncation
 from .errors import ConfigurationError, DataError, InputError, nearest
 from .layer_readout import POOLING_FEATURES, READOUTS, TokenSpans, capture_layers, hook_layers
-from .portable import PortableModule, copy_assets, naming, save_requirements, save_source_files
+from .portable import (
+    PortableModule,
+    copy_assets,
+    identify_by_weights,
+    naming,
+    save_requirements,
+    save_source_files,
+)
 from .seal import begin_save, check_seal, seal_saves
-from .weights_identity import identify_by_weights
 
 _MAGNITUDE = "lora_magnitude_vector"
 #: Fewest tokens that a prompt must leave to the text.
@@ -292,15 +298,14 @@ class LLMTransformer(Transformer, PortableModule):
         self.tokenizer.model_max_length = value
 
     def on_model_ready(self, model: SentenceTransformer) -> None:
-        """Names the finished model by its weights, and normalises what `truncate_dim` cuts if the model normalises.
+        """Names the finished model by its weights and mends what `encode` returns, see :func:`_infer`.
 
         sentence-transformers calls this at the end of its construction.
         """
         super().on_model_ready(model)
         identify_by_weights(model)
         seal_saves(model)
-        if isinstance(model[-1], Normalize):
-            model._inference = partial(_infer_with_unit_length, model)
+        model._inference = partial(_infer, model)
 
     def preprocess(self, inputs: Sequence[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Tokenizes texts.
@@ -471,14 +476,20 @@ def _check_surrogates(text: str) -> None:
         ) from error
 
 
-def _infer_with_unit_length(
-    model: SentenceTransformer, inputs: list, *, truncate_dim: int | None = None, **kwargs: Any
-) -> Any:
-    """Runs sentence-transformers' inference, which cuts vectors after the model has normalised them."""
-    if truncate_dim is not None:
+def _infer(model: SentenceTransformer, inputs: list, *, truncate_dim: int | None = None, **kwargs: Any) -> Any:
+    """Runs sentence-transformers' inference; cut vectors get unit length again, and token embeddings no padding.
+
+    It cuts vectors after the model has normalised them, and of token embeddings removes padding on the right only.
+    """
+    if cut := truncate_dim is not None and isinstance(model[-1], Normalize):
         kwargs["normalize_embeddings"] = True
+    of_tokens = kwargs.get("output_value") == "token_embeddings"
+    if of_tokens:
+        kwargs["output_value"] = None
     found = type(model)._inference(model, inputs, truncate_dim=truncate_dim, **kwargs)
-    if truncate_dim is not None and kwargs.get("output_value", "") is None:
+    if of_tokens:
+        return [item["token_embeddings"][item["attention_mask"].bool()] for item in found]
+    if cut and kwargs.get("output_value", "") is None:
         for item in found:
             item["sentence_embedding"] = nn.functional.normalize(item["sentence_embedding"], dim=-1)
     return found

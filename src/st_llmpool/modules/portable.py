@@ -19,14 +19,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from safetensors import SafetensorError
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.module import Module
+from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 from sentence_transformers.util import load_dir_path
 from torch import nn
 
-from .errors import DataError, StLlmpoolError
+from .errors import DataError, StLlmpoolError, __version__
 from .seal import MANIFEST, write_text
-from .version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +52,8 @@ class PortableModule(Module):
     A subclass declares ``config_keys`` as every sentence-transformers module does; its constructor takes
     them by name.
 
-    Subclasses get a one-part ``__module__`` (``multi_layer_pooling``, not
-    ``st_llmpool.modules.multi_layer_pooling``), because that is what sentence-transformers writes into
-    modules.json and what it can look up in a repository. ``import_path`` keeps the real one, for pickling.
+    modules.json names a subclass by its file alone (``multi_layer_pooling.MultiLayerPooling``), which is what
+    sentence-transformers can look up in a repository; see :class:`SavedModuleName`.
 
     Example:
         >>> class DoublePooling(PortableModule):
@@ -67,19 +68,13 @@ class PortableModule(Module):
         {'factor': 3.0}
     """
 
-    import_path: ClassVar[str] = __name__
     #: Recognises our modules whether they came from the package or from a repository's copy of it.
     is_st_llmpool_module: ClassVar[bool] = True
     config_keys: list[str] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.import_path = cls.__module__
-        cls.__module__ = cls.__module__.rpartition(".")[2]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickles by ``import_path``: ``__module__`` names a file of a repository, not an importable module."""
-        return _new_instance, (type(self).import_path, type(self).__qualname__), self.__getstate__()
+        cls.__module__ = SavedModuleName(cls.__module__)
 
     def save(self, output_path: str, *args: object, **kwargs: object) -> None:
         """Writes config, weights (safetensors, whatever the caller asks) and the needed source files.
@@ -117,6 +112,29 @@ class PortableModule(Module):
             return cls.load_torch_weights(model_name_or_path, model=module, **where)
 
 
+class SavedModuleName(str):
+    """A class's true ``__module__``, which sentence-transformers' save turns into the name of its file.
+
+    The save writes ``f"{__module__}.{name}"`` into modules.json. It also copies the code of classes whose module starts
+    with ``transformers_modules.`` into their folders, though :class:`PortableModule` has put it at the root already.
+
+    Example:
+        >>> name = SavedModuleName("st_llmpool.modules.multi_layer_pooling")
+        >>> name == "st_llmpool.modules.multi_layer_pooling", f"{name}.MultiLayerPooling"
+        (True, 'multi_layer_pooling.MultiLayerPooling')
+    """
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self).rpartition(".")[2], spec)
+
+    def startswith(self, prefix: Any, *place: Any) -> bool:
+        """Return False for ``"transformers_modules."``, which the save asks for."""
+        return prefix != "transformers_modules." and super().startswith(prefix, *place)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (str(self),)
+
+
 @contextmanager
 def naming(file: str, *kinds: type[Exception]) -> Iterator[None]:
     """Turns what libraries raise over an unusable file into an error that names it.
@@ -145,15 +163,14 @@ def save_source_files(module_class: type[nn.Module], root: Path) -> None:
         module_class: A class whose file imports its neighbours as :func:`code_files` says.
         root: Root of the saved model.
     """
-    import_path: str = module_class.import_path  # type: ignore[attr-defined]
-    if import_path == "__main__":
+    if module_class.__module__ == "__main__":
         logger.warning(
             "%s is defined in a script or notebook, so the saved model lacks its code and loads only there. "
             "Move the class into a file of its own and import it.",
             module_class.__name__,
         )
         return
-    for file in code_files(Path(inspect.getfile(sys.modules[import_path]))):
+    for file in code_files(Path(inspect.getfile(sys.modules[module_class.__module__]))):
         write_text(root / file.name, saved_code(file))
 
 
@@ -222,8 +239,72 @@ def save_requirements(root: Path) -> None:
     write_text(file, json.dumps(config, indent=2, sort_keys=True))
 
 
-def _new_instance(import_path: str, name: str) -> nn.Module:
-    """Makes an empty instance of a class found by its real module; pickle fills in the state."""
-    __import__(import_path)
-    module_class = getattr(sys.modules[import_path], name)
-    return module_class.__new__(module_class)
+class IdentifiedCardData(SentenceTransformerModelCardData):
+    """Card data whose ``model_name`` is unique to the weights, since mteb files results under it.
+
+    None for a model as it was loaded from the Hub (mteb then takes id and commit), else
+    ``local/<name>-<fingerprint>``, computed when asked for, as training changes it. The card keeps the plain name.
+    """
+
+    _from_hub = _writing_card = False
+
+    @property
+    def model_name(self) -> str | None:
+        """The unique name."""
+        title: str | None = self.__dict__.get("model_name")
+        if self._writing_card or getattr(self, "model", None) is None:
+            return title
+        if self._from_hub and "generated_from_trainer" not in self.tags:
+            return None
+        slug = re.sub(r"[^\w.-]+", "-", title or "unnamed").strip("-.")
+        return f"local/{slug}-{fingerprint(self.model)[:12]}"
+
+    @model_name.setter
+    def model_name(self, title: str | None) -> None:
+        self.__dict__["model_name"] = title
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what goes into the card."""
+        self._writing_card = True
+        try:
+            return super().to_dict()
+        finally:
+            self._writing_card = False
+
+
+def identify_by_weights(model: SentenceTransformer) -> None:
+    """Give the plain card data of a model that is ready the unique name; other card data stay as they are."""
+    card = model.model_card_data
+    if type(card) is SentenceTransformerModelCardData:
+        card.__class__ = IdentifiedCardData
+    if isinstance(card, IdentifiedCardData):
+        card._from_hub = bool(card.base_model_revision) and not Path(str(card.base_model)).exists()
+
+
+def fingerprint(model: SentenceTransformer) -> str:
+    """Return a hash of all that the vectors depend on: weights, module settings, tokenizer, prompts."""
+    settings: list[Any] = [model.prompts, model.default_prompt_name, model.truncate_dim, model.similarity_fn_name]
+    settings += [model.max_seq_length, _tokenizer_settings(model.tokenizer)]
+    settings += [[type(module).__name__, module.get_config_dict()] for module in model]
+    settings += [_without_places(module.config) for module in model.modules() if hasattr(module, "config")]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):  # loading may register them in another order
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:40]
+
+
+def _tokenizer_settings(tokenizer: Any) -> object:
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not hasattr(backend, "to_str"):
+        return repr(tokenizer)
+    last_call = ("truncation", "padding")  # left over from it
+    state = {key: value for key, value in json.loads(backend.to_str()).items() if key not in last_call}
+    return [state, getattr(tokenizer, "padding_side", None), getattr(tokenizer, "truncation_side", None)]
+
+
+def _without_places(config: Any) -> object:
+    if not hasattr(config, "to_dict"):
+        return str(config)
+    where_and_when = ("_name_or_path", "transformers_version")
+    return {key: value for key, value in config.to_dict().items() if key not in where_and_when}

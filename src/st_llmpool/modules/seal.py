@@ -21,8 +21,7 @@ from sentence_transformers.util import batch_to_device, load_file_path
 from torch import Tensor
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .errors import DataError
-from .version import __version__
+from .errors import DataError, __version__
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerState
 
-from ..modules.version import __version__
+from ..modules.errors import __version__
 from ..pictures import draw_curve
 from ..utils.files import write_atomically
 

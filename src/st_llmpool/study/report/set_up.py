@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ...designs import DESIGNS
-from ...modules.errors import StLlmpoolError
-from ...modules.version import __version__
+from ...modules.errors import StLlmpoolError, __version__
 from ...utils.words import counted
 from ..compare import Comparison
 from ..records import RunRecord

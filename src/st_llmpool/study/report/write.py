@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ...modules.errors import DataError
-from ...modules.version import __version__
+from ...modules.errors import DataError, __version__
 from ...utils.files import atomic_folder
 from ...utils.words import counted
 from .. import tables

@@ -9,7 +9,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from st_llmpool import build_embedder
-from st_llmpool.modules.weights_identity import fingerprint, identify_by_weights
+from st_llmpool.modules.portable import fingerprint, identify_by_weights
 from tests.evaluation.tiny_suite import static_model
 
 
