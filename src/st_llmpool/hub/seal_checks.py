@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from sentence_transformers import SentenceTransformer
 
+from ..modules.errors import __version__
 from ..modules.seal import (
     MANIFEST,
     Difference,

@@ -8,6 +8,7 @@ st_llmpool. The base class here closes that gap inside ``save`` itself: ``save_p
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import logging
