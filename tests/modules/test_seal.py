@@ -91,7 +91,7 @@ def test_an_untouched_model_loads_without_a_word(saved, caplog):
 
 
 @pytest.mark.parametrize(
-    "name", ["config_sentence_transformers.json", "2_Normalize/config.json", "tokenizer_config.json", "version.py"]
+    "name", ["config_sentence_transformers.json", "2_Normalize/config.json", "tokenizer_config.json", "errors.py"]
 )
 def test_a_missing_file_is_refused_by_name(saved, name):
     (saved / name).unlink()
