@@ -17,8 +17,7 @@ from harness import Row, alternate, arguments, compare, finish
 from torch import Tensor
 from torch.nn import functional as F
 
-from st_llmpool.modules.cross_attention import CrossAttention
-from st_llmpool.modules.cross_attention_pooling import resolve_sizes
+from st_llmpool.modules.cross_attention import CrossAttention, Sizes
 
 REQUIRED_RATIO = 15.0
 
@@ -28,7 +27,7 @@ def paper_arithmetic(block: CrossAttention, inputs: Tensor) -> Tensor:
     latents = block.latents.expand(len(inputs), -1, -1).contiguous()
 
     def split(projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (block.num_heads, block.head_dim)).transpose(1, 2)
+        return projected.unflatten(-1, (block.sizes.num_heads, block.sizes.head_dim)).transpose(1, 2)
 
     queries = split(block.to_query(block.norm_latents(latents)))
     keys, values = (split(half) for half in block.to_key_value(block.norm_inputs(inputs)).chunk(2, dim=-1))
@@ -40,14 +39,14 @@ def paper_arithmetic(block: CrossAttention, inputs: Tensor) -> Tensor:
 
 def kept_bytes(block: CrossAttention) -> int:
     """Returns the memory that the folded constants take."""
-    assert block._kept is not None
-    scores, values = block._kept.constants.scores, block._kept.constants.values
-    return sum(tensor.numel() * tensor.element_size() for tensor in (scores, values) if tensor is not None)
+    folded = block._folded
+    tensors = (folded.scores, folded.values) if folded is not None else ()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 def measure(preset: str, args: Namespace) -> Row:
     """Returns the ratio for one preset."""
-    block = CrossAttention(args.hidden, **resolve_sizes(args.hidden, preset)).to(args.device).eval()
+    block = CrossAttention(args.hidden, Sizes.resolve(args.hidden, preset)).to(args.device).eval()
     inputs = torch.randn(args.texts, args.layers, args.hidden, device=args.device)
     plain, folded = (torch.inference_mode()(partial(run, inputs)) for run in (partial(paper_arithmetic, block), block))
     difference = (plain() - folded()).abs().max().item()

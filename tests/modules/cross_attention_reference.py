@@ -6,9 +6,22 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from st_llmpool.modules.cross_attention import PAPER_NAMES
 
 Vector = list[float]
+
+
+def paper_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a block or pooling under the paper's names."""
+    papers = {ours.removeprefix("cross_attention."): paper for paper, ours in PAPER_NAMES.items()}
+    weights = {}
+    for name, tensor in module.state_dict().items():
+        layer, _, kind = name.removeprefix("cross_attention.").rpartition(".")
+        if (layer or kind) in papers:
+            weights[f"{papers[layer]}.{kind}" if layer else papers[kind]] = tensor
+    return weights
 
 
 def slow_cross_attention(

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from st_llmpool.modules.cross_attention import CrossAttention
-from st_llmpool.modules.cross_attention_pooling import CrossAttentionPooling, resolve_sizes
-from tests.modules.cross_attention_reference import slow_cross_attention
+from st_llmpool.modules.cross_attention import CrossAttention, Sizes
+from st_llmpool.modules.errors import ConfigurationError
+from st_llmpool.modules.latent_attention_pooling import LatentAttentionPooling
+from tests.modules.cross_attention_reference import paper_weights, slow_cross_attention
 
 QUERIES = ["latents", "inputs"]
 
@@ -27,7 +28,7 @@ def trained_block(dimension: int = 8, *, queries: str = "latents", **sizes: floa
     """A block in which every parameter, norms and biases too, is far from its start."""
     sizes = {"num_latents": 3, "num_heads": 2, "head_dim": 4, "mlp_ratio": 1} | sizes
     torch.manual_seed(0)
-    block = CrossAttention(dimension, queries=queries, **sizes)
+    block = CrossAttention(dimension, Sizes(**sizes), queries=queries)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.5)
@@ -45,10 +46,7 @@ def kept(block: CrossAttention, inputs: Tensor, mask: Tensor | None = None) -> T
 
 
 def slow(block: CrossAttention, rows: Tensor) -> Tensor:
-    own = block.state_dict()
-    names = CrossAttentionPooling.paper_names.items()
-    weights = {paper: own[ours.removeprefix("cross_attention.")] for paper, ours in names}
-    return torch.tensor(slow_cross_attention(weights, rows, block.num_heads, block.queries))
+    return torch.tensor(slow_cross_attention(paper_weights(block), rows, block.sizes.num_heads, block.queries))
 
 
 def plain(block: CrossAttention, inputs: Tensor) -> Tensor:
@@ -58,10 +56,10 @@ def plain(block: CrossAttention, inputs: Tensor) -> Tensor:
     residual = block.latents if block.queries == "latents" else inputs
 
     def split(projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (block.num_heads, block.head_dim)).transpose(1, 2)
+        return projected.unflatten(-1, (block.sizes.num_heads, block.sizes.head_dim)).transpose(1, 2)
 
     keys, values = block.to_key_value(asked).chunk(2, dim=-1)
-    scores = split(block.to_query(asking)) @ split(keys).mT * block.head_dim**-0.5
+    scores = split(block.to_query(asking)) @ split(keys).mT * block.sizes.head_dim**-0.5
     attended = residual + block.to_output((scores.softmax(-1) @ split(values)).transpose(1, 2).flatten(2))
     value, gate = block.to_value_gate(block.norm_feed_forward(attended)).chunk(2, dim=-1)
     return (attended + block.from_hidden(value * F.gelu(gate))).mean(dim=1)
@@ -89,33 +87,34 @@ def test_every_size_gives_the_formula_folded_and_not(queries, data):
 @pytest.mark.parametrize(
     ("form", "folds", "merges_values", "num_inputs", "sizes"),
     [
-        ("project the inputs", True, False, 2, {"num_latents": 5, "num_heads": 1, "head_dim": 7}),
-        ("project the inputs by one matrix", True, True, 2, {"num_latents": 5, "num_heads": 2, "head_dim": 16}),
-        ("sum the inputs", True, False, 6, {"num_latents": 2, "num_heads": 1, "head_dim": 7}),
-        ("sum the inputs, one matrix", True, True, 6, {"num_latents": 2, "num_heads": 2, "head_dim": 16}),
+        ("scores folded", True, False, 6, {"num_latents": 2, "num_heads": 1, "head_dim": 7}),
+        ("scores and values folded", True, True, 6, {"num_latents": 2, "num_heads": 2, "head_dim": 16}),
+        ("fewer inputs than latents", True, False, 2, {"num_latents": 5, "num_heads": 1, "head_dim": 7}),
         ("plain", False, False, 6, {"num_latents": 6, "num_heads": 8, "head_dim": 1}),
+        ("plain, as the constants would hold more than the weights", False, False, 6, {"num_latents": 33}),
     ],
 )
-def test_each_order_of_the_product_gives_the_formula(form, folds, merges_values, num_inputs, sizes):
-    block, inputs = trained_block(8, **sizes), torch.randn(2, num_inputs, 8) * 3
+def test_each_form_of_inference_gives_the_formula(form, folds, merges_values, num_inputs, sizes):
+    block, inputs = trained_block(8, **{"head_dim": 16} | sizes), torch.randn(2, num_inputs, 8) * 3
     expected = torch.stack([slow(block, rows) for rows in inputs])
     assert_same(kept(block, inputs), expected)
-    constants = block._kept.constants
-    assert (constants.form == "folded", constants.values is not None) == (folds, merges_values), form
+    folded = block._folded
+    assert (folded is not None, folded is not None and folded.values is not None) == (folds, merges_values), form
 
 
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize(
-    ("form", "num_texts", "sizes"),
+    ("few", "num_texts", "sizes"),
     [
-        ("folded", 64, {}),
-        ("projected", 64, {"num_latents": 6, "num_heads": 8, "head_dim": 1}),
-        ("through inputs", 2, {"num_latents": 40, "head_dim": 16}),
+        ((False, False), 64, {"num_latents": 2, "num_heads": 8, "head_dim": 1}),
+        ((False, True), 64, {"num_latents": 16, "head_dim": 4}),
+        ((True, True), 2, {"num_latents": 40, "head_dim": 16}),
     ],
+    ids=["latents through one matrix each", "each text's inputs are few", "all inputs are few"],
 )
-def test_gradients_are_those_of_the_plain_arithmetic(queries, form, num_texts, sizes):
+def test_gradients_are_those_of_the_textbook(queries, few, num_texts, sizes):
     block, inputs = trained_block(queries=queries, **sizes), torch.randn(num_texts, 5, 8)
-    assert block._compute_constants(num_texts * 5).form == form
+    assert (block._are_few(num_texts * 5), block._are_few(5)) == few
     target = torch.randn(num_texts, 8)
     gradients = []
     for forward in (block, lambda x: plain(block, x)):
@@ -176,12 +175,10 @@ def multiply_adds(forward: Callable[[], Tensor]) -> int:
 @pytest.mark.parametrize(
     "sizes", [(64, 8, 8, 8), (64, 8, 64, 1), (64, 64, 4, 16), (96, 256, 16, 6), (48, 16, 4, 96), (48, 3, 6, 200)]
 )
-def test_kept_constants_never_cost_more_than_the_plain_arithmetic(queries, num_inputs, sizes):
+def test_folded_constants_never_cost_more_than_the_plain_arithmetic(queries, num_inputs, sizes):
     dimension, num_latents, num_heads, head_dim = sizes
     with torch.device("meta"):
-        block = CrossAttention(
-            dimension, num_latents=num_latents, num_heads=num_heads, head_dim=head_dim, mlp_ratio=1, queries=queries
-        ).eval()
+        block = CrossAttention(dimension, Sizes(num_latents, num_heads, head_dim, mlp_ratio=1), queries=queries).eval()
         inputs = torch.empty(2, num_inputs, dimension)
     with torch.no_grad():
         block(inputs)
@@ -190,7 +187,7 @@ def test_kept_constants_never_cost_more_than_the_plain_arithmetic(queries, num_i
 
 def test_a_small_batch_in_training_does_not_pay_for_the_projection_of_the_papers_latents():
     with torch.device("meta"):
-        block = CrossAttention(896, **resolve_sizes(896, "paper"))
+        block = CrossAttention(896, Sizes.resolve(896, "paper"))
         inputs = torch.empty(2, 24, 896)
     projection = block.latents.shape[0] * block.to_query.weight.numel()
     assert multiply_adds(lambda: block(inputs)) < projection
@@ -201,31 +198,31 @@ def test_a_small_batch_in_training_does_not_pay_for_the_projection_of_the_papers
 @pytest.mark.parametrize("preset", ["compact", "paper"])
 def test_training_never_costs_more_than_the_plain_arithmetic(queries, num_texts, preset):
     with torch.device("meta"):
-        block = CrossAttention(896, queries=queries, **resolve_sizes(896, preset))
+        block = CrossAttention(896, Sizes.resolve(896, preset), queries=queries)
         inputs = torch.empty(num_texts, 24, 896)
     assert multiply_adds(lambda: block(inputs)) <= multiply_adds(lambda: plain(block, inputs))
 
 
 @pytest.mark.parametrize(("dimension", "limit"), [(896, 200 * 2**20), (4096, 400 * 2**20), (8192, 800 * 2**20)])
-def test_kept_constants_of_the_papers_size_stay_small(dimension, limit):
+def test_folded_constants_of_the_papers_size_stay_small(dimension, limit):
     with torch.device("meta"):
-        block = CrossAttention(dimension, **resolve_sizes(dimension, "paper")).eval()
+        block = CrossAttention(dimension, Sizes.resolve(dimension, "paper")).eval()
         inputs = torch.empty(1, 32, dimension)
     with torch.no_grad():
         block(inputs)
-    constants = block._kept.constants
+    constants = block._folded
     held = sum(4 * tensor.numel() for tensor in (constants.scores, constants.values) if tensor is not None)
     assert held <= limit
     assert held < sum(4 * parameter.numel() for parameter in block.parameters()) / 4
 
 
-def test_kept_constants_survive_eval_because_encode_calls_it_every_time():
+def test_folded_constants_survive_eval_because_encode_calls_it_every_time():
     block, inputs = trained_block(), torch.randn(1, 4, 8)
     kept(block, inputs)
-    first = block._kept
+    first = block._folded
     kept(block, inputs)
     assert first is not None
-    assert block._kept is first
+    assert block._folded is first
 
 
 def optimizer_step(block: CrossAttention) -> None:
@@ -264,23 +261,23 @@ def test_weight_change_changes_the_next_output(queries, change):
     assert_same(kept(block, inputs), expected)
 
 
-def test_no_other_weight_can_get_an_address_that_a_kept_constant_was_made_from():
+def test_no_other_weight_can_get_an_address_that_a_folded_constant_was_made_from():
     block = trained_block()
     addresses = {p.data_ptr() for p in (block.latents, block.to_query.weight, block.to_output.weight)}
     kept(block, torch.randn(1, 4, 8))
     assign_data(block)  # frees the old tensor, were it not held
-    assert addresses <= {storage.data_ptr() for storage in block._kept.storages}
+    assert addresses <= {source.data_ptr() for source in block._folded.sources}
 
 
 @pytest.mark.parametrize(
     "event", [lambda block: block.train(), lambda block: block.to("cpu"), lambda block: block.state_dict()]
 )
-def test_kept_constants_are_dropped_by_training_moving_and_saving(event):
+def test_folded_constants_are_dropped_by_training_moving_and_saving(event):
     block = trained_block()
     kept(block, torch.randn(1, 4, 8))
-    assert block._kept is not None
+    assert block._folded is not None
     event(block)
-    assert block._kept is None
+    assert block._folded is None
 
 
 def test_dropping_reaches_the_block_inside_a_model():
@@ -288,7 +285,7 @@ def test_dropping_reaches_the_block_inside_a_model():
     for event in (lambda: model.train(), lambda: model.to("cpu"), lambda: model.state_dict()):
         kept(model[0], torch.randn(1, 4, 8))
         event()
-        assert model[0]._kept is None
+        assert model[0]._folded is None
 
 
 def test_state_dict_holds_the_weights_only():
@@ -303,8 +300,8 @@ def test_copies_give_the_same_output_and_hold_no_constants(duplicate):
     block, inputs = trained_block(), torch.randn(2, 4, 8)
     expected = kept(block, inputs)
     twin = duplicate(block)
-    assert twin._kept is None
-    assert block._kept is not None
+    assert twin._folded is None
+    assert block._folded is not None
     assert torch.equal(kept(twin, inputs), expected)
 
 
@@ -319,7 +316,7 @@ def test_torch_save_writes_no_constants():
 def test_threads_that_share_a_block_agree():
     block, batches = trained_block(), [torch.randn(3, 4, 8) for _ in range(64)]
     expected = [kept(block, batch) for batch in batches]
-    block._kept = None
+    block._folded = None
     with ThreadPoolExecutor(8) as threads:
         outputs = list(threads.map(lambda batch: kept(block, batch), batches))
     assert all(torch.equal(*pair) for pair in zip(outputs, expected, strict=True))
@@ -346,3 +343,55 @@ def test_compiles_to_one_graph(queries):
     with torch.no_grad():
         compiled = torch.compile(block, backend="eager", fullgraph=True)(inputs)
     assert_same(compiled, plain(block, inputs).detach())
+
+
+def test_presets_are_those_of_the_design():
+    assert Sizes.resolve(896, "compact") == Sizes(8, 8, 112, 1)
+    assert Sizes.resolve(896, "paper") == Sizes(768, 32, 2048, 4)
+
+
+@pytest.mark.parametrize(("dimension", "head_dim"), [(1, 1), (7, 1), (30, 3), (4096, 512)])
+def test_compact_fits_every_hidden_size(dimension, head_dim):
+    assert Sizes.resolve(dimension, "compact").head_dim == head_dim
+    LatentAttentionPooling(dimension if dimension < 100 else 8)
+
+
+def test_given_sizes_win_over_the_preset():
+    assert Sizes.resolve(64, "paper", num_latents=2, mlp_ratio=0.5) == Sizes(2, 32, 2048, 0.5)
+
+
+def test_heads_of_the_compact_size_share_the_hidden_size():
+    assert Sizes.resolve(64, "compact", num_heads=4).head_dim == 16
+
+
+def test_config_holds_the_resolved_sizes_and_rebuilds_the_pooling():
+    config = LatentAttentionPooling(64, num_latents=5).get_config_dict()
+    assert config == {
+        "embedding_dimension": 64,
+        "num_latents": 5,
+        "num_heads": 8,
+        "head_dim": 8,
+        "mlp_ratio": 1,
+        "queries": "latents",
+        "readout_skip": True,
+    }
+    assert LatentAttentionPooling(**config).get_config_dict() == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preset": "papre"}, "preset='papre' is not one of .*Did you mean 'paper'"),
+        ({"queries": "latent"}, "queries='latent' is not one of .*Did you mean 'latents'"),
+        ({"num_latents": 0}, "num_latents=0 must be a positive integer"),
+        ({"num_heads": 0}, "num_heads=0 must be a positive integer"),
+        ({"head_dim": 2.5}, "head_dim=2.5 must be a positive integer"),
+        ({"mlp_ratio": 0}, "mlp_ratio=0 must be a number from 0.001 to 1000"),
+        ({"mlp_ratio": "4"}, "mlp_ratio='4' must be a number"),
+        ({"num_heads": 2**16, "head_dim": 2**16}, "num_heads=65536 x head_dim=65536: a matrix may hold 4,294,967,296"),
+        ({"preset": None, "num_latents": 3}, r"preset=None needs all sizes, \['num_heads', 'mlp_ratio'\] too"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(arguments, message):
+    with pytest.raises(ConfigurationError, match=message):
+        LatentAttentionPooling(16, **arguments)

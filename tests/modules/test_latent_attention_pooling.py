@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from st_llmpool.modules.errors import ConfigurationError
 from st_llmpool.modules.latent_attention_pooling import LatentAttentionPooling
-from tests.modules.cross_attention_reference import slow_cross_attention
+from tests.modules.cross_attention_reference import paper_weights, slow_cross_attention
 from tests.modules.token_batches import embed, padded
 
 QUERIES = ["latents", "inputs"]
@@ -27,9 +27,7 @@ def trained_pooling(**settings) -> LatentAttentionPooling:
 @pytest.mark.parametrize("queries", QUERIES)
 def test_embedding_is_the_formula(queries):
     pooling, text, readout = trained_pooling(queries=queries), torch.randn(5, 8), torch.randn(1, 8)
-    own = pooling.state_dict()
-    weights = {paper: own[ours] for paper, ours in pooling.paper_names.items()}
-    pooled = torch.tensor(slow_cross_attention(weights, text, pooling.num_heads, queries))
+    pooled = torch.tensor(slow_cross_attention(paper_weights(pooling), text, pooling.num_heads, queries))
     expected = readout[0] + pooling.to_embedding.weight.detach() @ pooled
     embedding = embed(pooling, **padded([text], [2], 9), readout=readout)[0]
     torch.testing.assert_close(embedding.detach(), expected, rtol=1e-5, atol=1e-5)

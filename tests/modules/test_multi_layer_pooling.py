@@ -8,7 +8,7 @@ from torch import Tensor
 
 from st_llmpool.modules.errors import ConfigurationError
 from st_llmpool.modules.multi_layer_pooling import MultiLayerPooling
-from tests.modules.cross_attention_reference import slow_cross_attention
+from tests.modules.cross_attention_reference import paper_weights, slow_cross_attention
 
 
 def trained_pooling(**settings) -> MultiLayerPooling:
@@ -27,9 +27,7 @@ def features() -> dict[str, Tensor]:
 
 
 def slow_pool(pooling: MultiLayerPooling, rows: Tensor) -> Tensor:
-    own = pooling.state_dict()
-    weights = {paper: own[ours] for paper, ours in pooling.paper_names.items() if ours in own}
-    return torch.tensor(slow_cross_attention(weights, rows, pooling.num_heads, pooling.queries))
+    return torch.tensor(slow_cross_attention(paper_weights(pooling), rows, pooling.num_heads, pooling.queries))
 
 
 @pytest.mark.parametrize("queries", ["latents", "inputs"])

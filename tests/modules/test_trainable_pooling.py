@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from st_llmpool.modules.errors import ConfigurationError
 from st_llmpool.modules.latent_attention_pooling import LatentAttentionPooling
 from st_llmpool.modules.multi_layer_pooling import MultiLayerPooling
 from st_llmpool.modules.scalar_mix_pooling import ScalarMixPooling
-from st_llmpool.modules.trainable_pooling import TrainablePooling, readout_share
+from st_llmpool.modules.trainable_pooling import TrainablePooling
 from st_llmpool.poolings.attsets_pooling import AttSetsPooling
 from st_llmpool.poolings.generalized_mean_pooling import GeneralizedMeanPooling
 from st_llmpool.poolings.hopfield_pooling import HopfieldPooling
@@ -41,6 +42,10 @@ BUILDERS = {
     "pyramid over layers, no skip": lambda: PyramidPooling(16, reads="layers", num_layers=3, readout_skip=False),
     "ponet": lambda: PoNetPooling(16, num_heads=2, segment_length=2),
 }
+
+
+def repr_of(value: object) -> str:
+    return repr(value)[:25]
 
 
 @pytest.fixture(params=BUILDERS)
@@ -169,11 +174,30 @@ def test_sentence_transformers_in_bfloat16_keeps_the_pooling_in_float32(tiny_llm
     assert reloaded.get_embedding_dimension() == 32
 
 
-def test_readout_share_is_the_relative_distance_to_the_readout():
-    embedding, readout = torch.tensor([[3.0, 5.0], [0.0, 2.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]])
-    assert readout_share({"sentence_embedding": embedding, "readout": readout}).item() == pytest.approx(
-        (1 / 5 + 1 / 1) / 2
-    )
+@pytest.mark.parametrize("wrong", [10**18, 10**400, -1, "3", "no", float("nan"), {}, [10**18]], ids=repr_of)
+def test_a_tampered_setting_is_refused_at_once_in_one_line_that_names_it(pooling, wrong):
+    config = pooling.get_config_dict()
+    for name in config:
+        with pytest.raises(ConfigurationError, match=name.removesuffix("s")) as caught:
+            type(pooling)(**config | {name: wrong})
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("number", ["embedding_dimension", "num_latents", "head_dim", "mlp_ratio"])
+def test_a_boolean_is_no_number(number):
+    with pytest.raises(ConfigurationError, match=f"{number}=True must be a"):
+        LatentAttentionPooling(**{"embedding_dimension": 16, number: True})
+
+
+def test_a_saved_config_with_an_impossible_size_is_refused_before_any_memory_is_asked_for(tmp_path):
+    folder = tmp_path / "1_Pooling"
+    folder.mkdir()
+    MultiLayerPooling(16, num_layers=3).save(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_latents": 10**18}))
+    with pytest.raises(ConfigurationError, match="num_latents=1000000000000000000 must be a positive integer up to"):
+        MultiLayerPooling.load(str(tmp_path), subfolder="1_Pooling")
 
 
 @pytest.mark.parametrize(

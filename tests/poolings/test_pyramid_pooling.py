@@ -72,8 +72,8 @@ def test_an_empty_bin_takes_the_nearest_token():
         ([], r"levels=\[\] must be a list"),
         ("124", "levels='124' must be a list"),
         (4, "levels=4 must be a list"),
-        ([1, 0], r"levels=\[1, 0\]: each level is a number of bins"),
-        ([1.5], r"levels=\[1.5\]: each level is a number of bins"),
+        ([1, 0], r"level=0 must be a positive integer"),
+        ([1.5], r"level=1.5 must be a positive integer"),
     ],
 )
 def test_bad_levels_are_refused_by_name(levels, message):

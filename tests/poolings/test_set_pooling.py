@@ -149,7 +149,7 @@ def test_a_projection_of_another_size_stays_without_the_skip():
     [
         ({"reads": "layer"}, "reads='layer' is not one of .*Did you mean 'layers'"),
         ({"reads": "layers"}, "num_layers=None must be a positive integer"),
-        ({"num_layers": 3}, "num_layers=3 has no meaning with reads='tokens'"),
+        ({"num_layers": 3}, "num_layers=3 does not apply to reads='tokens'"),
     ],
 )
 def test_bad_settings_are_refused_by_name(settings, message):

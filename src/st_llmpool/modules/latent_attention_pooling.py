@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from .cross_attention_pooling import CrossAttentionPooling
-from .trainable_pooling import require_tokens
+from .cross_attention import CrossAttentionPooling
 
 
 class LatentAttentionPooling(CrossAttentionPooling):
@@ -20,17 +19,10 @@ class LatentAttentionPooling(CrossAttentionPooling):
 
     Args:
         embedding_dimension: Hidden size D of the backbone.
-        preset: Where sizes that are None come from: ``"compact"`` (8 latents, 8 heads that share D, mlp_ratio 1),
-            ``"paper"`` (768 latents, 32 heads of 2048, mlp_ratio 4), or None if all sizes are given.
-        num_latents: R.
-        num_heads: H.
-        head_dim: Size of a head.
-        mlp_ratio: Width of the feed-forward, in multiples of D.
-        queries: ``"latents"`` or ``"inputs"``.
-        readout_skip: The last step above; the paper has none.
+        **settings: Sizes, ``queries`` and ``readout_skip``, as :class:`CrossAttentionPooling` takes them.
 
     Raises:
-        ConfigurationError: If a setting is unknown, missing or not positive, or the features do not fit.
+        ConfigurationError: If a setting is unknown, missing or out of range, or the features do not fit.
 
     Inputs:
         ``token_embeddings`` (B, T, D) and ``attention_mask`` (B, T) with padding on any side, nonzero for the
@@ -48,32 +40,7 @@ class LatentAttentionPooling(CrossAttentionPooling):
         torch.Size([2, 16])
     """
 
-    config_keys = CrossAttentionPooling.config_keys
-
-    def __init__(
-        self,
-        embedding_dimension: int,
-        *,
-        preset: Literal["compact", "paper"] | None = "compact",
-        num_latents: int | None = None,
-        num_heads: int | None = None,
-        head_dim: int | None = None,
-        mlp_ratio: float | None = None,
-        queries: Literal["latents", "inputs"] = "latents",
-        readout_skip: bool = True,
-    ) -> None:
-        super().__init__(
-            embedding_dimension,
-            preset=preset,
-            num_latents=num_latents,
-            num_heads=num_heads,
-            head_dim=head_dim,
-            mlp_ratio=mlp_ratio,
-            queries=queries,
-            readout_skip=readout_skip,
-        )
-
     def pool(self, features: dict[str, Any]) -> Tensor:
         """Returns the embeddings (B, D)."""
-        tokens, mask = require_tokens(features, self)
+        tokens, mask = self.tokens(features)
         return self.embeddings_from(features, self.cross_attention(tokens, mask), dtype=tokens.dtype)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .cross_attention_pooling import CrossAttentionPooling
-from .trainable_pooling import check_positive_integers, require_layer_summaries
+from .cross_attention import CrossAttentionPooling
+from .trainable_pooling import check_boolean, check_sizes
 
 
 class MultiLayerPooling(CrossAttentionPooling):
@@ -22,18 +22,12 @@ class MultiLayerPooling(CrossAttentionPooling):
     Args:
         embedding_dimension: Hidden size D of the backbone.
         num_layers: How many layers L the backbone hands over, ``len(LLMTransformer.layers)``.
-        preset: Where sizes that are None come from: ``"compact"`` (8 latents, 8 heads that share D, mlp_ratio 1),
-            ``"paper"`` (768 latents, 32 heads of 2048, mlp_ratio 4), or None if all sizes are given.
-        num_latents: R.
-        num_heads: H.
-        head_dim: Size of a head.
-        mlp_ratio: Width of the feed-forward, in multiples of D.
-        queries: ``"latents"`` as in the paper, or ``"inputs"``: the layers query the latents.
-        readout_skip: The last step above; the paper has none.
         layer_weights: False leaves W out, for ablations.
+        **settings: Sizes, ``queries`` and ``readout_skip``, as :class:`CrossAttentionPooling` takes them; with
+            ``queries="inputs"`` the layers query the latents.
 
     Raises:
-        ConfigurationError: If a setting is unknown, missing or not positive, or the features do not fit.
+        ConfigurationError: If a setting is unknown, missing or out of range, or the features do not fit.
 
     Inputs:
         ``layer_summaries`` (B, L, D), and ``readout`` (B, D) for the skip, in any float dtype.
@@ -49,33 +43,13 @@ class MultiLayerPooling(CrossAttentionPooling):
     """
 
     config_keys = [*CrossAttentionPooling.config_keys, "num_layers", "layer_weights"]
-    paper_names: ClassVar[dict[str, str]] = {**CrossAttentionPooling.paper_names, "pos_emb.weight": "layer_table"}
 
     def __init__(
-        self,
-        embedding_dimension: int,
-        num_layers: int,
-        *,
-        preset: Literal["compact", "paper"] | None = "compact",
-        num_latents: int | None = None,
-        num_heads: int | None = None,
-        head_dim: int | None = None,
-        mlp_ratio: float | None = None,
-        queries: Literal["latents", "inputs"] = "latents",
-        readout_skip: bool = True,
-        layer_weights: bool = True,
+        self, embedding_dimension: int, num_layers: int, *, layer_weights: bool = True, **settings: Any
     ) -> None:
-        super().__init__(
-            embedding_dimension,
-            preset=preset,
-            num_latents=num_latents,
-            num_heads=num_heads,
-            head_dim=head_dim,
-            mlp_ratio=mlp_ratio,
-            queries=queries,
-            readout_skip=readout_skip,
-        )
-        check_positive_integers(num_layers=num_layers)
+        super().__init__(embedding_dimension, **settings)
+        check_sizes(embedding_dimension=embedding_dimension, num_layers=num_layers)
+        check_boolean("layer_weights", layer_weights)
         self.num_layers = num_layers
         self.layer_weights = layer_weights
         if layer_weights:
@@ -84,7 +58,7 @@ class MultiLayerPooling(CrossAttentionPooling):
 
     def pool(self, features: dict[str, Any]) -> Tensor:
         """Returns the embeddings (B, D)."""
-        summaries = require_layer_summaries(features, self, self.num_layers)
+        summaries = self.layer_summaries(features, self.num_layers)
         pooled = self.cross_attention(self._with_weights(summaries))
         return self.embeddings_from(features, pooled, dtype=summaries.dtype)
 
@@ -95,12 +69,8 @@ class MultiLayerPooling(CrossAttentionPooling):
         """
         if self.queries == "inputs":
             return None
-        summaries = require_layer_summaries(features, self, self.num_layers)
+        summaries = self.layer_summaries(features, self.num_layers)
         return self.cross_attention.weights(self._with_weights(summaries)).mean(dim=(2, 3))
 
     def _with_weights(self, summaries: Tensor) -> Tensor:
         return summaries.float() + self.layer_table if self.layer_weights else summaries
-
-    @classmethod
-    def _paper_settings(cls, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        return {**super()._paper_settings(tensors), "num_layers": tensors["pos_emb.weight"].shape[0]}

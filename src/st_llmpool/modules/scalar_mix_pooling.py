@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .trainable_pooling import TrainablePooling, check_positive_integers, require_layer_summaries
+from .trainable_pooling import TrainablePooling, check_sizes
 
 
 class ScalarMixPooling(TrainablePooling):
@@ -41,19 +41,19 @@ class ScalarMixPooling(TrainablePooling):
 
     def __init__(self, embedding_dimension: int, num_layers: int) -> None:
         super().__init__(embedding_dimension)
-        check_positive_integers(num_layers=num_layers)
+        check_sizes(num_layers=num_layers)
         self.num_layers = num_layers
         self.layer_scores = nn.Parameter(torch.zeros(num_layers))
         self.gamma = nn.Parameter(torch.ones(1))  # not a scalar: FSDP2 shards no zero-dimensional tensors
 
     def pool(self, features: dict[str, Any]) -> Tensor:
         """Returns the embeddings (B, D)."""
-        summaries = require_layer_summaries(features, self, self.num_layers)
+        summaries = self.layer_summaries(features, self.num_layers)
         normed = F.layer_norm(summaries.float(), (self.embedding_dimension,))
         mixed = (self.layer_scores.softmax(dim=0).unsqueeze(-1) * normed).sum(dim=1)
         return (self.gamma * mixed).to(summaries.dtype)
 
     def layer_shares(self, features: dict[str, Any]) -> Tensor:
         """Returns softmax(w), the same for every text, (B, L)."""
-        texts = require_layer_summaries(features, self, self.num_layers).shape[0]
+        texts = self.layer_summaries(features, self.num_layers).shape[0]
         return self.layer_scores.softmax(dim=0).expand(texts, -1)

@@ -1,27 +1,31 @@
-"""What all trainable poolings share: float32 whatever the backbone's dtype, and a start at the plain readout."""
+"""What all trainable poolings share: float32 whatever the backbone's dtype, a plain start, and checked settings."""
 
 from __future__ import annotations
 
+import math
+import reprlib
 from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Self
+from contextlib import nullcontext
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, nearest
 from .layer_readout import unflatten
 from .portable import PortableModule
 
+#: Limits that no sensible pooling reaches: of one size, and of the numbers in one weight matrix (16 GiB in float32).
+_LARGEST_SIZE, _LARGEST_MATRIX = 2**20, 2**32
+
 
 class TrainablePooling(PortableModule):
-    """Base of the poolings with parameters: a subclass says in ``pool`` how features become (B, D).
+    """Base of the poolings with parameters: a subclass defines in ``pool`` how features become (B, D).
 
     Parameters stay float32 when the model is cast, by ``model.to(torch.bfloat16)`` or by sentence-transformers,
     which casts every module to the backbone's dtype at load. In bfloat16 a weight near 1 moves in steps of 0.004
-    to 0.008, so nearly all updates of size 1e-5 would round to nothing and training would stand still. Autocast is
-    off inside for the same reason: a pooling is small, and its softmax and means lose most by half precision.
+    to 0.008, so nearly all updates of size 1e-5 would round to nothing. Autocast is off inside for the same reason.
 
     Args:
         embedding_dimension: Hidden size D of the backbone and size of the embedding.
@@ -29,7 +33,7 @@ class TrainablePooling(PortableModule):
             U, ``to_embedding``, by :func:`zero_linear`, so that training starts from the plain baseline.
 
     Raises:
-        ConfigurationError: If the dimension is not a positive integer.
+        ConfigurationError: If a setting is of the wrong type or out of range.
 
     Example:
         >>> class FirstLayerPooling(TrainablePooling):
@@ -39,12 +43,13 @@ class TrainablePooling(PortableModule):
         tensor([[1., 1., 1., 1.]])
     """
 
-    #: What trainers use unless told otherwise: these parameters start from scratch, the backbone's do not.
+    #: What trainers use by default: these parameters start from scratch, the backbone's do not.
     default_learning_rate: ClassVar[float] = 1e-3
 
     def __init__(self, embedding_dimension: int, *, readout_skip: bool = False) -> None:
         super().__init__()
-        check_positive_integers(embedding_dimension=embedding_dimension)
+        check_sizes(embedding_dimension=embedding_dimension)
+        check_boolean("readout_skip", readout_skip)
         self.embedding_dimension = embedding_dimension
         self.readout_skip = readout_skip
         self.to_embedding: nn.Module = nn.Identity()
@@ -53,39 +58,54 @@ class TrainablePooling(PortableModule):
     def pool(self, features: dict[str, Any]) -> Tensor:
         """Returns the embeddings (B, D); runs without autocast."""
 
-    def layer_shares(self, features: dict[str, Any]) -> Tensor | None:
-        """Returns how the weights of the read-out are shared among the layers, (B, L) with rows that sum to 1.
-
-        None where the pooling does not weigh layers by one softmax over them.
-        """
-        return None
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Adds ``sentence_embedding`` (B, D) to the features; `kwargs` are other modules'."""
+        device = next(iter(self.parameters()), torch.empty(0)).device.type
+        has_autocast = torch.amp.is_autocast_available(device)  # the meta device has none
+        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
+            features["sentence_embedding"] = self.pool(features)
+        return features
 
     def embeddings_from(self, features: dict[str, Any], pooled: Tensor, *, dtype: torch.dtype) -> Tensor:
-        """Projects what was pooled, and adds it to the readout if the design has the skip.
-
-        Args:
-            features: ``readout`` (B, D) if ``readout_skip``.
-            pooled: (B, P) in float32.
-            dtype: Of the result without the skip; with it, the readout's.
-
-        Returns:
-            (B, D).
-
-        Raises:
-            ConfigurationError: If the readout is missing.
-        """
+        """Returns r + U · pooled in the dtype of ``readout`` r (B, D); without the skip U · pooled in `dtype`."""
         projected = self.to_embedding(pooled)
         if not self.readout_skip:
             return projected.to(dtype)
-        way_out = "Use LLMTransformer as the backbone, or readout_skip=False."
-        readout = require_feature(features, "readout", f"{type(self).__name__}(readout_skip=True)", way_out)
+        readout = self._require(features, "readout")
         return (readout.float() + projected).to(readout.dtype)
 
-    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Adds ``sentence_embedding`` (B, D) to the features; `kwargs` are other modules'."""
-        with _without_autocast(next(iter(self.parameters()), torch.empty(0)).device):
-            features["sentence_embedding"] = self.pool(features)
-        return features
+    def tokens(self, features: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Returns the last layer's tokens (B, T, D) and True for the real ones (B, T); pads flat input on the right."""
+        tokens = self._require(features, "token_embeddings")
+        if "cu_seq_lens_q" in features:
+            return unflatten(tokens, features["cu_seq_lens_q"])
+        return tokens, self._require(features, "attention_mask").bool()
+
+    def layer_summaries(self, features: dict[str, Any], num_layers: int) -> Tensor:
+        """Returns the layers' summaries (B, L, D)."""
+        summaries = self._require(features, "layer_summaries")
+        found = summaries.shape[1]
+        if found != num_layers:
+            raise ConfigurationError(
+                f"{type(self).__name__} was built with num_layers={num_layers}, but the backbone gives {found} layer "
+                f"summaries. Build it with num_layers={found}, or set the backbone's layers to {num_layers} layers."
+            )
+        return summaries
+
+    def _require(self, features: dict[str, Any], key: str) -> Tensor:
+        """Returns a feature that an earlier module gave; vectors have the size that the pooling was built for."""
+        if key not in features:
+            raise ConfigurationError(
+                f"{type(self).__name__} reads the feature {key!r}, which no earlier module gives. Use LLMTransformer "
+                f"with the layers that the pooling reads; other backbones only give tokens: use readout_skip=False."
+            )
+        found = features[key].shape[-1]
+        if key != "attention_mask" and found != self.embedding_dimension:
+            raise ConfigurationError(
+                f"{type(self).__name__} was built with embedding_dimension={self.embedding_dimension}, but the "
+                f"backbone gives {found}. Build it with embedding_dimension={found}."
+            )
+        return features[key]
 
     def get_embedding_dimension(self) -> int:
         """Returns D."""
@@ -104,125 +124,46 @@ class TrainablePooling(PortableModule):
 
 
 def zero_linear(inputs: int, outputs: int) -> nn.Linear:
-    """Returns a projection without bias whose weights are zero.
-
-    Example:
-        >>> zero_linear(2, 1)(torch.ones(2))
-        tensor([0.], grad_fn=<...>)
-    """
+    """Returns a projection without bias whose weights are zero."""
     linear = nn.Linear(inputs, outputs, bias=False)
     nn.init.zeros_(linear.weight)
     return linear
 
 
-def readout_share(features: dict[str, Any]) -> Tensor:
-    """Returns how far the pooling has moved the embedding from the plain readout r, ‖embedding − r‖ / ‖r‖.
-
-    A share below 0.01 at the end of training says that the pooling did nothing. ``Normalize`` overwrites
-    ``sentence_embedding``, so call this in a forward hook on the pooling.
-
-    Args:
-        features: ``sentence_embedding`` and ``readout``, both (B, D), as they leave a pooling.
-
-    Returns:
-        A scalar without gradient, the mean over the texts.
+def check_sizes(**sizes: Any) -> None:
+    """Raises ConfigurationError if a size is no positive integer, or a matrix of all of them would not be sensible.
 
     Example:
-        >>> readout_share({"sentence_embedding": torch.tensor([[3.0, 5.0]]), "readout": torch.tensor([[3.0, 4.0]])})
-        tensor(0.2000)
+        >>> check_sizes(embedding_dimension=896, num_latents=10**18)
+        Traceback (most recent call last):
+        st_llmpool.modules.errors.ConfigurationError: num_latents=1000000000000000000 must be a positive integer ...
     """
-    embedding, readout = (features[key].detach().float() for key in ("sentence_embedding", "readout"))
-    return ((embedding - readout).norm(dim=1) / readout.norm(dim=1)).mean()
+    for name, value in sizes.items():
+        if type(value) is not int or not 0 < value <= _LARGEST_SIZE:
+            _refuse(name, value, f"a positive integer up to {_LARGEST_SIZE:,}")
+    if math.prod(sizes.values()) > _LARGEST_MATRIX:
+        product = " x ".join(f"{name}={value}" for name, value in sizes.items())
+        raise ConfigurationError(f"{product}: a matrix may hold {_LARGEST_MATRIX:,} numbers. Use smaller sizes.")
 
 
-def require_feature(features: dict[str, Any], key: str, reader: str, way_out: str) -> Tensor:
-    """Returns a feature that an earlier module must have left.
-
-    Args:
-        features: The feature dict.
-        key: The feature's name.
-        reader: Who needs it.
-        way_out: What the user can do where it is missing.
-
-    Raises:
-        ConfigurationError: If it is missing.
-    """
-    if key not in features:
-        raise ConfigurationError(f"{reader} reads the feature {key!r}, which no earlier module gives. {way_out}")
-    return features[key]
+def check_number(name: str, value: Any, lowest: float, highest: float) -> None:
+    """Raises ConfigurationError unless `value` is a number from `lowest` to `highest`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
+        _refuse(name, value, f"a number from {lowest:g} to {highest:g}")
 
 
-def require_tokens(features: dict[str, Any], pooling: TrainablePooling) -> tuple[Tensor, Tensor]:
-    """Returns the last layer's tokens if they fit the pooling.
-
-    Args:
-        features: ``token_embeddings`` (B, T, D) with ``attention_mask`` (B, T), or flat ``token_embeddings`` (1, N, D)
-            with ``cu_seq_lens_q`` (B + 1,).
-        pooling: Who needs them.
-
-    Returns:
-        Tokens (B, T, D) and True for the real ones (B, T); flat input is padded on the right.
-
-    Raises:
-        ConfigurationError: If a feature is missing, or D is another.
-    """
-    name = type(pooling).__name__
-    way_out = "Use LLMTransformer, or sentence-transformers' Transformer with readout_skip=False."
-    tokens = require_feature(features, "token_embeddings", name, way_out)
-    check_dimension(pooling, tokens.shape[-1])
-    if "cu_seq_lens_q" in features:
-        return unflatten(tokens, features["cu_seq_lens_q"])
-    return tokens, require_feature(features, "attention_mask", name, way_out).bool()
+def check_boolean(name: str, value: Any) -> None:
+    """Raises ConfigurationError unless `value` is True or False; ``"no"`` would count as true."""
+    if not isinstance(value, bool):
+        _refuse(name, value, "True or False")
 
 
-def require_layer_summaries(features: dict[str, Any], pooling: TrainablePooling, num_layers: int) -> Tensor:
-    """Returns ``layer_summaries`` (B, L, D) if they fit the pooling.
-
-    Args:
-        features: The feature dict.
-        pooling: Who needs them.
-        num_layers: L, the number of layers that it was built for.
-
-    Raises:
-        ConfigurationError: If they are missing, or of another L or D.
-    """
-    name = type(pooling).__name__
-    summaries = require_feature(features, "layer_summaries", name, "Use LLMTransformer(layers='all') as the backbone.")
-    found_layers, found_dimension = summaries.shape[1:]
-    if found_layers != num_layers:
-        raise ConfigurationError(
-            f"{name} was built with num_layers={num_layers}, but the backbone gives {found_layers} layer summaries. "
-            f"Build it with num_layers={found_layers}, or set the backbone's layers to {num_layers} of its layers."
-        )
-    check_dimension(pooling, found_dimension)
-    return summaries
+def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+    """Raises ConfigurationError unless `value` is one of the known names."""
+    if value not in known:
+        hint = nearest(reprlib.repr(value).strip("'"), known)
+        raise ConfigurationError(f"{name}={reprlib.repr(value)} is not one of {[*known]}.{hint}")
 
 
-def check_dimension(pooling: TrainablePooling, found: int) -> None:
-    """Refuses inputs of another size than the pooling was built for.
-
-    Raises:
-        ConfigurationError: If `found` is not the pooling's D.
-    """
-    if found != pooling.embedding_dimension:
-        raise ConfigurationError(
-            f"{type(pooling).__name__} was built with embedding_dimension={pooling.embedding_dimension}, but the "
-            f"backbone gives {found}. Build it with embedding_dimension={found}."
-        )
-
-
-def check_positive_integers(**values: object) -> None:
-    """Refuses sizes that no layer can have.
-
-    Raises:
-        ConfigurationError: If a value is not an integer above 0.
-    """
-    for name, value in values.items():
-        if not isinstance(value, int) or value < 1:
-            raise ConfigurationError(f"{name}={value!r} must be a positive integer.")
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()  # the meta device, for instance
+def _refuse(name: str, value: Any, allowed: str) -> NoReturn:
+    raise ConfigurationError(f"{name}={reprlib.repr(value)} must be {allowed}.")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..modules.errors import ConfigurationError
-from ..modules.trainable_pooling import check_positive_integers
+from ..modules.trainable_pooling import check_number, check_sizes
 from .set_pooling import SetPooling, masked_mean
 
 
@@ -66,15 +65,14 @@ class GeneralizedMeanPooling(SetPooling):
         readout_skip: bool = True,
     ) -> None:
         super().__init__(embedding_dimension, reads=reads, num_layers=num_layers, readout_skip=readout_skip)
-        check_positive_integers(num_groups=num_groups)
+        check_sizes(num_groups=num_groups)
         if embedding_dimension % num_groups:
             fitting = [size for size in range(1, embedding_dimension + 1) if embedding_dimension % size == 0]
             raise ConfigurationError(
                 f"num_groups={num_groups} does not divide embedding_dimension={embedding_dimension}; "
                 f"these do: {fitting}."
             )
-        if not isinstance(power, int | float) or not 1 <= power < math.inf:
-            raise ConfigurationError(f"power={power!r} must be at least 1, where the pooling is the mean.")
+        check_number("power", power, 1, 1e6)
         self.num_groups = num_groups
         self.power = power
         self.excess = nn.Parameter(torch.full((num_groups,), float(power) - 1))

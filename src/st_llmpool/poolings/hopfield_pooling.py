@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..modules.errors import ConfigurationError
-from ..modules.trainable_pooling import check_positive_integers
+from ..modules.trainable_pooling import check_number, check_sizes
 from .set_pooling import SetPooling
+
+#: The network converges in a few updates; a config that asks for more was tampered with.
+MOST_UPDATES = 1000
 
 
 class HopfieldPooling(SetPooling):
@@ -63,17 +66,16 @@ class HopfieldPooling(SetPooling):
         num_layers: int | None = None,
         readout_skip: bool = True,
     ) -> None:
-        check_positive_integers(num_patterns=num_patterns, num_heads=num_heads)
-        if head_dim is None:
-            check_positive_integers(embedding_dimension=embedding_dimension)
-            head_dim = max(1, embedding_dimension // num_heads)
-        check_positive_integers(head_dim=head_dim)
-        if not isinstance(update_steps, int) or update_steps < 0:
-            raise ConfigurationError(f"update_steps={update_steps!r} must be 0 (attention) or a positive integer.")
-        if beta is None:
-            beta = head_dim**-0.5
-        if not isinstance(beta, int | float) or not 0 < beta < math.inf:
-            raise ConfigurationError(f"beta={beta!r} must be a positive number; None is 1/√head_dim.")
+        check_sizes(embedding_dimension=embedding_dimension, num_patterns=num_patterns)
+        check_sizes(num_heads=num_heads)
+        head_dim = max(1, embedding_dimension // num_heads) if head_dim is None else head_dim
+        check_sizes(embedding_dimension=embedding_dimension, num_heads=num_heads, head_dim=head_dim)
+        if type(update_steps) is not int or not 0 <= update_steps <= MOST_UPDATES:
+            raise ConfigurationError(
+                f"update_steps={reprlib.repr(update_steps)} must be an integer from 0 (attention) to {MOST_UPDATES}."
+            )
+        beta = head_dim**-0.5 if beta is None else beta
+        check_number("beta", beta, 1e-6, 1e6)
         inner = num_heads * head_dim
         super().__init__(
             embedding_dimension,

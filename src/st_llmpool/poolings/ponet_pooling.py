@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..modules.errors import ConfigurationError
 from ..modules.layer_readout import unflatten
-from ..modules.trainable_pooling import TrainablePooling, check_positive_integers, require_tokens, zero_linear
+from ..modules.trainable_pooling import TrainablePooling, check_sizes, zero_linear
 from .set_pooling import masked_mean
 
 
@@ -62,7 +62,9 @@ class PoNetPooling(TrainablePooling):
         readout_skip: bool = True,
     ) -> None:
         super().__init__(embedding_dimension, readout_skip=readout_skip)
-        check_positive_integers(num_heads=num_heads, segment_length=segment_length)
+        check_sizes(num_heads=num_heads)
+        check_sizes(segment_length=segment_length)
+        check_sizes(embedding_dimension=embedding_dimension, inputs=embedding_dimension, parts=6)
         if embedding_dimension % num_heads:
             raise ConfigurationError(
                 f"num_heads={num_heads} does not divide embedding_dimension={embedding_dimension}. Use a divisor; 1 "
@@ -76,7 +78,7 @@ class PoNetPooling(TrainablePooling):
 
     def pool(self, features: dict[str, Any]) -> Tensor:
         """Returns the embeddings (B, D)."""
-        tokens, mask = require_tokens(features, self)
+        tokens, mask = self.tokens(features)
         pooled = self._mix(tokens.float().masked_fill(~mask.unsqueeze(-1), 0.0), mask, self._segments(features, mask))
         return self.embeddings_from(features, pooled, dtype=tokens.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..modules.errors import ConfigurationError
-from ..modules.trainable_pooling import check_positive_integers
+from ..modules.trainable_pooling import check_sizes
 from .set_pooling import SetPooling
 
 
@@ -55,9 +56,15 @@ class PyramidPooling(SetPooling):
         num_layers: int | None = None,
         readout_skip: bool = True,
     ) -> None:
-        _check_levels(levels)
-        check_positive_integers(embedding_dimension=embedding_dimension)
+        if isinstance(levels, str) or not isinstance(levels, Sequence) or not levels:
+            raise ConfigurationError(
+                f"levels={reprlib.repr(levels)} must be a list of numbers of bins, such as [1, 2, 4]."
+            )
+        check_sizes(levels=len(levels))
+        for level in levels:
+            check_sizes(level=level)
         num_bins = sum(levels)
+        check_sizes(embedding_dimension=embedding_dimension, levels=num_bins, inputs=embedding_dimension)
         super().__init__(
             embedding_dimension,
             reads=reads,
@@ -74,13 +81,6 @@ class PyramidPooling(SetPooling):
         """Returns the values of all bins (B, S * D); ``to_embedding`` is P."""
         shares = torch.cat([_bin_shares(mask, level) for level in self.levels], dim=1)
         return torch.einsum("bsk,bkd->bsd", shares, vectors).flatten(1)
-
-
-def _check_levels(levels: Sequence[int]) -> None:
-    if isinstance(levels, str) or not isinstance(levels, Sequence) or not levels:
-        raise ConfigurationError(f"levels={levels!r} must be a list of numbers of bins, such as [1, 2, 4].")
-    if any(not isinstance(level, int) or level < 1 for level in levels):
-        raise ConfigurationError(f"levels={list(levels)}: each level is a number of bins, an integer above 0.")
 
 
 def _bin_shares(mask: Tensor, num_bins: int) -> Tensor:

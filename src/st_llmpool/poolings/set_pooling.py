@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from abc import abstractmethod
 from typing import Any, Literal
 
@@ -9,16 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..modules.errors import ConfigurationError, nearest
-from ..modules.trainable_pooling import (
-    TrainablePooling,
-    check_positive_integers,
-    require_layer_summaries,
-    require_tokens,
-    zero_linear,
-)
-
-READS = ("tokens", "layers")
+from ..modules.errors import ConfigurationError
+from ..modules.trainable_pooling import TrainablePooling, check_choice, check_sizes, zero_linear
 
 
 class SetPooling(TrainablePooling):
@@ -99,10 +92,10 @@ class SetPooling(TrainablePooling):
     def read(self, features: dict[str, Any]) -> tuple[Tensor, Tensor, torch.dtype]:
         """Returns vectors and mask as ``pool_set`` takes them, and the dtype that the vectors had."""
         if self.num_layers is not None:
-            summaries = require_layer_summaries(features, self, self.num_layers)
+            summaries = self.layer_summaries(features, self.num_layers)
             mask = torch.ones(summaries.shape[:2], dtype=torch.bool, device=summaries.device)
             return F.layer_norm(summaries.float(), (self.embedding_dimension,)), mask, summaries.dtype
-        tokens, mask = require_tokens(features, self)
+        tokens, mask = self.tokens(features)
         return tokens.float().masked_fill(~mask.unsqueeze(-1), 0.0), mask, tokens.dtype
 
 
@@ -125,9 +118,10 @@ def masked_mean(vectors: Tensor, mask: Tensor) -> Tensor:
 
 
 def _check_reads(reads: str, num_layers: int | None) -> None:
-    if reads not in READS:
-        raise ConfigurationError(f"reads={reads!r} is not one of {list(READS)}.{nearest(str(reads), READS)}")
+    check_choice("reads", reads, ("tokens", "layers"))
     if reads == "layers":
-        check_positive_integers(num_layers=num_layers)
+        check_sizes(num_layers=num_layers)
     elif num_layers is not None:
-        raise ConfigurationError(f"num_layers={num_layers} has no meaning with reads='tokens'. Use reads='layers'.")
+        raise ConfigurationError(
+            f"num_layers={reprlib.repr(num_layers)} does not apply to reads='tokens'. Use reads='layers'."
+        )

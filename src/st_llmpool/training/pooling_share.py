@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules.trainable_pooling import readout_share
-
 #: Below this share the pooling did nothing, and the plain readout would have given the same embedding.
 NOTHING = 0.01
 
@@ -59,6 +57,7 @@ class PoolingShare:
         if not pooling.training:  # evaluation has its own texts
             return
         with torch.no_grad():
-            texts = len(features["sentence_embedding"])
-            self._sum = self._sum + texts * readout_share(features)  # a tensor: to wait for its value stalls a GPU
-        self._count += texts
+            embedding, readout = (features[key].float() for key in ("sentence_embedding", "readout"))
+            moved = (embedding - readout).norm(dim=1) / readout.norm(dim=1)
+            self._sum = self._sum + moved.sum()  # a tensor: to wait for its value stalls a GPU
+        self._count += len(features["sentence_embedding"])
