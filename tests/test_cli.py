@@ -4,23 +4,44 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from st_llmpool import __version__, build_embedder
 from st_llmpool.cli import app, main
+from st_llmpool.evaluation import shipped_suites
+from st_llmpool.study.settings import presets
 
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(command):
-    result = CliRunner().invoke(app, [command, "--help"])
+def test_every_command_explains_itself_and_each_of_its_options(command):
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [command, "--help"])
     assert result.exit_code == 0
-    assert "Usage" in result.output
+    shown = words(result.output)
+    known = typer.main.get_command(app).commands[command]
+    assert words(known.help.split("\n\n")[0]) in shown
+    for parameter in known.params:
+        if parameter.name != "help":
+            assert parameter.help, f"{command}: {parameter.name} is not explained"
+            assert words(parameter.help) in shown
+            assert parameter.param_type_name == "argument" or max(parameter.opts, key=len) in shown
+
+
+def words(text: str) -> str:
+    return " ".join(re.sub(r"[^\w\s.,:;{}()'\"/<>*-]", " ", text).split())
+
+
+@pytest.mark.parametrize(("command", "shipped"), [("study", presets), ("evaluate", shipped_suites)])
+def test_help_lists_what_is_shipped(command, shipped):
+    output = words(CliRunner(env={"COLUMNS": "200"}).invoke(app, [command, "--help"]).output)
+    assert ", ".join(sorted(shipped())) in output
 
 
 def test_help_imports_nothing_heavy():

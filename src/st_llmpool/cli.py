@@ -24,6 +24,11 @@ _BUILD, _EVALUATE, _SHARE = "Build and train", "Evaluate", "Share"
 _NETWORK = ("httpx2", "httpx", "httpcore2", "httpcore", "huggingface_hub", "requests", "urllib3")
 
 
+def _shipped(folder: str) -> str:
+    """Returns the names of the YAML files in a folder of the package."""
+    return ", ".join(sorted(file.stem for file in (Path(__file__).parent / folder).glob("*.yaml")))
+
+
 def main() -> None:
     """Run the command line; what a user can mend is one line on standard error and exit code 1, without a traceback."""
     try:
@@ -177,7 +182,10 @@ def adapt(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub id.", metavar="MODEL")],
     out: Annotated[Path, typer.Option(help="Folder for mteb's result files and the table.")],
-    suite: Annotated[str, typer.Option(help="A built-in suite, or a YAML file that describes one.")] = "builtin",
+    suite: Annotated[
+        str | None,
+        typer.Option(help=f"{_shipped('evaluation/suites')}, or a YAML file; builtin if no benchmark is named."),
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder that holds the suite's data sets.")] = None,
     benchmark: Annotated[str | None, typer.Option(help='An mteb benchmark, such as "MTEB(eng, v2)".')] = None,
     task: Annotated[list[str] | None, typer.Option(help="An mteb task by name; may be repeated.")] = None,
@@ -210,9 +218,7 @@ def evaluate(
 def study(
     study_file: Annotated[
         str,
-        typer.Argument(
-            help="YAML file, or a preset: quick, controls, adaptation, options, gpu, paper.", metavar="STUDY"
-        ),
+        typer.Argument(help=f"YAML file, or a preset: {_shipped('study/presets')}.", metavar="STUDY"),
     ],
     out: Annotated[Path | None, typer.Option(help="Folder for results and report; runs/<study> by default.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder to put in place of {data} in the study.")] = None,

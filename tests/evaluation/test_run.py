@@ -106,7 +106,10 @@ def test_name_that_the_suite_does_not_have_is_a_task_of_mteb(suite, tmp_path, mo
     [
         ({"suite": "squd"}, DataError, "Did you mean 'squad'"),
         ({"suite": "squad"}, DataError, "--data DIR"),
-        ({"benchmark": "MTEB(eng, v2)", "limit": 3}, ConfigurationError, "limit=3 cuts local suites only"),
+        ({"benchmark": "MTEB(eng, v2)", "limit": 3}, ConfigurationError, "limit='3' is of a local suite"),
+        ({"benchmark": "MTEB(eng, v2)", "suite": "squad"}, ConfigurationError, "suite='squad' .*leave one out"),
+        ({"benchmark": "MTEB(eng, v2)", "suite": "builtin"}, ConfigurationError, "suite='builtin'"),
+        ({"benchmark": "MTEB(eng, v2)", "data_dir": "x"}, ConfigurationError, "data_dir='x'"),
         ({"tasks": ["SciFct"]}, ConfigurationError, "neither the suite nor mteb.*Did you mean 'SciFact'"),
         ({"tasks": []}, ConfigurationError, "tasks is empty"),
         ({"batch_size": 0}, ConfigurationError, "batch_size=0"),

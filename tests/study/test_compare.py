@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from st_llmpool.modules.errors import ConfigurationError, DataError
 from st_llmpool.study import Results, compare
 from st_llmpool.study.tables import INDEPENDENCE, sheets, to_frame, to_json, to_markdown, to_rich
+from tests.study.closed_testing import closed_bonferroni
 from tests.study.validation import (
     CONTRASTS,
     DESIGNS,
@@ -57,7 +57,7 @@ def test_two_models_suffice_and_their_pair_is_confirmatory():
     assert pair.verdict == "a is better than b, by 0.27 on average."
 
 
-def test_every_number_of_a_table_is_that_of_scipy_and_statsmodels(study):
+def test_every_number_of_a_table_is_that_of_scipy_and_of_closed_testing(study):
     (kind,) = compare(study, CONTRASTS).types
     means = study.groupby(["design", "task"])["score"].mean().unstack("design")
     for family in kind.families:
@@ -70,7 +70,7 @@ def test_every_number_of_a_table_is_that_of_scipy_and_statsmodels(study):
             assert pair.test.effect_size == pytest.approx((np.sign(difference) * ranks).sum() / ranks.sum())
         assert [pair.test.p for pair in family.pairs] == pytest.approx([e.pvalue for e in expected.values()])
         assert [pair.test.statistic for pair in family.pairs] == [e.statistic for e in expected.values()]
-        corrected = multipletests([e.pvalue for e in expected.values()], method="holm")[1]
+        corrected = closed_bonferroni([e.pvalue for e in expected.values()])
         assert [pair.p_holm for pair in family.pairs] == pytest.approx(list(corrected))
     friedman = stats.friedmanchisquare(*(means[design] for design in DESIGNS))
     assert (kind.ranks.chi_square, kind.ranks.p_chi_square) == pytest.approx(tuple(friedman))

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from st_llmpool.study.statistics import holm, paired_test, signed_rank_p, smallest_p
+from tests.study.closed_testing import closed_bonferroni
 from tests.study.demsar import AUC
 
 
@@ -132,8 +132,13 @@ def test_holm_multiplies_the_smallest_by_the_number_of_tests_and_never_falls():
         so_far = max(so_far, min(1.0, p * (len(p_values) - step)))
         expected[p] = so_far
     assert holm(p_values) == pytest.approx([expected[p] for p in p_values])
-    assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1])
     assert holm([]) == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from([0.0, 1e-6, 0.004, 0.01, 0.02, 0.04, 0.2, 0.5, 1.0]), min_size=1, max_size=7))
+def test_holm_is_closed_testing_with_bonferroni(p_values):
+    assert holm(p_values) == pytest.approx(closed_bonferroni(p_values))
 
 
 @pytest.mark.parametrize("n", [1, 4, 6, 9])

@@ -6,6 +6,7 @@ fine-tuned copy of one base, gets the scores of whichever came first.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
@@ -13,12 +14,15 @@ from sentence_transformers import SentenceTransformer
 from ..modules.portable import fingerprint
 from ..utils.files import slug
 
+_IN_EVERY_RUN = re.compile(r"model|training|checkpoints|checkpoint-\d+")
+
 
 def identify(model: SentenceTransformer, source: str | None = None) -> tuple[str, str]:
     """Returns a name and a revision that are the model's own.
 
     A model that was loaded from the Hub by its id keeps id and commit, so that its results stand beside the
-    leaderboard's. Any other is `local/<folder or card name>` with `fingerprint(model)` as its revision.
+    leaderboard's. Any other is `local/<folder or card name>` with `fingerprint(model)` as its revision. Folders that
+    have the same name in every run, ``model`` and ``checkpoint-60``, are named after their run.
 
     Args:
         model: The model.
@@ -27,5 +31,14 @@ def identify(model: SentenceTransformer, source: str | None = None) -> tuple[str
     commit = model.model_card_data.base_model_revision
     if source is not None and commit and not Path(source).exists():
         return source, commit
-    title = Path(source).resolve().name if source is not None else model.model_card_data.model_name
+    title = _of_folder(Path(source).resolve()) if source is not None else model.model_card_data.model_name
     return f"local/{slug((title or 'unnamed').removeprefix('local/'))}", fingerprint(model)
+
+
+def _of_folder(folder: Path) -> str:
+    """Returns a folder's name, that of its run before it where every run has such a folder."""
+    parts = [folder.name]
+    if _IN_EVERY_RUN.fullmatch(folder.name):
+        run = next((parent.name for parent in folder.parents if not _IN_EVERY_RUN.fullmatch(parent.name)), "")
+        parts = [run, *([] if folder.name == "model" else parts)]
+    return "-".join(filter(None, parts)) or folder.name

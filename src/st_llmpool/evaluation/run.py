@@ -28,7 +28,7 @@ def evaluate(
     model: SentenceTransformer | str | Path,
     *,
     output_dir: str | Path,
-    suite: str | Path = "builtin",
+    suite: str | Path | None = None,
     data_dir: str | Path | None = None,
     benchmark: str | None = None,
     tasks: Sequence[str] | None = None,
@@ -47,7 +47,8 @@ def evaluate(
     Args:
         model: A model, or the folder or Hub id to load one from.
         output_dir: Where results go.
-        suite: A shipped suite (`shipped_suites()`) or a suite file, see `st_llmpool.evaluation.suite`.
+        suite: A shipped suite (`shipped_suites()`) or a suite file, see `st_llmpool.evaluation.suite`; None is
+            "builtin" where no benchmark is named.
         data_dir: Where the folders of the suite's tasks are.
         benchmark: An mteb benchmark, such as "MTEB(eng, v2)", instead of a suite. Needs a network.
         tasks: Names of the tasks to run, from the suite or the benchmark; a name that it does not have is taken from
@@ -67,12 +68,16 @@ def evaluate(
         >>> result = evaluate("my-model", suite="squad", data_dir="data", output_dir="results")  # doctest: +SKIP
         >>> rich.print(result.to_rich_table())  # doctest: +SKIP
     """
-    if benchmark is not None and limit is not None:
-        raise ConfigurationError(f"limit={limit} cuts local suites only; a benchmark runs whole. Leave one out.")
+    for name, value in {"suite": suite, "data_dir": data_dir, "limit": limit}.items():
+        if benchmark is not None and value is not None:
+            raise ConfigurationError(
+                f"{name}={str(value)!r} is of a local suite and does not apply to benchmark={benchmark!r}: leave one "
+                f"out. To evaluate on both, call twice with one output folder."
+            )
     if batch_size < 1:
         raise ConfigurationError(f"batch_size={batch_size} must be at least 1.")
     with preserve_rng_state():
-        chosen = _choose(suite, data_dir, benchmark, tasks, limit)
+        chosen = _choose(suite or "builtin", data_dir, benchmark, tasks, limit)
         source = None if isinstance(model, SentenceTransformer) else str(model)
         if not isinstance(model, SentenceTransformer):
             model = SentenceTransformer(source, trust_remote_code=trust_remote_code, revision=revision)
