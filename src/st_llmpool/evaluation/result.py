@@ -33,6 +33,7 @@ class EvaluationResult:
         rows: One for each task, in the order of the suite.
         folder: Where mteb's result files are, with every metric, split and subset (and nDCG@10 by query for
             retrieval from a local suite); None if none were written.
+        inference: How the texts were encoded: the fast paths in use, see `optimize_inference`.
 
     Example:
         >>> result = EvaluationResult("local/m", "1", (TaskScore("LocalSts", "STS", "cosine_spearman", 0.5),))
@@ -48,6 +49,7 @@ class EvaluationResult:
     revision: str
     rows: tuple[TaskScore, ...]
     folder: Path | None = None
+    inference: str = ""
 
     @property
     def scores(self) -> dict[str, float]:
@@ -56,7 +58,9 @@ class EvaluationResult:
 
     def to_rich_table(self) -> Table:
         """Returns a table for `rich.print`."""
-        table = Table("Task", "Type", "Metric", title=f"{self.model} @ {self.revision[:8]}")
+        table = Table(
+            "Task", "Type", "Metric", title=f"{self.model} @ {self.revision[:8]}", caption=self.inference or None
+        )
         table.add_column("Score", justify="right")
         for row in self.rows:
             table.add_row(row.task, row.type, row.metric, f"{row.score:.4f}")

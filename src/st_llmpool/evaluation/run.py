@@ -14,6 +14,7 @@ from mteb.models import ModelMeta
 from mteb.results import TaskResult
 from sentence_transformers import SentenceTransformer
 
+from ..fast_inference import optimized_inference
 from ..modules.errors import ConfigurationError, nearest
 from ..utils.files import write_atomically
 from ..utils.random_state import preserve_rng_state
@@ -84,9 +85,10 @@ def evaluate(
         encoder = FiniteEncoder(model, chosen, identify(model, source))
         meta, cache = encoder.mteb_model_meta, ResultCache(output_dir)
         _drop_stale(cache, meta, chosen)
-        rows = run_tasks(encoder, chosen, cache, batch_size, show_progress)
+        with optimized_inference(model) as used:
+            rows = run_tasks(encoder, chosen, cache, batch_size, show_progress)
     folder = cache.get_task_result_path(chosen[0].metadata.name, meta).parent
-    result = EvaluationResult(str(meta.name), str(meta.revision), rows, folder)
+    result = EvaluationResult(str(meta.name), str(meta.revision), rows, folder, str(used))
     write_atomically(Path(output_dir) / "scores.json", result.to_json())
     return result
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 
+from ..fast_inference import optimized_inference
 from ..modules.errors import ConfigurationError
 from ..utils.random_state import preserve_rng_state
 from .encoder import FiniteEncoder
@@ -69,7 +70,7 @@ class SuiteEvaluator(BaseEvaluator):
         Raises:
             InputError: If the model gives an embedding that is not finite.
         """
-        with preserve_rng_state():
+        with preserve_rng_state(), optimized_inference(model):
             tasks = [type(task)() for task in self.tasks]  # fresh ones, since a task draws on its own generator
             rows = run_tasks(FiniteEncoder(model, tasks), tasks, None, self.batch_size, show_progress=False)
         scores = {f"{row.task}_{row.metric}": row.score for row in rows}

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .optimize import FastInference, optimize_inference
+from .optimize import FastInference, optimize_inference, optimized_inference
 
-__all__ = ["FastInference", "optimize_inference"]
+__all__ = ["FastInference", "optimize_inference", "optimized_inference"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +78,22 @@ def optimize_inference(model: nn.Module, on: bool = True) -> FastInference:
         module.batch_runner = found
     logger.info("%s: %s", type(backbone).__name__, found)
     return found
+
+
+@contextmanager
+def optimized_inference(model: nn.Module) -> Iterator[FastInference]:
+    """Optimise a model inside a ``with`` block; a model that is optimised already stays as it is.
+
+    Yields:
+        What :func:`optimize_inference` returns.
+    """
+    module = model[0] if isinstance(model, nn.Sequential) and len(model) else model
+    earlier = getattr(module, "batch_runner", None)
+    try:
+        yield earlier if isinstance(earlier, FastInference) else optimize_inference(model)
+    finally:
+        if earlier is None:
+            optimize_inference(model, False)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 
 from ..attention_proof import verify_attention
+from ..fast_inference import optimized_inference
 from ..modules.eos import special_tokens_around
 from ..modules.errors import StLlmpoolError
 from ..modules.portable import saved_code
@@ -311,10 +312,17 @@ def _prompts(model: SentenceTransformer) -> Finding:
     return Finding("prompts", "ok", f"{detail}; pooled: {included}")
 
 
+def _fast_inference(model: SentenceTransformer) -> Finding:
+    """Compares the fast paths with the plain way, and says which the model may use."""
+    with optimized_inference(model) as used:
+        return Finding("fast inference", "ok", str(used))
+
+
 _LOADED_CHECKS: dict[str, Callable[[SentenceTransformer], Finding]] = {
     "attention": _attention,
     "EOS and truncation": _eos,
     "padding": _padding,
+    "fast inference": _fast_inference,
     "finite weights": _weights,
     "embedding": _embedding,
     "prompts": _prompts,

@@ -92,6 +92,7 @@ def carry_out(study: Study, run: PlannedRun, *, out: Path, work: Path, data_dir:
         batch_size=study.batch_size,
         show_progress=False,
     )
+    tell(folder, f"evaluated by {scores.inference}")
     record = RunRecord(
         id=run.id,
         key=run.key,

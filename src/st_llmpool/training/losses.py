@@ -21,6 +21,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from sentence_transformers.util import pairwise_cos_sim
 from torch import Tensor, nn
 
+from ..fast_inference import optimized_inference
 from ..modules.errors import ConfigurationError, DataError, nearest
 from .cached_focal_ranking_loss import CachedFocalRankingLoss
 from .focal_ranking_loss import FocalRankingLoss
@@ -102,11 +103,12 @@ def teacher_scores(pairs: Dataset, teacher: SentenceTransformer, *, scale: float
     """
     options: dict[str, Any] = {"batch_size": batch_size, "convert_to_tensor": True, "show_progress_bar": False}
     labels: list[list[float]] = []
-    for rows in pairs.iter(batch_size=ROWS_AT_A_TIME):
-        queries = teacher.encode_query(rows.pop("query"), **options)
-        documents = [teacher.encode_document(texts, **options) for texts in rows.values()]
-        scores = [scaled_cosine(queries, column, scale=scale) for column in documents]
-        labels += torch.stack(scores, dim=1).tolist()
+    with optimized_inference(teacher):
+        for rows in pairs.iter(batch_size=ROWS_AT_A_TIME):
+            queries = teacher.encode_query(rows.pop("query"), **options)
+            documents = [teacher.encode_document(texts, **options) for texts in rows.values()]
+            scores = [scaled_cosine(queries, column, scale=scale) for column in documents]
+            labels += torch.stack(scores, dim=1).tolist()
     return pairs.add_column("label", labels)
 
 

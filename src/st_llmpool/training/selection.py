@@ -24,6 +24,7 @@ from ..data.builtin_backbone import builtin_backbone
 from ..data.round_robin import Shares, round_robin
 from ..data.training_data import DatasetSettings, read_rows
 from ..designs import build_embedder
+from ..fast_inference import optimize_inference
 from ..modules.errors import ConfigurationError, DataError, InputError, StLlmpoolError, nearest
 from ..utils.files import atomic_file, write_atomically
 
@@ -56,7 +57,7 @@ class Selection:
 
     def to_rich(self) -> Group:
         """Returns the note for a terminal."""
-        tables = []
+        tables: list[Any] = [self.note["inference"]]
         for column, counts in self.note["histograms"].items():
             table = Table(column, "chosen", title=f"Chosen by {column}", title_justify="left")
             for value, count in counts.items():
@@ -141,6 +142,7 @@ def select_rows(
         _check_texts(source, rows, texts_of[source])
     _check_texts(str(target), targets, target_names)
     encoder = _encoder(model, max_length, trust_remote_code)
+    inference = str(optimize_inference(encoder))
     out.parent.mkdir(parents=True, exist_ok=True)
     with _bar(sum(sizes) + len(targets), console) as advance:
         options: dict[str, Any] = {"encoder": encoder, "batch_size": batch_size, "advance": advance}
@@ -157,6 +159,7 @@ def select_rows(
     chosen = [_text(row, texts_of[row["selection_source"]]) for row in table.to_pylist()]
     note = {
         "model": model,
+        "inference": inference,
         "target": str(target),
         "target_rows": len(targets),
         "pool": {source: len(rows) for source, rows in sources.items()},
