@@ -13,6 +13,7 @@ from typing import Any
 
 from .modules.errors import __version__
 from .modules.portable import CODE_HEADER, saved_code
+from .modules.seal import MANIFEST
 
 _PACKAGE = Path(__file__).parent
 _HEADER = re.compile(re.escape(CODE_HEADER).replace(re.escape(__version__), r"(\d[\w.+-]*)"))
@@ -84,7 +85,7 @@ def find_code(folder: Path) -> FolderCode:
     changed = {name: _difference(file, name) for name, file in code.items() if name not in same and _installed(name)}
     own, foreign, named, read = {}, list(changed.values()), [], set()
     for name, file in files.items():
-        for keys, value in _leaves(file) if name.endswith(".json") else ():
+        for keys, value in _leaves(file) if name.endswith(".json") and name != MANIFEST else ():
             said = f"{name}: {keys[-1]} {reprlib.repr(value)}"
             if _CLASS_KEYS & {*keys} and _DOTTED.fullmatch(value) and not value.startswith(_LIBRARIES):
                 stem, _, attribute = value.partition(".")

@@ -13,6 +13,7 @@ from sentence_transformers.util import ORIGINAL_TRANSFORMER_MODELS, import_from_
 
 from .folder_code import FolderCode, find_code
 from .modules.errors import ConfigurationError, DataError, StLlmpoolError
+from .modules.seal import check_seal
 
 
 def load_model(
@@ -56,6 +57,8 @@ def load_model(
         code = find_code(folder)
         if code.foreign:
             raise foreign_code_error(name, code)
+        if not code.own:  # code of ours would check it
+            check_seal(name, revision=revision, token=token)
     try:
         if trust_remote_code:
             return SentenceTransformer(name, trust_remote_code=True, revision=revision, **options)

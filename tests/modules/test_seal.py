@@ -186,3 +186,10 @@ def test_an_edited_manifest_is_told_from_one_of_an_old_version(saved, caplog):
     file.write_text(text.replace('"dtype": "float32"', '"dtype": "float16"'))
     seal.check_seal(str(saved))
     assert "st_llmpool.json has other content" in caplog.messages[0]
+
+
+def test_a_tokenizer_that_a_trainer_saves_once_more_breaks_no_seal(model, tmp_path):
+    model.encode(TEXTS)
+    model.save_pretrained(str(tmp_path))
+    model.tokenizer.save_pretrained(str(tmp_path))
+    assert not list(seal.differences(tmp_path, manifest_of(tmp_path)["files"]))

@@ -13,8 +13,8 @@ def write(folder: Path, step: int, ranks: tuple[str, ...] = ("",)) -> Path:
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    for rank in ranks:
-        with zipfile.ZipFile(checkpoint / f"rng_state{rank}.pth", "w") as file:
+    for name in (*(f"rng_state{rank}.pth" for rank in ranks), "optimizer.pt", "scheduler.pt"):
+        with zipfile.ZipFile(checkpoint / name, "w") as file:
             file.writestr("data", "x" * 100)
     return checkpoint
 

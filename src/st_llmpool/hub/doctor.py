@@ -24,7 +24,7 @@ from ..fast_inference import optimized_inference
 from ..modules.eos import special_tokens_around
 from ..modules.errors import StLlmpoolError
 from ..modules.portable import saved_code
-from ..modules.seal import UNFINISHED
+from ..modules.seal import UNFINISHED, read_json_or_empty
 from .finding import Finding, Status
 from .seal_checks import SEAL_CHECKS, examine_probes, examine_seal, sealing_again
 
@@ -185,7 +185,9 @@ def _header_error(file: Path) -> str | None:
 
 
 def _adapter_base(file: Path) -> Finding:
-    base = _read(file).get("base_model_name_or_path") or ""
+    base = str(_read(file).get("base_model_name_or_path") or "")
+    if not base:
+        return Finding("adapter base", "failed", f"{file.name} names no base. Save or download the model again.")
     if Path(base).is_absolute() or base.startswith("."):
         status: Status = "warning" if Path(base).is_dir() else "failed"
         detail = f"{base!r} is a path of one machine; others cannot load this. Merge it, or train from a Hub id."
@@ -227,7 +229,7 @@ def _configs(folder: Path) -> list[Path]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json_or_empty(file) if file.is_file() else {}
 
 
 def _same_code(file: Path, installed: Path | None) -> bool:

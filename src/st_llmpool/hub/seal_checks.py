@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..modules.seal import (
     differences,
     files_to_seal,
     probe_vectors,
+    read_json_or_empty,
     read_manifest,
     write_seal,
 )
@@ -102,7 +102,6 @@ def sealing_again(folder: Path) -> Iterator[Callable[[SentenceTransformer], Find
 
 
 def _unsealed(folder: Path) -> Finding:
-    config = folder / "config_sentence_transformers.json"
-    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("sealed"):
+    if read_json_or_empty(folder / "config_sentence_transformers.json").get("sealed"):
         return Finding("seal", "failed", f"{MANIFEST}, which the save wrote last, is missing or unreadable. {_WAY_OUT}")
     return Finding("seal", "warning", "none, so damage cannot be found. Seal it with `st-llmpool doctor --seal`.")

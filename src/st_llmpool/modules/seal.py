@@ -31,16 +31,6 @@ MANIFEST = "st_llmpool.json"
 #: What modules.json names while a save is under way; importing it fails under this telling name.
 UNFINISHED = "sentence_transformers.this_model_was_saved_only_in_part.SaveItAgain"
 
-#: What a trainer writes beside a model; it decides how training resumes, not the vectors.
-TRAINING_STATE = (
-    "optimizer*",
-    "scheduler.pt",
-    "scaler.pt",
-    "rng_state*.pth",
-    "training_args.bin",
-    "trainer_state.json",
-)
-
 #: Texts whose vectors are recorded.
 PROBES = (
     "a cat",
@@ -88,8 +78,13 @@ class SealedSentenceTransformer(SentenceTransformer):
     def save(self, path: str, *args: Any, **kwargs: Any) -> None:
         """Saves as the base class does, then writes the seal."""
         super().save(path, *args, **kwargs)
-        if path is not None:
-            write_seal(Path(path), self)
+        if path is None:
+            return
+        write_seal(Path(path), self)
+        # A fast tokenizer keeps how it cut and padded its last texts, and a trainer saves it once more.
+        if (backend := getattr(self.tokenizer, "backend_tokenizer", None)) is not None:
+            backend.no_truncation()
+            backend.no_padding()
 
 
 # Cards and messages of sentence-transformers print the name of the model's class; pickle goes by __qualname__.
@@ -134,14 +129,13 @@ def write_seal(root: Path, model: SentenceTransformer) -> None:
         root: Root of the saved model.
         model: What was saved there, for the vectors of the probe texts.
     """
-    files = {name: _record(root / name) for name in files_to_seal(root)}
-    manifest = {"version": __version__, "files": files, "probes": _record_probes(model)}
-    write_manifest(root, manifest)
+    files = {name: record_of(root / name) for name in files_to_seal(root)}
+    write_manifest(root, {"files": files, "probes": _record_probes(model)})
 
 
 def write_manifest(root: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes `manifest` with a hash of itself."""
-    write_text(root / MANIFEST, _with_own_hash(manifest))
+    """Writes `manifest` with the version that writes it and a hash of itself."""
+    write_text(root / MANIFEST, _with_own_hash({**manifest, "version": __version__}))
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -149,7 +143,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
     Manifests of versions without seals list code files only and are returned as they are.
     """
-    manifest = _read_json(root / MANIFEST)
+    manifest = read_json_or_empty(root / MANIFEST)
     seal = manifest.pop("seal", None)
     if seal is None and "files" not in manifest:
         return manifest
@@ -164,7 +158,7 @@ def files_to_seal(root: Path) -> list[str]:
     """
     modules = json.loads((root / "modules.json").read_text(encoding="utf-8"))
     references = [module["type"] for module in modules]
-    for config in map(_read_json, root.glob("*config.json")):
+    for config in map(read_json_or_empty, root.glob("*config.json")):
         references += _strings(config.get("auto_map"))
     code = [file for name in references if (file := root / f"{name.partition('.')[0]}.py").is_file()]
     code += [root / Path(str(needed)).name for file in code for needed in get_relative_import_files(str(file))]
@@ -253,12 +247,12 @@ def probe_vectors(model: SentenceTransformer) -> Tensor:
 
 def _check_unsealed(model: str, root: Path | None, *, verify_weights: bool) -> None:
     """Lets a model of a version without seals pass; not one whose manifest was damaged."""
-    content = {} if root is None else _read_json(root / MANIFEST)
+    content = {} if root is None else read_json_or_empty(root / MANIFEST)
     if root is not None and not content:
         raise DataError(f"{model} is damaged: {MANIFEST} cannot be read. Save or download it again.")
     if verify_weights:
         raise DataError(f"{model} has no intact seal to verify its weights by. See `st-llmpool doctor --seal`.")
-    if "files" in content or "seal" in content:
+    if root is not None and not read_manifest(root):
         logger.warning(_NOT_AS_SAVED, model, f"{MANIFEST} has other content")
 
 
@@ -285,7 +279,8 @@ def _why_no_forward(model: SentenceTransformer) -> str | None:
     return None
 
 
-def _record(file: Path) -> dict[str, Any]:
+def record_of(file: Path) -> dict[str, Any]:
+    """Returns size and SHA-256 of a file and, if it is a JSON file below 1 MiB, hashes of its fields."""
     record: dict[str, Any] = {"size": file.stat().st_size, "sha256": _sha256(file)}
     if file.suffix == ".json" and record["size"] <= _LARGEST_WITH_FIELDS:
         record["fields"] = dict(_fields(json.loads(file.read_text(encoding="utf-8"))))
@@ -312,8 +307,9 @@ def _changed(file: Path, name: str, record: Mapping[str, Any]) -> Difference:
     if "fields" not in record:
         return Difference(name, "has other content", True)
     before, now = record["fields"], dict(_fields(value))
-    fields = sorted(field for field in before.keys() | now.keys() if before.get(field) != now.get(field))
-    return Difference(name, f"has changed in {_listed(fields)}" if fields else "has another layout", True)
+    if fields := sorted(field for field in before.keys() | now.keys() if before.get(field) != now.get(field)):
+        return Difference(name, f"has changed in {_listed(fields)}", True)
+    return Difference(name, "has another layout", file.stat().st_size >= record["size"])
 
 
 def _sha256(file: Path) -> str:
@@ -326,7 +322,8 @@ def _is_inside(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json_or_empty(file: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; empty if there is none that can be read."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

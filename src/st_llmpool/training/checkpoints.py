@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import zipfile
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from ..modules.errors import InputError
+from .checkpoint_seal import fault_of
+
+logger = logging.getLogger(__name__)
 
 
 def last_checkpoint(folder: Path, world_size: int) -> Path | None:
-    """Returns the newest checkpoint that was written to its end, or None.
+    """Returns the newest checkpoint that is complete and undamaged, or None; logs which it skips and why.
 
-    A run that is killed while it writes leaves half a checkpoint. The trainer writes its own state last, and each
-    process its random state.
+    A run that is killed while it writes leaves half a checkpoint.
 
     Args:
         folder: The trainer's output folder.
@@ -27,7 +29,12 @@ def last_checkpoint(folder: Path, world_size: int) -> Path | None:
     """
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     checkpoints.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    return next((path for path in checkpoints if _is_whole(path, world_size)), None)
+    for checkpoint in checkpoints:
+        fault = fault_of(checkpoint, world_size)
+        if fault is None:
+            return checkpoint
+        logger.warning("%s is skipped: %s.", checkpoint, fault)
+    return None
 
 
 def load_trained_weights(model: SentenceTransformer, checkpoint: Path) -> None:
@@ -67,16 +74,6 @@ def load_poolings(model: SentenceTransformer, checkpoint: Path) -> None:
 def has_adapter(model: SentenceTransformer) -> bool:
     """Whether the backbone carries a PEFT adapter."""
     return bool(getattr(model.transformers_model, "_hf_peft_config_loaded", False))
-
-
-def _is_whole(checkpoint: Path, world_size: int) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    ranks = [""] if world_size == 1 else [f"_{rank}" for rank in range(world_size)]
-    # A zip file's directory is at its end, so one that was cut short is not a zip file.
-    return all(zipfile.is_zipfile(checkpoint / f"rng_state{rank}.pth") for rank in ranks)
 
 
 def _load_adapter(backbone: Any, checkpoint: Path) -> None:

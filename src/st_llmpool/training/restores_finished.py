@@ -1,12 +1,16 @@
-"""Lets a trainer take over a run that was killed between its last step and its end."""
+"""Lets a trainer seal its checkpoints, and take over a run that was killed between its last step and its end."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .checkpoint_seal import seal_checkpoint
 
 
 class RestoresFinished:
@@ -28,3 +32,9 @@ class RestoresFinished:
         if self.args.load_best_model_at_end:
             self._load_best_model()
         return True
+
+    def _save_checkpoint(self: Any, model: nn.Module, trial: Any = None) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()  # each process writes its own random state
+        if self.args.should_save:
+            seal_checkpoint(Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from ..modules.errors import InputError
 from ..utils.random_state import preserve_rng_state
+from .checkpoint_seal import fault_of
 from .checkpoints import has_adapter, load_trained_weights
 from .pooling_share import PoolingShare
 from .restores_finished import RestoresFinished
@@ -66,6 +67,10 @@ class EmbedderTrainer(RestoresFinished, SentenceTransformerTrainer):
         if checkpoint is None:
             raise InputError(
                 f"The best checkpoint, of step {self.state.best_global_step}, is gone: nothing to end with."
+            )
+        if fault := fault_of(Path(checkpoint), self.args.world_size):
+            raise InputError(
+                f"The best checkpoint, {checkpoint}, is damaged: {fault}. Train again from an earlier one."
             )
         self.model.model_card_data.set_best_model_step(int(checkpoint.rpartition("-")[2]))
         self._load_from_checkpoint(checkpoint)
