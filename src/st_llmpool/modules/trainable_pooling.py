@@ -131,13 +131,7 @@ def zero_linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def check_sizes(**sizes: Any) -> None:
-    """Raises ConfigurationError if a size is no positive integer, or a matrix of all of them would not be sensible.
-
-    Example:
-        >>> check_sizes(embedding_dimension=896, num_latents=10**18)
-        Traceback (most recent call last):
-        st_llmpool.modules.errors.ConfigurationError: num_latents=1000000000000000000 must be a positive integer ...
-    """
+    """Raises ConfigurationError if a size is no positive integer, or a matrix of all of them would not be sensible."""
     for name, value in sizes.items():
         if type(value) is not int or not 0 < value <= _LARGEST_SIZE:
             _refuse(name, value, f"a positive integer up to {_LARGEST_SIZE:,}")
