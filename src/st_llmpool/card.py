@@ -19,7 +19,7 @@ from .data.texts import TextSettings
 from .data.training_data import DatasetSettings
 from .layer_use import SAMPLE_TEXTS, layer_use
 from .modules.errors import ConfigurationError, DataError, StLlmpoolError, __version__
-from .modules.portable import IdentifiedCardData
+from .modules.portable import IdentifiedCardData, code_files_of
 from .parameters import count_parameters
 from .pictures import draw_curve, draw_design, draw_layer_use
 from .utils.files import write_atomically
@@ -350,7 +350,7 @@ def _design(model: Any, base_title: str | None, *, native: bool) -> dict[str, An
         "keeps_eos": backbone.add_eos_token,
         "report": _report(model),
         "cost": _cost(model),
-        "loading": _loading(adapter, native=native),
+        "loading": _loading(model, adapter, native=native),
         "serving": _SERVING[native],
     }
 
@@ -382,13 +382,15 @@ def _cost(model: Any) -> list[tuple[str, str]]:
     ]
 
 
-def _loading(adapter: Any, *, native: bool) -> str:
+def _loading(model: Any, adapter: Any, *, native: bool) -> str:
     if native:
         return "Native: neither a flag nor st_llmpool is needed."
+    files = {file for module in model for file in code_files_of(type(module))}
+    lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
     text = (
-        "Portable: the flag lets sentence-transformers run the few module files in this repository; st_llmpool need "
-        "not be installed. Read them first: they are short, and `st-llmpool doctor` says whether they are the "
-        "published ones."
+        f"Portable: the flag lets sentence-transformers run the {len(files)} Python files of this repository "
+        f"({lines:,} lines); st_llmpool need not be installed. Read them first; `st-llmpool doctor` says whether they "
+        f"are the published ones."
     )
     if adapter:
         text += (

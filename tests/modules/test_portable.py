@@ -279,6 +279,38 @@ def test_sentence_transformers_still_asks_what_the_flat_name_answers():
     assert 'class_ref = f"{class_ref}.{type(module).__name__}"' in code
 
 
+# --- how much code a saved model carries ----------------------------------------------------------------------------
+
+
+def code_of(name: str) -> list[Path]:
+    backbone = portable.code_files_of(LLMTransformer)
+    return sorted({*backbone, *portable.code_files_of(POOLINGS[name].module)})
+
+
+def lines_of(name: str) -> int:
+    return sum(len(file.read_text().splitlines()) for file in code_of(name))
+
+
+def test_a_saved_design_5_carries_at_most_ten_files():
+    names = {file.name for file in code_of("multi_layer")}
+    assert len(names) <= 10, names
+    assert {"attention_proof.py", "packing.py"}.isdisjoint(names)
+    assert len(code_of("scalar_mix")) < len(names)
+
+
+@pytest.mark.xfail(reason="seal and poolings are still above their parts of the figure", strict=True)
+def test_a_saved_design_5_carries_at_most_1700_lines():
+    assert lines_of("scalar_mix") < lines_of("multi_layer") <= 1700
+
+
+def test_the_card_counts_the_code(tiny_llm, tmp_path):
+    build_embedder(tiny_llm, pooling="multi_layer", verify=False, device="cpu").save_pretrained(str(tmp_path))
+    files = list(tmp_path.glob("*.py"))
+    assert len(files) == len(code_of("multi_layer"))
+    card = " ".join((tmp_path / "README.md").read_text().split())
+    assert f"the {len(files)} Python files of this repository ({lines_of('multi_layer'):,} lines)" in card
+
+
 # --- copies in memory -----------------------------------------------------------------------------------------------
 
 

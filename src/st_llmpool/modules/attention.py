@@ -1,9 +1,8 @@
-"""Switches a language model between causal and bidirectional attention, and finds its decoder layers.
+"""Switches a language model between causal and bidirectional attention, and checks by two forwards that it obeyed.
 
 transformers (5.2 and later) reads the direction from two places, the config while it builds the mask and each
 attention module where it needs none; either alone is silently wrong for some families. Both are set here, with the few
-corrections that make more families right. Whether it worked is measured: by two short forwards here, at every load, and
-layer by layer in the package's `verify_attention`.
+corrections that make more families right. The package's `verify_attention` proves the result layer by layer.
 """
 
 from __future__ import annotations
@@ -29,26 +28,22 @@ _ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
 
 
 def set_attention(model: nn.Module, mode: str) -> None:
-    """Makes every attention layer of `model` causal or bidirectional, in place.
+    """Make every attention layer of `model` causal or bidirectional, in place; `verify_attention` proves the result.
 
-    Call it after every load and every PEFT wrap: neither the flags on the modules nor the corrections are saved with
-    the weights. Going back to `"causal"` gives the outputs from before, bit for bit. `verify_attention` says whether
-    the model obeyed: recurrent, state-space, linear-attention and convolution layers cannot.
+    Call it after every load and PEFT wrap: neither the flags on the modules nor the corrections are saved with the
+    weights. Going back to `"causal"` gives the outputs from before, bit for bit. Causal buffers become symmetric (gpt2-like
+    families), chunked layers (llama4) get a mask without direction, and absolute positions count from the
+    first real token, so that left padding does not change a vector.
 
-    Besides the two flags this makes causal buffers symmetric (gpt_neo, openai-gpt, imagegpt), gives chunked layers
-    (llama4) a mask without direction, and makes families with absolute positions count them from the first real token,
-    so that left padding does not change a vector (see `position_ids_from`).
-
-    Sliding windows differ between implementations: a causal window of W tokens sees W-1 tokens back; bidirectional
-    eager, sdpa and flex_attention see W tokens to each side, FlashAttention W-1. Train and serve with the same one.
+    A causal window of W tokens sees W-1 tokens back; bidirectional eager, sdpa and flex_attention see W tokens to each
+    side, FlashAttention W-1: train and serve with the same implementation.
 
     Args:
         model: A transformers model, also wrapped by PEFT, or a SentenceTransformer on one.
         mode: `"causal"` or `"bidirectional"`. An encoder such as BERT accepts the second only, and is left as it is.
 
     Raises:
-        ConfigurationError: If the mode is unknown, the model is an encoder-decoder or has no decoder layers that can
-            be found, or an encoder is asked for causal attention.
+        ConfigurationError: If the mode is unknown or the model is no decoder or encoder whose layers can be found.
         AttentionError: If the model adds an ALiBi bias, which is a distance only under a causal mask.
 
     Example:
@@ -56,16 +51,17 @@ def set_attention(model: nn.Module, mode: str) -> None:
         >>> sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2, vocab_size=9)
         >>> model = LlamaModel(LlamaConfig(**sizes))
         >>> set_attention(model, "bidirectional")
-        >>> attention_of(model)
-        'bidirectional'
+        >>> measured_attention(model.eval()), len(decoder_layers(model))
+        ('bidirectional', 2)
     """
     if mode not in ATTENTION_MODES:
         raise ConfigurationError(
             f"Unknown attention {mode!r}; choose 'causal' or 'bidirectional'.{nearest(mode, ATTENTION_MODES)}"
         )
     backbone = find_backbone(model)
-    _refuse_encoder_decoder(backbone)
-    _count_positions_from_first_token(backbone)
+    refuse_encoder_decoder(backbone.config, type(backbone).__name__)
+    if needs_position_ids(backbone):
+        _add_pre_hook(backbone, _fill_position_ids)
     if is_encoder(backbone):
         if mode == "causal":
             raise ConfigurationError(
@@ -80,25 +76,19 @@ def set_attention(model: nn.Module, mode: str) -> None:
         )
     layers = decoder_layers(backbone)
     _set_configs(backbone, mode)
-    _set_modules(layers, mode)
+    module: Any
+    for module in layers.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = mode == "causal"
     _set_buffers(layers, mode)
     _set_chunks(backbone, layers)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Returns the `num_hidden_layers` layers of the language model, in order, whatever wraps them.
-
-    Args:
-        model: As in `set_attention`; the layers of an encoder such as BERT are found too.
+    """Return the `num_hidden_layers` layers of the language model, in order, whatever wraps them.
 
     Raises:
         ConfigurationError: If no list of `num_hidden_layers` layers exists.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaModel
-        >>> sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=3, vocab_size=9)
-        >>> len(decoder_layers(LlamaModel(LlamaConfig(**sizes))))
-        3
     """
     backbone = find_backbone(model)
     config = backbone.config.get_text_config(decoder=True)
@@ -117,12 +107,12 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def find_backbone(model: nn.Module) -> PreTrainedModel:
-    """Returns the transformers model inside a SentenceTransformer, one of its modules, or a PEFT wrapper.
+    """Return the transformers model inside a SentenceTransformer, one of its modules, or a PEFT wrapper.
 
     Recognised by attributes, because a model loaded from a repository brings classes of its own.
 
     Raises:
-        ConfigurationError: If there is no transformers model inside.
+        ConfigurationError: If there is none.
     """
     inner: Any = model[0] if isinstance(model, nn.Sequential) and len(model) else model
     inner = getattr(inner, "auto_model", inner)
@@ -160,11 +150,10 @@ def position_ids_from(attention_mask: Tensor) -> Tensor:
 
 
 def needs_position_ids(model: nn.Module) -> bool:
-    """Returns whether left padding changes a text's vector unless positions are counted from its first real token.
+    """Return whether left padding changes a text's vector unless positions count from its first real token.
 
-    True for absolute positions that the model numbers from the left edge (gpt2, gpt_bigcode, ctrl, BERT, ...); False
-    for rotary and relative positions, and for families that count from the mask or the ids themselves (opt, RoBERTa).
-    `set_attention` makes such a model count for itself; this says for which.
+    True for absolute positions that the model numbers from the left edge (gpt2, BERT, ...), which `set_attention`
+    mends; False for rotary and relative positions, and where they follow from mask or ids (opt, RoBERTa).
     """
     backbone = find_backbone(model)
     if not {"position_ids", "attention_mask"} <= set(inspect.signature(backbone.forward).parameters):
@@ -181,13 +170,9 @@ def needs_position_ids(model: nn.Module) -> bool:
 
 
 def check_attention(model: nn.Module, expected: str) -> None:
-    """Check by two short forwards that the attention mode was not lost; `verify_attention` proves it in full.
+    """Check by two short forwards that a model just loaded has the `expected` attention mode.
 
-    Skipped, with one logged line, where a forward is costly or impossible: see `why_no_forward`.
-
-    Args:
-        model: As in `set_attention`, in eval mode.
-        expected: `"causal"` or `"bidirectional"`.
+    Skipped, with one logged line, where `why_no_forward` gives a reason.
 
     Raises:
         AttentionError: If the forwards show another attention, fail, or give NaN or infinity.
@@ -205,12 +190,7 @@ def check_attention(model: nn.Module, expected: str) -> None:
 
 
 def why_no_forward(model: nn.Module, parameters: Iterable[nn.Parameter] | None = None) -> str | None:
-    """Return why a forward of the backbone now would be costly or impossible; None if it is neither.
-
-    Args:
-        model: The backbone.
-        parameters: Those to look at; None is all.
-    """
+    """Return why a forward now would be costly or impossible, by all or some parameters; None if it is neither."""
     if getattr(model, "is_quantized", False):
         return "quantised"
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
@@ -227,7 +207,7 @@ def why_no_forward(model: nn.Module, parameters: Iterable[nn.Parameter] | None =
 
 @torch.no_grad()
 def measured_attention(model: nn.Module) -> str:
-    """Measure the attention of the whole model by two short forwards, one of them padded.
+    """Measure the attention of a whole model in eval mode by two short forwards, one of them padded.
 
     Returns:
         `"causal"`, `"bidirectional"`, or `"batch_dependent"` if the padded forward shows another direction.
@@ -281,11 +261,12 @@ def run_on_ids(backbone: PreTrainedModel, ids: Tensor, mask: Tensor) -> Any:
         ) from error
 
 
-def _refuse_encoder_decoder(backbone: PreTrainedModel) -> None:
-    if getattr(backbone.config, "is_encoder_decoder", False):
+def refuse_encoder_decoder(config: PreTrainedConfig, name: str) -> None:
+    """Raise ConfigurationError, naming the model, if its text is split over two stacks."""
+    if getattr(config, "is_encoder_decoder", False):
         raise ConfigurationError(
-            f"{_name(backbone)} is an encoder-decoder; its text is split over two stacks. "
-            f"Use a decoder (Llama, Qwen, Mistral, ...) or an encoder (BERT, ...) as the base."
+            f"{name} is an encoder-decoder ({config.model_type}): its text is split over two stacks. Use a decoder "
+            f"(Llama, Qwen, Mistral, ...) or an encoder (BERT, ...) as the base."
         )
 
 
@@ -299,7 +280,10 @@ def _has_alibi(backbone: PreTrainedModel) -> bool:
 
 
 def _set_configs(backbone: PreTrainedModel, mode: str) -> None:
-    for config in _configs(backbone):
+    """Set the top config, the text config and those that parts of the text tower were built with."""
+    found = [backbone.config, backbone.config.get_text_config(decoder=True)]
+    found += [module.config for module in _text_towers(backbone)[0].modules() if isinstance(module, PreTrainedModel)]
+    for config in {id(config): config for config in found}.values():
         if mode == "bidirectional":
             config.is_causal = False
         elif getattr(config, "is_causal", True) is False:
@@ -310,26 +294,8 @@ def _set_configs(backbone: PreTrainedModel, mode: str) -> None:
                 del config.is_causal
 
 
-def _configs(backbone: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Returns the top config, the text config and those that parts of the text tower were built with, each once."""
-    found = [backbone.config, backbone.config.get_text_config(decoder=True)]
-    for tower in _text_towers(backbone)[:1]:
-        found += [module.config for module in tower.modules() if isinstance(module, PreTrainedModel)]
-    return list({id(config): config for config in found}.values())
-
-
-def _set_modules(layers: nn.ModuleList, mode: str) -> None:
-    module: Any
-    for module in layers.modules():
-        if hasattr(module, "is_causal"):
-            module.is_causal = mode == "causal"
-
-
 def _set_buffers(layers: nn.ModuleList, mode: str) -> None:
-    """Mirrors the triangular buffers that win over every flag, (1, 1, N, N), or cuts them back to the triangle.
-
-    A local layer's band of W tokens becomes a band of W to each side, as the sliding windows of other families do.
-    """
+    """Mirror triangular buffers (1, 1, N, N), which win over every flag, or cut them back; bands become two-sided."""
     for module in layers.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name == "bias" and buffer.dim() == 4 and buffer.shape[-1] == buffer.shape[-2] > 1:
@@ -367,18 +333,12 @@ def _mask_chunks_in_both_directions(
     return args, {**kwargs, "attention_mask": {"full_attention": full, "chunked_attention": chunked}}
 
 
-def _count_positions_from_first_token(backbone: PreTrainedModel) -> None:
-    if needs_position_ids(backbone):
-        _add_pre_hook(backbone, _fill_position_ids)
-
-
 def _fill_position_ids(
     backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     mask = kwargs.get("attention_mask")
-    if kwargs.get("position_ids") is not None or kwargs.get("past_key_values") is not None:
-        return args, kwargs
-    if mask is None or mask.dim() != 2:
+    given = kwargs.get("position_ids") is not None or kwargs.get("past_key_values") is not None
+    if given or mask is None or mask.dim() != 2:
         return args, kwargs
     return args, {**kwargs, "position_ids": position_ids_from(mask)}
 

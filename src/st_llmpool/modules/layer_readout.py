@@ -1,8 +1,6 @@
-"""The layer readout: one vector per text and layer, taken the moment the layer returns.
+"""The layer readout: a vector per text and layer, (B, D), reduced from (B, T, D) by a hook when the layer returns.
 
-Asking a model for ``output_hidden_states`` keeps (B, T, D) of every layer alive at once. A forward hook on
-each layer reduces it to (B, D) instead, so that reading all layers costs about as much memory as reading
-the last one.
+Reading all layers then costs about as much memory as reading the last one; ``output_hidden_states`` keeps all of them.
 """
 
 from __future__ import annotations
@@ -46,16 +44,12 @@ class TokenSpans:
 
     @classmethod
     def of(cls, features: dict[str, Any], *, include_prompt: bool = True) -> TokenSpans:
-        """Reads the spans from a feature dict.
+        """Read the spans from a feature dict.
 
         Args:
-            features: ``attention_mask`` (B, T), with padding on any side, or ``cu_seq_lens_q`` (B + 1,) for
-                flat input; ``prompt_length`` if texts start with a prompt.
-            include_prompt: False leaves the prompt's tokens out. The last token of a text always stays, so
-                that no text is ever empty.
-
-        Raises:
-            KeyError: If the features hold neither mask nor offsets.
+            features: ``attention_mask`` (B, T), padded anywhere, or ``cu_seq_lens_q`` (B + 1,) for flat input;
+                ``prompt_length`` if texts start with a prompt.
+            include_prompt: False leaves the prompt's tokens out; the last token of a text always stays.
         """
         skipped = 0 if include_prompt else _prompt_length(features)
         if "cu_seq_lens_q" in features:
@@ -87,7 +81,7 @@ class TokenSpans:
         return TokenSpans(self.mask.to(device), starts, lengths)
 
     def reduce(self, hidden_states: Tensor, readout: str) -> Tensor:
-        """Reduces tokens to one vector per text.
+        """Reduce tokens to one vector per text.
 
         Args:
             hidden_states: (B, T, D), or (1, N, D) if flat, in any float dtype.
@@ -107,11 +101,7 @@ class TokenSpans:
         return total / count.unsqueeze(-1)
 
     def compact(self, features: dict[str, Any]) -> dict[str, Any]:
-        """Returns features in which every token that is left is one that the pooling may see.
-
-        Padded features get the mask of these tokens; flat ones lose the other tokens. No pooling, ours or
-        sentence-transformers', then needs to know of prompts.
-        """
+        """Return features of the tokens that the pooling may see: padded ones by their mask, flat ones alone."""
         features = {key: value for key, value in features.items() if key != "prompt_length"}
         if self.starts is None:
             return features | {"attention_mask": self.mask.long()}
@@ -137,20 +127,11 @@ class TokenSpans:
 
 
 def unflatten(tokens: Tensor, cu_seq_lens_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Pads flat tokens on the right.
-
-    Args:
-        tokens: (1, N, ...) tokens of all texts, one after the other.
-        cu_seq_lens_q: (B + 1,) offsets of the texts.
-
-    Returns:
-        Tokens (B, T, ...), zero where padded, and their mask (B, T), bool.
+    """Pad flat tokens (1, N, ...) of texts with offsets (B + 1,) on the right: tokens (B, T, ...), mask (B, T) of bool.
 
     Example:
-        >>> padded, mask = unflatten(torch.tensor([[1, 2, 3]]), torch.tensor([0, 1, 3]))
-        >>> padded
-        tensor([[1, 0],
-                [2, 3]])
+        >>> unflatten(torch.tensor([[1, 2, 3]]), torch.tensor([0, 1, 3]))[0].tolist()
+        [[1, 0], [2, 3]]
     """
     lengths = cu_seq_lens_q.diff().tolist()
     padded = nn.utils.rnn.pad_sequence(tokens[0].split(lengths), batch_first=True)
@@ -162,12 +143,9 @@ def unflatten(tokens: Tensor, cu_seq_lens_q: Tensor) -> tuple[Tensor, Tensor]:
 class LayerCapture:
     """What the hooks of one forward have read; one instance lives in one call only.
 
-    Attributes:
-        spans: How to reduce a layer's tokens.
-        readout: ``"eos"`` or ``"mean"``.
-        keep_raw: Keep (B, T, D) and reduce after the forward. In training the tensor is alive anyway, as
-            the next layer's input, and a hook that runs inside a checkpointed region (transformers before
-            5.23) must not add operations there: reentrant checkpointing would lose their gradient silently.
+    With `keep_raw` (B, T, D) is kept and reduced after the forward. In training the tensor is alive anyway, as the next
+    layer's input, and a hook that runs inside a checkpointed region (transformers before 5.23) must not add operations
+    there: reentrant checkpointing would lose their gradient silently.
     """
 
     spans: TokenSpans
@@ -195,16 +173,7 @@ _ACTIVE: ContextVar[LayerCapture | None] = ContextVar("st_llmpool_layer_capture"
 
 @contextmanager
 def capture_layers(spans: TokenSpans, readout: str, *, keep_raw: bool = False) -> Iterator[LayerCapture]:
-    """Lets the hooks of :func:`hook_layers` record during one forward.
-
-    Args:
-        spans: Where the texts' tokens lie.
-        readout: ``"eos"`` or ``"mean"``.
-        keep_raw: Reduce after the forward, which gradients need; see :class:`LayerCapture`.
-
-    Yields:
-        The capture; ask it for ``summaries`` after the forward.
-    """
+    """Let the hooks of :func:`hook_layers` record during one forward; ask the capture for ``summaries`` after it."""
     capture = LayerCapture(spans, readout, keep_raw)
     token = _ACTIVE.set(capture)
     try:
@@ -214,12 +183,7 @@ def capture_layers(spans: TokenSpans, readout: str, *, keep_raw: bool = False) -
 
 
 def hook_layers(decoder_layers: Sequence[nn.Module], layers: Sequence[int]) -> None:
-    """Puts a hook on each of the chosen decoder layers, once; outside :func:`capture_layers` it does nothing.
-
-    Args:
-        decoder_layers: All layers, in order.
-        layers: Which to read, 1-based; the last one is read from the model's output and needs no hook.
-    """
+    """Hook each of the `layers` (1-based) once, to record inside :func:`capture_layers`; the last one needs no hook."""
     for number in layers:
         layer = decoder_layers[number - 1]
         hooks = layer._forward_hooks.values()

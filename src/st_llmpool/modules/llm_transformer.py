@@ -25,6 +25,7 @@ from .attention import (
     is_encoder,
     needs_position_ids,
     position_ids_from,
+    refuse_encoder_decoder,
     set_attention,
 )
 from .eos import append_eos, ends_every_text, ensure_pad_token, without_truncation
@@ -49,32 +50,28 @@ _TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_s
 class LLMTransformer(Transformer, PortableModule):
     """A Hugging Face decoder (or encoder) as the first module of a ``SentenceTransformer``.
 
-    Adds to sentence-transformers' ``Transformer`` what the embedding depends on and a base model's files do
-    not say: the attention mode, the layer readout, the EOS token, prompt exclusion. All of it is in the saved
-    config and applied again on every load, so that it survives adapter-only saves, checkpoints and merging.
+    What the embedding depends on and a base's files do not say (attention mode, layer readout, EOS token, prompt
+    exclusion) is in the saved config and applied on every load: adapter-only saves, checkpoints and merging keep it.
 
     Args:
         model_name_or_path: Hub id or folder, as for ``Transformer``.
         attention: ``"bidirectional"`` or ``"causal"``.
-        layers: Layers to read, ``"all"`` or 1-based numbers, negative from the end; stored resolved. An empty
-            list reads none, for poolings that use tokens only.
-        layer_readout: ``"eos"`` (last token) or ``"mean"``; None is ``"eos"`` for causal and ``"mean"`` for
-            bidirectional attention.
+        layers: Layers to read, ``"all"`` or 1-based numbers, negative from the end; stored resolved. Poolings that use
+            tokens only need none.
+        layer_readout: ``"eos"`` (last token) or ``"mean"``; None is ``"eos"`` for causal attention, else ``"mean"``.
         add_eos_token: End every text in EOS; None is on for decoders and off for encoders.
         include_prompt: False keeps the prompt's tokens out of readout and pooling.
-        causal_layers: Layers (1-based) that are known to stay causal under ``attention="bidirectional"``,
-            accepted on purpose; written by ``build_embedder(allow_partial=True)``.
+        causal_layers: Layers (1-based) that are known to stay causal under ``attention="bidirectional"``.
         verify: Check the attention by two short forwards, at every load too; not saved.
         **kwargs: Everything that ``Transformer`` takes.
 
     Raises:
         ConfigurationError: If a setting is unknown, out of range or does not fit the base.
-        AttentionError: If two short forwards show another attention than `attention`. Not checked, with a logged
-            line, where the model is quantised, sharded, offloaded or on the meta device.
+        AttentionError: If two short forwards show another attention than `attention`.
 
     Attributes:
-        batch_runner: Runs a batch in inference instead of :meth:`run`: ``(module, features, spans) -> features``.
-            None, as after every load, is :meth:`run` itself. ``st_llmpool.optimize_inference`` sets it; not saved.
+        batch_runner: Runs a batch in inference instead of :meth:`run`: ``(module, features, spans) -> features``; set
+            by ``st_llmpool.optimize_inference``, never saved.
 
     Inputs:
         ``input_ids`` (B, T) and ``attention_mask`` (B, T) with padding on any side, or flat ``input_ids``
@@ -95,14 +92,8 @@ class LLMTransformer(Transformer, PortableModule):
 
     config_keys = [
         *Transformer.config_keys,
-        "attention",
-        "layer_readout",
-        "layers",
-        "add_eos_token",
-        "include_prompt",
-        "causal_layers",
+        *("attention", "layer_readout", "layers", "add_eos_token", "include_prompt", "causal_layers"),
     ]
-
     batch_runner: Callable[[LLMTransformer, dict[str, Any], TokenSpans], dict[str, Any]] | None = None
 
     #: Where a saved model was loaded from, and how; None for one that was built.
@@ -181,11 +172,7 @@ class LLMTransformer(Transformer, PortableModule):
     def _load_config(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         """Checks what the config alone can tell, before weights are read."""
         config, is_peft_model = super()._load_config(model_name_or_path, *args, **kwargs)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ConfigurationError(
-                f"{model_name_or_path!r} is an encoder-decoder ({config.model_type}); st_llmpool takes decoder-only "
-                f"models, and encoders such as BERT. For its encoder alone use sentence-transformers' Transformer."
-            )
+        refuse_encoder_decoder(config, repr(model_name_or_path))
         if hasattr(config, "get_text_config"):  # sentence-transformers 6.0 returns an adapter's own config
             num_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
             if num_layers is not None:
@@ -221,12 +208,10 @@ class LLMTransformer(Transformer, PortableModule):
 
     @classmethod
     def load(cls, model_name_or_path: str, **kwargs: Any) -> Self:
-        """Reads what :meth:`save` wrote; arguments as for ``Transformer.load``.
+        """Read what :meth:`save` wrote; arguments as for ``Transformer.load``.
 
         Raises:
             DataError: If a file is missing, damaged, from a newer version, or lacks weights.
-            ConfigurationError: As the constructor.
-            AttentionError: As the constructor.
         """
         location = ("token", "cache_folder", "revision", "local_files_only")
         where = {key: kwargs[key] for key in location if key in kwargs}
@@ -238,11 +223,7 @@ class LLMTransformer(Transformer, PortableModule):
         return module
 
     def _prepare_model(self) -> None:
-        """Sets the attention mode and the hooks on the model that is there now.
-
-        The mode lives in part on module attributes that no file keeps, so this runs after every load and
-        again whenever the model was wrapped or replaced, by PEFT for instance.
-        """
+        """Set attention mode and hooks, which no file keeps, on the model that is there now."""
         set_attention(self.model, self.attention)
         hook_layers(list(decoder_layers(self.model)), self.layers)
         for module in self.model.modules():
@@ -308,12 +289,7 @@ class LLMTransformer(Transformer, PortableModule):
         model._inference = partial(_infer, model)
 
     def preprocess(self, inputs: Sequence[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Tokenizes texts.
-
-        Args:
-            inputs: Texts.
-            *args: As ``Transformer.preprocess``.
-            **kwargs: As ``Transformer.preprocess``.
+        """Tokenize texts; arguments as for ``Transformer.preprocess``.
 
         Raises:
             InputError: If an input is not a string, cannot be encoded, or has no token.
@@ -341,11 +317,7 @@ class LLMTransformer(Transformer, PortableModule):
         return features
 
     def check_prompt(self, prompt: str | None) -> None:
-        """Refuses a prompt that leaves fewer than :data:`ROOM_FOR_TEXT` tokens of `max_seq_length` to the text.
-
-        Raises:
-            ConfigurationError: If it does: truncation would give most texts after it the same vector.
-        """
+        """Raise ConfigurationError for a prompt after which most texts would be cut to the same vector."""
         limit = self.max_seq_length
         if not prompt or limit is None:
             return
@@ -360,11 +332,10 @@ class LLMTransformer(Transformer, PortableModule):
             )
 
     def _get_prompt_length(self, prompt: str, **kwargs: Any) -> int | None:
-        """Counts the tokens that are the prompt's whatever text follows.
+        """Count the tokens that are the prompt's whatever text follows.
 
-        A prompt that ends in a space has a last token that merges with the text: counting the prompt alone, as
-        the base class does, would drop the text's first word. So this counts the tokens that the prompt shares
-        with itself without that space and before several continuations.
+        The last token of a prompt that ends in a space merges with the text, so counting the prompt alone, as the base
+        class does, would drop the text's first word. Several continuations are tried instead.
         """
         if prompt not in self._prompt_length_mapping:
             limit = {"truncation": True} if self.max_seq_length else {}
@@ -407,14 +378,7 @@ Pooling.register(LLMTransformer)
 
 
 def resolve_layers(layers: Literal["all"] | Sequence[int], num_layers: int) -> list[int]:
-    """Returns 1-based layer numbers in ascending order.
-
-    Args:
-        layers: ``"all"`` or 1-based numbers, negative from the end.
-        num_layers: How many layers the backbone has.
-
-    Raises:
-        ConfigurationError: If a number is out of range or named twice.
+    """Return 1-based layer numbers in ascending order; a wrong or repeated one is a ConfigurationError.
 
     Example:
         >>> resolve_layers([-1, 2], num_layers=12)
@@ -436,11 +400,7 @@ def resolve_layers(layers: Literal["all"] | Sequence[int], num_layers: int) -> l
 
 
 def _name_magnitudes(folder: Path) -> None:
-    """Gives the magnitudes of a DoRA adapter the whole name.
-
-    peft leaves off its end, `.weight`, and adds it at load. transformers, which loads adapters here, does not: it would
-    start the magnitudes anew, with a logged table and no error. Both find them by the whole name.
-    """
+    """Write DoRA magnitudes under the key that transformers expects: it does not add peft's ``.weight`` at load."""
     file = folder / "adapter_model.safetensors"
     weights = load_file(file) if file.is_file() else {}
     if any(name.endswith(_MAGNITUDE) for name in weights):

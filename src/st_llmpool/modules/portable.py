@@ -1,9 +1,8 @@
-"""Portable saving: every plain save also writes the module code that the model needs to load anywhere.
+"""Portable saving: every save also writes the module code that the model needs to load anywhere, and names it uniquely.
 
-sentence-transformers looks up a class that is not its own as ``file.Class`` at the root of the repository
-and never copies the code of an installed package there, so a saved model would only load beside
-st_llmpool. The base class here closes that gap inside ``save`` itself: ``save_pretrained``,
-``push_to_hub`` and trainer checkpoints need no special call.
+sentence-transformers looks up a class that is not its own as ``file.Class`` at the root of the repository and never
+copies an installed package's code there. The base class here does so inside ``save`` itself, so that
+``save_pretrained``, ``push_to_hub`` and trainer checkpoints need no special call.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import json
 import logging
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,13 +76,7 @@ class PortableModule(Module):
         cls.__module__ = SavedModuleName(cls.__module__)
 
     def save(self, output_path: str, *args: object, **kwargs: object) -> None:
-        """Writes config, weights (safetensors, whatever the caller asks) and the needed source files.
-
-        Args:
-            output_path: The module's own folder, ``<model>/<index>_<Class>``.
-            *args: Ignored; for the interface.
-            **kwargs: Ignored; ``safe_serialization=False`` too, since a pickle runs code when it is loaded.
-        """
+        """Write config, weights (safetensors, whatever the caller asks) and the needed source files."""
         self.save_config(output_path)
         if next(self.parameters(), None) is not None:
             self.save_torch_weights(output_path, safe_serialization=True)
@@ -92,12 +84,7 @@ class PortableModule(Module):
 
     @classmethod
     def load(cls, model_name_or_path: str, **kwargs: Any) -> Self:
-        """Reads what :meth:`save` wrote, from a folder or from the Hub.
-
-        Args:
-            model_name_or_path: Folder or Hub id of the whole model.
-            **kwargs: Where to look: ``subfolder``, ``token``, ``cache_folder``, ``revision``,
-                ``local_files_only``. The rest is for other modules and ignored.
+        """Read what :meth:`save` wrote from a folder or the Hub; `kwargs` say where, the rest is for other modules.
 
         Raises:
             DataError: If config or weights are missing, damaged, from a newer version, or do not fit each other.
@@ -138,15 +125,7 @@ class SavedModuleName(str):
 
 @contextmanager
 def naming(file: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turns what libraries raise over an unusable file into an error that names it.
-
-    Args:
-        file: File or folder that is read inside.
-        *kinds: Errors that mean that it is unusable; ours pass as they are.
-
-    Raises:
-        DataError: If it is missing, damaged or does not fit, with the library's own words.
-    """
+    """Re-raise library errors of the given `kinds` about an unreadable `file` as a `DataError` that names it."""
     try:
         yield
     except kinds as error:
@@ -158,12 +137,7 @@ def naming(file: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def save_source_files(module_class: type[nn.Module], root: Path) -> None:
-    """Writes the file that defines `module_class`, and every file that it needs, flat into `root`.
-
-    Args:
-        module_class: A class whose file imports its neighbours as :func:`code_files` says.
-        root: Root of the saved model.
-    """
+    """Write the file that defines a class, and every file that it needs, flat into the `root` of a saved model."""
     if module_class.__module__ == "__main__":
         logger.warning(
             "%s is defined in a script or notebook, so the saved model lacks its code and loads only there. "
@@ -171,17 +145,18 @@ def save_source_files(module_class: type[nn.Module], root: Path) -> None:
             module_class.__name__,
         )
         return
-    for file in code_files(Path(inspect.getfile(sys.modules[module_class.__module__]))):
+    for file in code_files_of(module_class):
         write_text(root / file.name, saved_code(file))
 
 
-def code_files(source: Path) -> list[Path]:
-    """Returns `source` and every file that it needs, directly or not.
+def code_files_of(module_class: type[nn.Module]) -> list[Path]:
+    """Return the files that a class of a saved model needs; none if it is not one of ours."""
+    is_portable = hasattr(module_class, "is_st_llmpool_module")
+    return code_files(Path(inspect.getfile(module_class))) if is_portable else []
 
-    Args:
-        source: A file that imports its neighbours by ``from .x import y``, or ``from ..folder.x import y`` if they lie
-            in a folder next to its own.
-    """
+
+def code_files(source: Path) -> list[Path]:
+    """Return `source` and every file that it needs, by ``from .x import`` or ``from ..folder.x import``."""
     found = [source]
     for file in found:  # grows while it is read
         for _, folder, name, _ in _RELATIVE_IMPORT.findall(file.read_text(encoding="utf-8")):
@@ -192,23 +167,14 @@ def code_files(source: Path) -> list[Path]:
 
 
 def saved_code(file: Path) -> str:
-    """Returns what a saved model holds for a code file: every import flat, since a repository has no folders of code.
-
-    Files of st_llmpool also get a line that names their version; a repository's copy of them has it already.
-    """
+    """Return a code file as a saved model holds it: imports flat, and our own files under a line of their version."""
     text = _RELATIVE_IMPORT.sub(r"\1.\3\4", file.read_text(encoding="utf-8"))
     is_ours = __package__ == "st_llmpool.modules" and Path(__file__).parents[1] in file.parents
     return CODE_HEADER + text if is_ours else text
 
 
 def copy_assets(model_name_or_path: str, root: Path, **where: Any) -> None:
-    """Takes the card's pictures along when a loaded model is saved: sentence-transformers keeps its text only.
-
-    Args:
-        model_name_or_path: Where the model was loaded from.
-        root: Root of the saved model; pictures that it has already are kept.
-        **where: ``token``, ``cache_folder``, ``revision`` and ``local_files_only`` of the load.
-    """
+    """Copy the card's pictures when a loaded model is saved again: sentence-transformers keeps its text only."""
     try:
         source = load_dir_path(model_name_or_path, subfolder="assets", **where)
     except Exception as error:  # pictures are worth no failed save, whatever the Hub says
@@ -222,13 +188,7 @@ def copy_assets(model_name_or_path: str, root: Path, **where: Any) -> None:
 
 
 def save_requirements(root: Path) -> None:
-    """Adds the oldest usable library versions to the saved model, so that older ones refuse it by name.
-
-    sentence-transformers reads ``requirements`` at load but never writes it.
-
-    Args:
-        root: Root of the saved model; nothing happens if it has no ``config_sentence_transformers.json``.
-    """
+    """Write the oldest usable library versions, which sentence-transformers reads at load but never writes."""
     file = root / "config_sentence_transformers.json"
     if not file.is_file():
         return
