@@ -298,7 +298,7 @@ def test_a_saved_design_5_carries_at_most_ten_files():
     assert len(code_of("scalar_mix")) < len(names)
 
 
-@pytest.mark.xfail(reason="seal and poolings are still above their parts of the figure", strict=True)
+@pytest.mark.xfail(reason="not there yet: backbone, seal and poolings are each above their parts", strict=True)
 def test_a_saved_design_5_carries_at_most_1700_lines():
     assert lines_of("scalar_mix") < lines_of("multi_layer") <= 1700
 

@@ -31,9 +31,9 @@ def set_attention(model: nn.Module, mode: str) -> None:
     """Make every attention layer of `model` causal or bidirectional, in place; `verify_attention` proves the result.
 
     Call it after every load and PEFT wrap: neither the flags on the modules nor the corrections are saved with the
-    weights. Going back to `"causal"` gives the outputs from before, bit for bit. Causal buffers become symmetric (gpt2-like
-    families), chunked layers (llama4) get a mask without direction, and absolute positions count from the
-    first real token, so that left padding does not change a vector.
+    weights. Going back to `"causal"` gives the outputs from before, bit for bit. Causal buffers (gpt_neo, openai-gpt,
+    imagegpt) become symmetric, chunked layers (llama4) get a mask without direction, and absolute positions count from
+    the first real token, so that left padding does not change a vector.
 
     A causal window of W tokens sees W-1 tokens back; bidirectional eager, sdpa and flex_attention see W tokens to each
     side, FlashAttention W-1: train and serve with the same implementation.
