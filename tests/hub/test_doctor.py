@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,32 @@ def test_code_that_changed_after_the_save_is_named(saved):
     file.unlink()
     (saved / "errors.py").unlink()
     assert "errors.py is missing" in failed(examine(saved))["seal"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("modules.json", b"[" * 3000),
+        ("modules.json", b"[1]"),
+        ("config.json", b"\xe9"),
+        ("config.json", b"[1]"),
+        ("adapter_config.json", b"[" * 3000),
+        ("adapter_config.json", b'{"a": ' + b"9" * 5000 + b"}"),
+        ("tokenizer_config.json", b""),
+    ],
+)
+def test_a_broken_json_file_is_one_line(saved, file, content):
+    unseal(saved)
+    (saved / file).write_bytes(content)
+    diagnosis = examine(saved)
+    assert not diagnosis.ok
+    assert all("\n" not in finding.detail for finding in diagnosis.findings)
+
+
+def test_a_pipe_in_the_folder_is_named_and_not_opened(saved):
+    (saved / "config.json").unlink()
+    os.mkfifo(saved / "config.json")
+    assert "config.json is a pipe" in failed(examine(saved))["files"]
 
 
 def test_a_damaged_config_and_missing_tensors_are_named(saved):

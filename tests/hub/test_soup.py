@@ -159,6 +159,9 @@ def test_what_is_no_choice_of_models_is_refused(models, tiny_llm, tmp_path):
     for few in (models[:1], [models[0], models[0]]):
         with pytest.raises(ConfigurationError, match="two different models"):
             soup(few, tmp_path / "soup", trust_remote_code=True)
+    with pytest.raises(ConfigurationError, match=r"none is no folder here, and not to be had from the Hub") as refusal:
+        soup([tmp_path / "none", tmp_path / "other"], tmp_path / "out")
+    assert "\n" not in str(refusal.value)
     with pytest.raises(ConfigurationError, match="no saved model"):
         soup([str(tmp_path / "there"), models[0]], tmp_path / "soup", trust_remote_code=True)
     with pytest.raises(ConfigurationError, match="cannot be averaged with each other"):

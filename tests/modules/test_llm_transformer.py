@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,21 @@ def test_layers_outside_the_model_or_named_twice_are_refused(number_of_layers, b
     for layers in ([1, 1], [number_of_layers, -1]):
         with pytest.raises(ConfigurationError, match="twice"):
             resolve_layers(layers, number_of_layers)
+
+
+@pytest.mark.parametrize("layers", [["1"], [True], [1.0], [None], list(range(10**6))])
+def test_layers_of_a_damaged_config_are_refused_in_few_words(layers):
+    with pytest.raises(ConfigurationError, match="layers") as refusal:
+        resolve_layers(layers, 12)
+    assert len(str(refusal.value)) < 200
+
+
+def test_a_config_with_a_million_layers_is_refused_before_they_are_built(tiny_llm, tmp_path):
+    shutil.copytree(tiny_llm, tmp_path / "llm")
+    config = json.loads((tmp_path / "llm" / "config.json").read_text())
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**6}))
+    with pytest.raises(ConfigurationError, match="asks for 1,000,000 layers in its config.json; the limit is 2,000"):
+        LLMTransformer(str(tmp_path / "llm"))
 
 
 def test_no_keys_and_values_are_cached(tiny_llm):

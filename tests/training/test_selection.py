@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -180,8 +181,18 @@ def test_a_row_without_text_is_named_before_a_model_is_loaded(files, blank, name
     assert not (files / "out").exists()
 
 
-def test_a_row_needs_text_in_one_of_the_columns_only_and_a_number_is_text(files, tiny_llm):
-    table = pa.table({"title": [None, " ", "a fox"], "year": [1999, 7, None], "body": ["x", None, ""]})
+@pytest.mark.parametrize(("values", "kind"), [([7, 8], "int64"), ([b"x", b"y"], "binary"), ([["x"], ["y"]], "list")])
+def test_a_column_that_holds_no_text_is_refused_with_its_first_value(files, values, kind, monkeypatch):
+    monkeypatch.setattr(selection, "build_embedder", None)
+    parquet.write_table(pa.table({"text": values}), files / "second.parquet")
+    parquet.write_table(pa.table({"text": values}), files / "first.parquet")
+    message = rf"Column 'text' of .*second.parquet' is of type {kind}.*not text \(row 1: {re.escape(repr(values[0]))}\)"
+    with pytest.raises(DataError, match=message):
+        choose(files, 3)
+
+
+def test_a_row_needs_text_in_one_of_the_columns_only(files, tiny_llm):
+    table = pa.table({"title": [None, " ", "a fox"], "year": ["1999", "7", None], "body": ["x", None, ""]})
     parquet.write_table(table, files / "pool.parquet")
     arguments = ([files / "pool.parquet"], files / "target.parquet", 3)
     options = {"columns": ["title", "year", "body"], "target_columns": ["sentence"], "model": tiny_llm}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -24,7 +23,8 @@ from ..fast_inference import optimized_inference
 from ..modules.eos import special_tokens_around
 from ..modules.errors import StLlmpoolError
 from ..modules.portable import saved_code
-from ..modules.seal import UNFINISHED, read_json_or_empty
+from ..modules.seal import UNFINISHED
+from ..utils.reading import read_json, read_json_object
 from .finding import Finding, Status
 from .seal_checks import SEAL_CHECKS, examine_probes, examine_seal, sealing_again
 
@@ -108,7 +108,9 @@ def examine(
         try:
             loaded = SentenceTransformer(str(folder), trust_remote_code=True, device=device)
         except Exception as error:  # whatever it is, the recipient would meet it too
-            findings.append(Finding("loading", "failed", f"{type(error).__name__}: {error}"))
+            findings.append(
+                Finding("loading", "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+            )
         else:
             findings.extend(_examine_loaded(loaded))
             if write is None:
@@ -119,7 +121,19 @@ def examine(
 
 
 def _examine_folder(folder: Path) -> Iterator[Finding]:
-    """Checks files only."""
+    """Check files only; a file that cannot be read is a finding, and a pipe is never opened."""
+    odd = [file for file in folder.rglob("*") if not (file.is_file() or file.is_dir())]
+    if odd:
+        detail = f"{odd[0].relative_to(folder)} is a pipe, a device or a broken link. Save or download the model again."
+        yield Finding("files", "failed", detail)
+        return
+    try:
+        yield from _examine_files(folder)
+    except StLlmpoolError as error:
+        yield Finding("files", "failed", f"{error} Save or download the model again.")
+
+
+def _examine_files(folder: Path) -> Iterator[Finding]:
     yield _module_list(folder)
     yield from examine_seal(folder)
     weights = sorted(folder.rglob("*.safetensors"))
@@ -144,10 +158,12 @@ def _examine_folder(folder: Path) -> Iterator[Finding]:
 def _module_list(folder: Path) -> Finding:
     file = folder / "modules.json"
     try:
-        modules = json.loads(file.read_text(encoding="utf-8"))
+        modules = read_json(file)
         paths = [PurePosixPath(module["path"]) for module in modules]
         types = [module["type"] for module in modules]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not all(isinstance(reference, str) for reference in types):
+            raise TypeError("a type is no text")
+    except (ValueError, KeyError, TypeError) as error:
         return Finding("modules.json", "failed", f"{file} cannot be read ({error!r}). Save the model again.")
     if UNFINISHED in types:
         return Finding("modules.json", "failed", "the model was saved only in part. Save it again.")
@@ -229,11 +245,11 @@ def _configs(folder: Path) -> list[Path]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return read_json_or_empty(file) if file.is_file() else {}
+    return read_json_object(file) if file.is_file() else {}
 
 
 def _same_code(file: Path, installed: Path | None) -> bool:
-    return installed is not None and file.read_text(encoding="utf-8") == saved_code(installed)
+    return installed is not None and file.read_bytes() == saved_code(installed).encode()
 
 
 def _examine_loaded(model: SentenceTransformer) -> Iterator[Finding]:

@@ -171,8 +171,13 @@ def _score(
 
 def _folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
+    try:
+        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigurationError(f"{name} is no folder here, and not to be had from the Hub: {reason}") from error
     if not any((folder / file).is_file() for file in ("modules.json", "config.json")):
         raise ConfigurationError(f"{name} is no saved model: it has neither modules.json nor config.json.")
     return folder

@@ -7,6 +7,7 @@ repository. mteb can write a `ModelMeta` by itself, but counts only the paramete
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
@@ -224,20 +225,24 @@ def model_meta(
 
 
 def meta_source(meta: ModelMeta) -> str:
-    """Returns the source file for the pull request to mteb, after running it gave the same description.
+    """Returns the source file for the pull request to mteb; it is parsed, and not run.
 
     Raises:
-        ConfigurationError: If it gives another one.
+        ConfigurationError: If it is not Python, or uses a name that it does not import.
     """
     more = "from mteb.types import OutputDType\n" if meta.output_dtypes else ""
     variable = _variable(str(meta.name))
     source = _SOURCE.format(
         name=meta.name, reference=meta.reference, more=more, variable=variable, meta=meta.to_python()
     )
-    names: dict[str, Any] = {}
-    exec(compile(source, f"{variable}.py", "exec"), names)
-    if names[variable] != meta:
-        raise ConfigurationError(f"mteb writes the description of {meta.name} in a form that reads otherwise: {source}")
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except SyntaxError as error:
+        raise ConfigurationError(f"mteb writes the description of {meta.name} in a form that is not Python.") from error
+    imported = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    unknown = {node.id for node in nodes if isinstance(node, ast.Name)} - imported - {variable}
+    if unknown:
+        raise ConfigurationError(f"mteb describes {meta.name} with {sorted(unknown)}, which this file does not import.")
     return source
 
 

@@ -41,6 +41,7 @@ from .portable import (
 )
 from .seal import begin_save, check_seal, seal_saves
 
+_MOST_LAYERS = 2_000  # ten times those of the deepest model that is published
 _MAGNITUDE = "lora_magnitude_vector"
 #: Fewest tokens that a prompt must leave to the text.
 ROOM_FOR_TEXT = 8
@@ -176,6 +177,11 @@ class LLMTransformer(Transformer, PortableModule):
         if hasattr(config, "get_text_config"):  # sentence-transformers 6.0 returns an adapter's own config
             num_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
             if num_layers is not None:
+                if num_layers > _MOST_LAYERS:
+                    raise ConfigurationError(
+                        f"{model_name_or_path!r} asks for {num_layers:,} layers in its config.json; the limit is "
+                        f"{_MOST_LAYERS:,}. Save or download the model again."
+                    )
                 resolve_layers(self._requested_layers, num_layers)
             _check_length(self._requested_length, config)
         return config, is_peft_model
@@ -387,13 +393,15 @@ def resolve_layers(layers: Literal["all"] | Sequence[int], num_layers: int) -> l
     if isinstance(layers, str):
         _check_choice("layers", layers, ("all",))
         return list(range(1, num_layers + 1))
-    resolved = []
+    resolved: list[int] = []
     for layer in layers:
+        if not isinstance(layer, int) or isinstance(layer, bool):
+            raise ConfigurationError(f"layers holds {reprlib.repr(layer)}, which is no number of a layer.")
         number = layer + num_layers + 1 if layer < 0 else layer
         if not 1 <= number <= num_layers or number in resolved:
             reason = "names a layer twice" if number in resolved else f"is outside 1..{num_layers}"
             raise ConfigurationError(
-                f"layers={list(layers)}: {layer} {reason}. Layers count from 1, or from -1 at the end; 'all' takes all."
+                f"layers={reprlib.repr(list(layers))}: {layer} {reason}. Layers count from 1, or from -1 at the end; 'all' takes all."
             )
         resolved.append(number)
     return sorted(resolved)

@@ -141,8 +141,10 @@ def read_record(folder: Path) -> RunRecord | None:
         for name in (COST, LAYERS):
             if (folder / name).is_file():
                 facts[Path(name).stem] = read_json_object(folder / name)
-        return from_mapping(RunRecord, facts)
-    except StLlmpoolError as error:
+        record = from_mapping(RunRecord, facts)
+        _ = record.validation  # reads what training wrote
+        return record
+    except (StLlmpoolError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise DataError(f"{folder} is not the record of a run ({error}): delete it to run it again.") from error
 
 

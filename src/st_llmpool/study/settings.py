@@ -31,7 +31,7 @@ from ..modules.errors import ConfigurationError, DataError, nearest
 from ..training.recipe import Recipe
 from ..training.settings import from_mapping, merge
 from ..utils.files import slug
-from ..utils.reading import read_yaml
+from ..utils.reading import read_yaml, shown
 from .compare import MAX_CONTRASTS, MAX_MODELS, label
 
 _PRESETS = Path(__file__).parent / "presets"
@@ -55,6 +55,9 @@ class DesignSettings:
     design: str
     option: str = ""
     change: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_model("change", self.change)
 
     @property
     def label(self) -> str:
@@ -150,6 +153,7 @@ class Study:
     layers: bool = True
 
     def __post_init__(self) -> None:
+        _check_model("recipe", self.recipe)
         labels = [design.label for design in self.designs]
         listed: dict[str, list[Any]] = {"designs": labels, "seeds": self.seeds}
         for what, names in listed.items():
@@ -241,6 +245,11 @@ class Study:
         parts = [base, design.design, design.option, f"seed{seed}"]
         name = "_".join(slug(part) for part in parts if part)
         return PlannedRun(name, base, design.design, design.option, seed, recipe, evaluation)
+
+
+def _check_model(where: str, recipe: dict[str, Any]) -> None:
+    if not isinstance(recipe.get("model", {}), dict):
+        raise ConfigurationError(f"{where}.model={shown(recipe['model'])} must hold keys and values.")
 
 
 def presets() -> list[str]:

@@ -27,6 +27,7 @@ from ..designs import build_embedder
 from ..fast_inference import optimize_inference
 from ..modules.errors import ConfigurationError, DataError, InputError, StLlmpoolError, nearest
 from ..utils.files import atomic_file, write_atomically
+from ..utils.reading import shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -217,12 +218,19 @@ def _check_texts(source: str, rows: Dataset, columns: Sequence[str]) -> None:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    for name in columns:
+        kind = rows.features.arrow_schema.field(name).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            value = shown(rows[0][name]) if len(rows) else "nothing"
+            raise DataError(
+                f"Column {name!r} of {source!r} is of type {kind}, not text (row 1: {value}). Name columns with text, "
+                f"or convert it."
+            )
     start = 0
     for chunk in rows.select_columns(list(columns)).with_format("arrow").iter(batch_size=CHUNK):
         has_text = np.zeros(len(chunk), dtype=bool)
         for cells in chunk.columns:
-            is_text = pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)
-            is_filled = pc.not_equal(pc.utf8_trim_whitespace(cells), "") if is_text else cells.is_valid()
+            is_filled = pc.not_equal(pc.utf8_trim_whitespace(cells), "")
             has_text |= pc.fill_null(is_filled, False).to_numpy()
         if not has_text.all():
             row = start + int(np.argmin(has_text)) + 1
