@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 import signal
 import sys
@@ -170,6 +171,7 @@ class Outcome:
     """What came out of the mutated files of one target."""
 
     counts: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
     samples: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -188,7 +190,6 @@ def targets() -> dict[str, Target]:
     from st_llmpool.study.settings import Study
     from st_llmpool.training import AdaptRecipe, Recipe
     from st_llmpool.training.checks import check_names
-    from st_llmpool.utils.reading import read_json_object
 
     def recipe(file: Path) -> object:
         found = Recipe.from_yaml(file)
@@ -206,8 +207,7 @@ def targets() -> dict[str, Target]:
         return found and (found.rising, found.validation)
 
     def pooling(file: Path) -> object:
-        config = read_json_object(file)
-        return [spec.module(**config) for name, spec in POOLINGS.items() if name in ("multi_layer", "scalar_mix")]
+        return POOLINGS["multi_layer"].module.load(str(file.parent))
 
     def result(file: Path) -> object:
         models = find_models(file.parent)
@@ -307,6 +307,7 @@ def fuzz(count: int, seed: int, folder: Path, *, only: str | None = None) -> dic
     chosen = {name: target for name, target in targets().items() if only in (None, name)}
     rng = random.Random(seed)
     outcomes = {name: Outcome() for name in chosen}
+    logging.disable(logging.WARNING)
     signal.signal(signal.SIGALRM, _hang)
     for name in rng.choices(list(chosen), [target.weight for target in chosen.values()], k=count):
         place = folder / name.replace(" ", "_")
@@ -314,6 +315,7 @@ def fuzz(count: int, seed: int, folder: Path, *, only: str | None = None) -> dic
         content = mutate(chosen[name], rng)
         (place / chosen[name].file).write_bytes(content)
         signal.alarm(SECONDS)
+        began = time.monotonic()
         try:
             chosen[name].read(place / chosen[name].file)
             outcome = "read"
@@ -321,6 +323,7 @@ def fuzz(count: int, seed: int, folder: Path, *, only: str | None = None) -> dic
             outcome = "refused" if getattr(error, "is_st_llmpool_error", False) else _kind(error)
         finally:
             signal.alarm(0)
+        outcomes[name].seconds += time.monotonic() - began
         outcomes[name].counts[outcome] += 1
         outcomes[name].samples.setdefault(outcome, content)
     return outcomes
@@ -364,7 +367,9 @@ def main() -> None:
     found = faults(outcomes)
     for name, outcome in outcomes.items():
         wrong = sum(number for kind, number in outcome.counts.items() if kind not in ("read", "refused"))
-        print(f"{name:16}{outcome.counts['read']:8,} read{outcome.counts['refused']:9,} refused{wrong:7,} not ours")
+        print(
+            f"{name:16}{outcome.counts['read']:8,} read{outcome.counts['refused']:9,} refused{wrong:7,} not ours, {outcome.seconds:.0f} s"
+        )
     for kind, number in sorted(found.items(), key=lambda item: -item[1]):
         print(f"{number:6,}  {kind}")
     if arguments.samples:

@@ -243,7 +243,7 @@ def test_a_config_with_a_million_layers_is_refused_before_they_are_built(tiny_ll
     shutil.copytree(tiny_llm, tmp_path / "llm")
     config = json.loads((tmp_path / "llm" / "config.json").read_text())
     (tmp_path / "llm" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**6}))
-    with pytest.raises(ConfigurationError, match="asks for 1,000,000 layers in its config.json; the limit is 2,000"):
+    with pytest.raises(ConfigurationError, match=r"asks for 1,000,000 layers in its config\.json; the limit is 2,000"):
         LLMTransformer(str(tmp_path / "llm"))
 
 

@@ -100,7 +100,11 @@ def examine(
         findings = [finding for finding in findings if finding.check not in SEAL_CHECKS]
     if any(finding.status == "failed" for finding in findings):
         return Diagnosis(str(model), tuple(findings))
-    code = _examine_code(folder, trusted=trust_remote_code)
+    try:
+        code = _examine_code(folder, trusted=trust_remote_code)
+    except StLlmpoolError as error:
+        code = Finding("files", "failed", f"{error} Save or download the model again.")
+        return Diagnosis(str(model), (*findings, code))
     findings.append(code)
     if code.status == "skipped":
         return Diagnosis(str(model), tuple(findings))
@@ -210,7 +214,7 @@ def _adapter_base(file: Path) -> Finding:
         return Finding("adapter base", status, detail)
     try:
         HfApi().model_info(base)
-    except RepositoryNotFoundError:
+    except (RepositoryNotFoundError, HFValidationError):
         return Finding("adapter base", "failed", f"{base!r} is not on the Hub, or not for you. Merge the adapter.")
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         return Finding("adapter base", "warning", f"{base}; not asked, since the Hub is out of reach ({error})")

@@ -401,7 +401,8 @@ def resolve_layers(layers: Literal["all"] | Sequence[int], num_layers: int) -> l
         if not 1 <= number <= num_layers or number in resolved:
             reason = "names a layer twice" if number in resolved else f"is outside 1..{num_layers}"
             raise ConfigurationError(
-                f"layers={reprlib.repr(list(layers))}: {layer} {reason}. Layers count from 1, or from -1 at the end; 'all' takes all."
+                f"layers={reprlib.repr(list(layers))}: {layer} {reason}. Layers count from 1, or from -1 at the end; "
+                f"'all' takes all."
             )
         resolved.append(number)
     return sorted(resolved)
