@@ -367,9 +367,8 @@ def main() -> None:
     found = faults(outcomes)
     for name, outcome in outcomes.items():
         wrong = sum(number for kind, number in outcome.counts.items() if kind not in ("read", "refused"))
-        print(
-            f"{name:16}{outcome.counts['read']:8,} read{outcome.counts['refused']:9,} refused{wrong:7,} not ours, {outcome.seconds:.0f} s"
-        )
+        counts = f"{outcome.counts['read']:8,} read{outcome.counts['refused']:9,} refused{wrong:7,} not ours"
+        print(f"{name:16}{counts}, {outcome.seconds:.0f} s")
     for kind, number in sorted(found.items(), key=lambda item: -item[1]):
         print(f"{number:6,}  {kind}")
     if arguments.samples:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -209,7 +210,7 @@ def _adapter_base(file: Path) -> Finding:
     if not base:
         return Finding("adapter base", "failed", f"{file.name} names no base. Save or download the model again.")
     if Path(base).is_absolute() or base.startswith("."):
-        status: Status = "warning" if Path(base).is_dir() else "failed"
+        status: Status = "warning" if os.path.isdir(base) else "failed"
         detail = f"{base!r} is a path of one machine; others cannot load this. Merge it, or train from a Hub id."
         return Finding("adapter base", status, detail)
     try:
