@@ -21,6 +21,7 @@ from tests.study.validation import (
     null_rate,
     null_verdict_rates_with_seed_noise,
     planted_rate,
+    planted_verdict_rate,
     simulated_scores,
 )
 
@@ -328,3 +329,8 @@ def test_luck_with_seeds_is_not_sold_as_a_better_design():
 @pytest.mark.parametrize(("tasks", "tests"), [(8, 1), (10, 2)])
 def test_planted_effect_is_found_at_the_rate_that_the_plan_promises(tasks, tests):
     assert planted_rate(60, tasks=tasks, tests=tests) >= 1 - at_most(0.2, 60)
+
+
+def test_what_a_pair_promises_to_find_gets_a_verdict_at_that_rate_also_where_seeds_vary():
+    """The rule that gives verdicts asks for more than the test over tasks, so its power is that of both."""
+    assert planted_verdict_rate(60, tasks=12) >= 1 - at_most(0.2, 60)

@@ -115,6 +115,20 @@ def test_experiments_of_one_model_are_told_apart(tmp_path):
     }
 
 
+def test_folders_of_one_name_in_different_runs_are_models_of_their_own(tmp_path):
+    """Without a revision nothing says that both are one model; the second has a task that the first lacks."""
+    write_json(tmp_path / "one/model/SciFact.json", task_result("SciFact", 0.5))
+    write_json(tmp_path / "two/model/STS12.json", task_result("STS12", 0.6))
+    write_json(tmp_path / "two/model/SciFact.json", task_result("SciFact", 0.7))
+    paths = [tmp_path / "one/model", tmp_path / "two/model"]
+    assert main_scores(read_results(paths)) == {
+        ("model", str(paths[0]), "SciFact"): 0.5,
+        ("model", str(paths[1]), "STS12"): 0.6,
+        ("model", str(paths[1]), "SciFact"): 0.7,
+    }
+    assert {option for _, option, _ in main_scores(read_results(paths[:1]))} == {""}
+
+
 def test_model_can_be_given_another_name(tmp_path):
     for run, score in (("first", 0.5), ("second", 0.6)):
         write_model(tmp_path / run / "results", "local/model", {"SciFact": score})

@@ -9,6 +9,7 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..utils.words import counted
@@ -37,8 +38,8 @@ class Pair:
         test: The test over tasks.
         p_holm: Its p-value, corrected for the pairs of the same table.
         reachable: Whether any scores could have made it significant.
-        detectable: The mean difference that so many tasks with this spread find at 80 % power; infinite if not
-            `reachable`.
+        detectable: The mean difference that gets a verdict in at least 80 % of studies with this spread between tasks
+            and between seeds; infinite if not `reachable`.
         seed_difference: The difference that seeds alone make, see `SeedNoise.least_difference`; NaN where no design
             has two runs.
         items: The test over items, where both have scores of the same items.
@@ -402,7 +403,7 @@ def _family(
     pairs = []
     for (pair, test), p_holm in zip(results.items(), corrected, strict=True):
         reachable = plan.reachable and smallest_p(test.n) <= alpha
-        spread = tests[pair].std(ddof=1)
+        spread = float(tests[pair].std(ddof=1))
         over_items = item_tests[pair]
         pairs.append(
             Pair(
@@ -411,7 +412,9 @@ def _family(
                 test=test,
                 p_holm=p_holm,
                 reachable=reachable,
-                detectable=Plan(test.n, len(tests), alpha).effect * spread if reachable else math.inf,
+                detectable=_detectable(pair, test.n, len(tests), float(spread), noise, alpha)
+                if reachable
+                else math.inf,
                 seed_difference=noise.least_difference(*pair) if noise else math.nan,
                 items=over_items[0] if over_items else None,
                 items_metric=over_items[1] if over_items else "",
@@ -420,6 +423,23 @@ def _family(
             )
         )
     return Family(confirmatory, plan, tuple(pairs))
+
+
+def _detectable(
+    pair: tuple[str, str], tasks: int, tests: int, spread: float, noise: SeedNoise | None, alpha: float
+) -> float:
+    """Returns the mean difference that the rule of verdicts finds at 80 % power.
+
+    The rule asks for a significant test over tasks and for a difference beyond the noise of seeds. Either asks for a
+    mean difference above a bound, and what varies around the true one are tasks and seeds. The bounds are estimates
+    that vary too, so the margin is that of 90 %.
+    """
+    over_tasks = Plan(tasks, tests, alpha).effect * spread
+    if noise is None:
+        return over_tasks
+    error = spread / math.sqrt(tasks)
+    bound = max(over_tasks - float(stats.norm.ppf(POWER)) * error, noise.least_difference(*pair))
+    return bound + float(stats.norm.ppf((1 + POWER) / 2)) * math.hypot(error, noise.standard_error(*pair))
 
 
 def _over_items(items: pd.DataFrame, first: str, second: str) -> tuple[ItemTest, str] | None:

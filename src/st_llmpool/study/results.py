@@ -217,10 +217,15 @@ def _designs(files: Sequence[tuple[str, Path, ModelFiles]]) -> list[tuple[str, s
     variants = {
         name: {model.variant for n, (_, _, model) in zip(names, files, strict=True) if n == name} for name in names
     }
-    return [
-        (name, model.variant if len(variants[name]) > 1 else "")
-        for name, (_, _, model) in zip(names, files, strict=True)
-    ]
+    places = {
+        name: {path for n, (_, path, model) in zip(names, files, strict=True) if n == name and not model.variant}
+        for name in names
+    }
+    designs = []
+    for name, (_, path, model) in zip(names, files, strict=True):
+        unknown = not model.variant and len(places[name]) > 1  # without a revision nothing says that they are one model
+        designs.append((name, str(path) if unknown else model.variant if len(variants[name]) > 1 else ""))
+    return designs
 
 
 def _types_of_tasks(table: pd.DataFrame, given: Mapping[str, str]) -> dict[str, str]:

@@ -35,7 +35,11 @@ class SeedNoise:
     def least_difference(self, first: str, second: str) -> float:
         """Returns t · sd_seeds · √(1/n₁ + 1/n₂): means that differ by less differ no more than seeds do (at 95 %)."""
         quantile = float(stats.t.isf((1 - CONFIDENCE) / 2, self.dof))
-        return quantile * self.sd_seeds * math.sqrt(1 / self.runs[first] + 1 / self.runs[second])
+        return quantile * self.standard_error(first, second)
+
+    def standard_error(self, first: str, second: str) -> float:
+        """Returns the standard deviation that seeds give to the difference of two means."""
+        return self.sd_seeds * math.sqrt(1 / self.runs[first] + 1 / self.runs[second])
 
 
 def seed_noise(scores: Mapping[str, ArrayLike]) -> SeedNoise | None:
