@@ -81,11 +81,11 @@ def test_a_module_that_is_neither_ours_nor_sentence_transformers_is_foreign(fold
         (
             "sentence_bert_config.json",
             {"model_kwargs": {"attn_implementation": "evil/kernel", "allow_all_kernels": True}},
-            "foreign",
+            "unasked",
         ),
-        ("config.json", {"text_config": {"_attn_implementation": {"": "evil/kernel"}}}, "foreign"),
-        ("config.json", {"kernel_config": {"RMSNorm": "evil/kernel:Norm"}}, "foreign"),
-        ("adapter_config.json", {"megatron_config": {"size": "1"}, "megatron_core": "evil"}, "foreign"),
+        ("config.json", {"text_config": {"_attn_implementation": {"": "evil/kernel"}}}, "unasked"),
+        ("config.json", {"kernel_config": {"RMSNorm": "evil/kernel:Norm"}}, "unasked"),
+        ("adapter_config.json", {"megatron_config": {"size": "1"}, "megatron_core": "evil"}, "unasked"),
         ("adapter_config.json", {"auto_mapping": {"parent_library": "evil"}}, "named"),
         ("config.json", {"auto_map": {"AutoModel": "evil.Evil"}}, "named"),
         ("tokenizer_config.json", {"auto_map": ["evil.Evil", None]}, "named"),
@@ -139,6 +139,8 @@ def test_the_folder_of_an_adapters_base_is_looked_through_too(tmp_path):
     rewrite(tmp_path / "model" / "adapter_config.json", json.dumps(adapter))
     [said] = find_code(tmp_path / "model").named
     assert said.startswith(f"{tmp_path / 'base'}/config.json: ")
+    rewrite(tmp_path / "base" / "adapter_config.json", json.dumps({"base_model_name_or_path": str(tmp_path / "model")}))
+    assert find_code(tmp_path / "model").named == (said,)
 
 
 def test_folders_that_link_to_each_other_and_pipes_do_not_hang_the_walk(tmp_path):

@@ -18,6 +18,7 @@ from .attention_proof import verify_attention
 from .data.texts import TextSettings
 from .data.training_data import DatasetSettings
 from .layer_use import SAMPLE_TEXTS, layer_use
+from .loading import load_model
 from .modules.errors import ConfigurationError, DataError, StLlmpoolError, __version__
 from .modules.portable import IdentifiedCardData, code_files_of
 from .parameters import count_parameters
@@ -140,7 +141,7 @@ def write_card(
     results: Sequence[dict[str, Any]] = (),
     model_id: str | None = None,
     license: str | None = None,
-    trust_remote_code: bool,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Writes the card of a saved model anew, with results and training facts.
 
@@ -159,7 +160,7 @@ def write_card(
     Raises:
         ConfigurationError: If the model has another backbone than ours: sentence-transformers writes its card.
     """
-    model = SentenceTransformer(str(folder), trust_remote_code=trust_remote_code, device="cpu")
+    model = load_model(folder, trust_remote_code=trust_remote_code, device="cpu")
     if not hasattr(model[0], "layer_readout"):
         raise ConfigurationError(f"{folder} holds no LLMTransformer; sentence-transformers writes its card.")
     given = {"model_id": model_id, "license": license, "results": list(results)}

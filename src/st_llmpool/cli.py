@@ -369,14 +369,17 @@ def doctor(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
     seal: Annotated[bool, typer.Option("--seal", help="Accept the folder's files as they are now.")] = False,
 ) -> None:
-    """Check MODEL: seal, measured attention, EOS, padding, weights. Exit code 1 if a check fails."""
+    """Check MODEL: seal, measured attention, EOS, padding, weights. Exit code 1 if a check fails.
+
+    Exit code 3 if code that is not the installed st_llmpool's keeps MODEL from being loaded and checked.
+    """
     from rich.console import Console
 
     from .hub.doctor import examine
 
     diagnosis = examine(model, trust_remote_code=trust_remote_code, seal=seal)
     Console().print(diagnosis.to_table())
-    raise typer.Exit(0 if diagnosis.ok else 1)
+    raise typer.Exit(1 if diagnosis.failed else 0 if diagnosis.examined else 3)
 
 
 @app.command(rich_help_panel=_EVALUATE)
@@ -391,13 +394,13 @@ def layers(
     import json
 
     from rich.console import Console
-    from sentence_transformers import SentenceTransformer
 
+    from .loading import load_model
     from .pictures import draw_layers
     from .study.layers import examine_layers
 
     lines = None if texts is None else [line for line in texts.read_text(encoding="utf-8").splitlines() if line]
-    report = examine_layers(None, SentenceTransformer(model, trust_remote_code=trust_remote_code), lines)
+    report = examine_layers(None, load_model(model, trust_remote_code=trust_remote_code), lines)
     Console().print(report.to_table())
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")

@@ -7,7 +7,7 @@ import os
 import re
 import reprlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,29 +48,32 @@ class FolderCode:
         own: Class references, such as ``llm_transformer.LLMTransformer``, to files that are the same as the installed
             package's, with the import path of the installed class.
         same: Names of the files that are the same as the installed package's.
-        foreign: What loading needs or would run unasked, and is not the installed package's.
+        foreign: Modules that are not the installed package's.
+        unasked: What libraries would download or import and run without being allowed to.
         named: What names code that runs on trust_remote_code only; without it, libraries use a class of their own or
             fail.
         idle: Python files that nothing names.
     """
 
-    own: dict[str, str]
-    same: tuple[str, ...]
-    foreign: tuple[str, ...]
-    named: tuple[str, ...]
-    idle: tuple[str, ...]
+    own: dict[str, str] = field(default_factory=dict)
+    same: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+    unasked: tuple[str, ...] = ()
+    named: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
 
     @property
     def to_trust(self) -> tuple[str, ...]:
-        """What trust_remote_code would let run and the installed package does not have."""
-        return (*self.foreign, *self.named)
+        """All that could run and that the installed package does not have."""
+        return (*self.foreign, *self.unasked, *self.named)
 
 
-def find_code(folder: Path) -> FolderCode:
+def find_code(folder: Path, *, follow_base: bool = True) -> FolderCode:
     """Looks through every JSON and Python file of a saved model, however deep, for code and names of code.
 
     Args:
         folder: A saved model. Symbolic links are followed, pipes and devices are not opened.
+        follow_base: Look through the base of an adapter too, if it is a folder.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -83,7 +86,7 @@ def find_code(folder: Path) -> FolderCode:
     code = {name: file for name, file in files.items() if name.endswith(".py")}
     same = {name: place for name, file in code.items() if (place := _same_in(file, name))}
     changed = {name: _difference(file, name) for name, file in code.items() if name not in same and _installed(name)}
-    own, foreign, named, read = {}, list(changed.values()), [], set()
+    own, foreign, unasked, named, read = {}, list(changed.values()), [], [], set()
     for name, file in files.items():
         for keys, value in _leaves(file) if name.endswith(".json") and name != MANIFEST else ():
             said = f"{name}: {keys[-1]} {reprlib.repr(value)}"
@@ -96,15 +99,16 @@ def find_code(folder: Path) -> FolderCode:
                     foreign.append(said)
                 read.add(source)
             elif _UNASKED_KEYS & {*keys} or (any(map(_KERNEL.search, keys)) and "/" in value):
-                foreign.append(said)
+                unasked.append(said)
             elif _ELSEWHERE.search(value) or (_ASKED_KEYS & {*keys} and not value.startswith(_PEFT_LIBRARIES)):
                 named.append(said)
-            elif keys[-1] == _BASE_KEY and Path(value).is_dir() and Path(value).resolve() != folder.resolve():
-                base = find_code(Path(value))
-                foreign += [f"{value}/{item}" for item in base.foreign]
+            elif keys[-1] == _BASE_KEY and follow_base and Path(value).is_dir():
+                base = find_code(Path(value), follow_base=False)
+                unasked += [f"{value}/{item}" for item in base.unasked]
                 named += [f"{value}/{item}" for item in base.named]
     idle = [name for name in code if name not in {*same, *changed, *read}]
-    return FolderCode(own, tuple(sorted(same)), tuple(dict.fromkeys(foreign)), tuple(dict.fromkeys(named)), tuple(idle))
+    found = (tuple(dict.fromkeys(items)) for items in (sorted(same), foreign, unasked, named, idle))
+    return FolderCode(own, *found)
 
 
 def _files(folder: Path) -> Iterator[Path]:

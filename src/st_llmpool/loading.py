@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +51,35 @@ def load_model(
     """
     name = str(model)
     options: dict[str, Any] = {"token": token, "device": device, **kwargs}
-    code = FolderCode({}, (), (), (), ())
-    if not trust_remote_code:
-        folder, revision = _code_of(name, revision, token)
-        if not any((folder / file).is_file() for file in ("modules.json", "config.json", "adapter_config.json")):
-            raise DataError(f"{name} is no saved model: it has neither modules.json nor config.json.")
-        code = find_code(folder)
-        if code.foreign:
-            raise foreign_code_error(name, code)
+    if trust_remote_code:
+        with checked_code(name, None):
+            return SentenceTransformer(name, trust_remote_code=True, revision=revision, **options)
+    folder, revision = _code_of(name, revision, token)
+    if not any((folder / file).is_file() for file in ("modules.json", "config.json", "adapter_config.json")):
+        raise DataError(f"{name} is no saved model: it has neither modules.json nor config.json.")
+    with checked_code(name, folder) as code:
         if not code.own:  # code of ours would check it
             check_seal(name, revision=revision, token=token)
-    try:
-        if trust_remote_code:
-            return SentenceTransformer(name, trust_remote_code=True, revision=revision, **options)
         return _load_with_classes(name, code.own, revision=revision, **options)
+
+
+@contextmanager
+def checked_code(name: str, folder: Path | None) -> Iterator[FolderCode]:
+    """Guards what loads a model from a folder: refuses foreign code before, and puts errors of libraries in one line.
+
+    Args:
+        name: What to call it.
+        folder: Its files; None if its code is trusted.
+
+    Raises:
+        ConfigurationError: If the folder has code that is not the installed package's, and that loading needs.
+        DataError: If loading fails.
+    """
+    code = FolderCode() if folder is None else find_code(folder)
+    if code.foreign or code.unasked:
+        raise foreign_code_error(name, code)
+    try:
+        yield code
     except Exception as error:  # of many libraries
         if code.named and "trust_remote_code" in str(error):
             raise foreign_code_error(name, code) from error

@@ -164,6 +164,8 @@ def test_code_that_is_not_ours_does_not_run_unasked(saved, tmp_path, file):
     diagnosis = examine(saved)
     assert not witness.exists()
     assert any(found.check == "code" and file in found.detail for found in diagnosis.findings)
+    assert not diagnosis.ok
+    assert (diagnosis.failed, diagnosis.examined) == (False, False)
     examine(saved, trust_remote_code=True)
     assert witness.exists()
 

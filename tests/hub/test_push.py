@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -126,21 +127,41 @@ def test_a_push_is_one_commit_of_exactly_the_folder(hub, folder):
     assert pushed.url == f"{hub.url}/alice/embedder"
 
 
-def test_a_push_removes_what_an_earlier_model_left_and_keeps_what_is_no_model(hub, folder, tiny_llm, tmp_path):
-    push(folder, "model")
-    repository = hub.repositories["alice/model"]
-    files = repository.at("main").files | {
-        name: File(b"x")
-        for name in ("LICENSE", "scripts/train.py", "scores/a.json", "pytorch_model.bin", "onnx/model.onnx")
-    }
-    repository.add("main", "by hand", files)
+def test_a_push_removes_only_what_the_manifest_of_the_earlier_push_lists(hub, folder, tiny_llm, tmp_path):
+    push(folder, "mine")
+    listed = json.loads(hub.files("alice/mine")["st_llmpool.json"])
+    listed = {*listed.get("files", ()), *listed["code" if "code" in listed else "files"]}
+    owners = {"LICENSE", "handler.py", "train.py", "app.py", "eval_results.json", "scripts/train.py", "onnx/model.onnx"}
+    repository = hub.repositories["alice/mine"]
+    repository.add("main", "by hand", repository.at("main").files | {name: File(b"x") for name in owners})
     build_embedder(tiny_llm, pooling="mean").save_pretrained(str(tmp_path / "mean"))
-    pushed = push(tmp_path / "mean", "model", native=False)
-    assert set(hub.files("alice/model")) == {
-        *contents(tmp_path / "mean"),
-        *("LICENSE", "scripts/train.py", "scores/a.json"),
-    }
-    assert {"multi_layer_pooling.py", "1_MultiLayerPooling/model.safetensors", "onnx/model.onnx"} <= set(pushed.removed)
+    told = []
+    pushed = push(tmp_path / "mean", "mine", native=False, tell=told.append)
+    assert "multi_layer_pooling.py" in pushed.removed
+    assert set(pushed.removed) == listed - set(contents(tmp_path / "mean"))
+    assert owners <= set(hub.files("alice/mine"))
+    assert [line for line in told if "onnx/model.onnx" in line and "Left in alice/mine" in line]
+
+
+@pytest.mark.parametrize("manifest", [None, b"{", b"[]", b'{"files": 3, "code": null}', b'{"code": {"../x": 1}}'])
+def test_a_repository_without_a_readable_manifest_loses_nothing(hub, folder, manifest):
+    push(folder, "mine")
+    repository = hub.repositories["alice/mine"]
+    files = {**repository.at("main").files, "old_pooling.py": File(b"x")}
+    files = {name: file for name, file in files.items() if name != "st_llmpool.json"}
+    repository.add("main", "by hand", files | ({} if manifest is None else {"st_llmpool.json": File(manifest)}))
+    assert push(folder, "mine").removed == ()
+    assert "old_pooling.py" in hub.files("alice/mine")
+
+
+def test_a_repository_is_named_after_the_run_and_never_after_its_folder_model(hub, folder, tmp_path):
+    run = tmp_path / "runs" / "my first run"
+    shutil.copytree(folder, run / "model")
+    with pytest.raises(ConfigurationError, match="says too little to name a repository"):
+        push(run / "model")
+    (run / "training.json").write_text("{}")
+    assert push(run / "model").repo_id == "alice/my-first-run"
+    assert "alice/model" not in hub.repositories
 
 
 def test_nothing_is_sent_twice(hub, folder):

@@ -15,6 +15,7 @@ from mteb.results import TaskResult
 from sentence_transformers import SentenceTransformer
 
 from ..fast_inference import optimized_inference
+from ..loading import load_model
 from ..modules.errors import ConfigurationError, nearest
 from ..utils.files import write_atomically
 from ..utils.random_state import preserve_rng_state
@@ -81,7 +82,7 @@ def evaluate(
         chosen = _choose(suite or "builtin", data_dir, benchmark, tasks, limit)
         source = None if isinstance(model, SentenceTransformer) else str(model)
         if not isinstance(model, SentenceTransformer):
-            model = SentenceTransformer(source, trust_remote_code=trust_remote_code, revision=revision)
+            model = load_model(str(source), trust_remote_code=trust_remote_code, revision=revision)
         encoder = FiniteEncoder(model, chosen, identify(model, source))
         meta, cache = encoder.mteb_model_meta, ResultCache(output_dir)
         _drop_stale(cache, meta, chosen)

@@ -21,9 +21,10 @@ from sentence_transformers import SentenceTransformer
 
 from ..attention_proof import verify_attention
 from ..fast_inference import optimized_inference
+from ..folder_code import find_code
+from ..loading import load_model
 from ..modules.eos import special_tokens_around
 from ..modules.errors import StLlmpoolError
-from ..modules.portable import saved_code
 from ..modules.seal import UNFINISHED
 from ..utils.reading import read_json, read_json_object
 from .finding import Finding, Status
@@ -47,8 +48,18 @@ class Diagnosis:
 
     @property
     def ok(self) -> bool:
-        """True if nothing failed; warnings are allowed."""
-        return all(finding.status != "failed" for finding in self.findings)
+        """True if the model was examined and nothing failed; warnings are allowed."""
+        return not self.failed and self.examined
+
+    @property
+    def failed(self) -> bool:
+        """True if anything failed."""
+        return any(finding.status == "failed" for finding in self.findings)
+
+    @property
+    def examined(self) -> bool:
+        """False if the model was not loaded, since its code is foreign and not trusted."""
+        return not any((finding.check, finding.status) == ("code", "skipped") for finding in self.findings)
 
     def to_table(self) -> Table:
         """Returns a table for the terminal."""
@@ -70,7 +81,8 @@ def examine(
 ) -> Diagnosis:
     """Examines a model: its files first, without running anything from them, then the loaded model.
 
-    Code in a folder is run only if it is the same as the installed package's, or on `trust_remote_code`.
+    No code of the folder is run without `trust_remote_code`: where it is the same as the installed package's, that is
+    run; other code leaves the model unexamined.
 
     Args:
         model: A folder, a Hub id, or a loaded model.
@@ -79,7 +91,7 @@ def examine(
         seal: Seal the folder as it is now if nothing else fails, and report what changed since its last seal.
 
     Returns:
-        The findings; ``.ok`` says whether anything failed.
+        The findings; ``.ok`` says whether all could be examined and nothing failed.
 
     Example:
         >>> from st_llmpool import build_embedder
@@ -111,11 +123,9 @@ def examine(
         return Diagnosis(str(model), tuple(findings))
     with sealing_again(folder) if seal else nullcontext() as write:
         try:
-            loaded = SentenceTransformer(str(folder), trust_remote_code=True, device=device)
-        except Exception as error:  # whatever it is, the recipient would meet it too
-            findings.append(
-                Finding("loading", "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
-            )
+            loaded = load_model(folder, trust_remote_code=trust_remote_code, device=device)
+        except StLlmpoolError as error:
+            findings.append(Finding("loading", "failed", str(error)))
         else:
             findings.extend(_examine_loaded(loaded))
             if write is None:
@@ -223,38 +233,27 @@ def _adapter_base(file: Path) -> Finding:
 
 
 def _examine_code(folder: Path, *, trusted: bool) -> Finding:
-    """Compares the folder's code with the installed package's, so that known code may run unasked."""
-    files = sorted(folder.glob("*.py"))
-    package = Path(__file__).parents[1]
-    installed = {file.name: file for folder in ("modules", "poolings") for file in (package / folder).glob("*.py")}
-    foreign = [file.name for file in files if not _same_code(file, installed.get(file.name))]
-    foreign += [f"{file.name} (auto_map)" for file in _configs(folder) if "auto_map" in _read(file)]
-    base = _read(folder / "adapter_config.json").get("base_model_name_or_path")
-    if base and not Path(base).is_dir():
-        foreign.append(f"the adapter's base {base}, which is loaded from the Hub")
-    elif base:
-        foreign += [f"{file} (auto_map)" for file in _configs(Path(base)) if "auto_map" in _read(file)]
-    if not foreign:
-        return Finding("code", "ok", f"{len(files)} files, the same as the installed st_llmpool's" if files else "none")
-    names = ", ".join(foreign)
+    """Compares the folder's code, and what names code, with the installed package's."""
+    code = find_code(folder)
+    idle = f"; nothing names {', '.join(code.idle)}, so loading does not run it" if code.idle else ""
+    if not code.to_trust:
+        same = f"{len(code.same)} files, the same as the installed st_llmpool's" if code.same else "none"
+        return Finding("code", "ok", same + idle)
+    names = "; ".join(code.to_trust)
     if trusted:
-        return Finding("code", "warning", f"runs because you trust it, not the installed st_llmpool's: {names}")
+        return Finding(
+            "code", "warning", f"may run because you trust it, not the installed st_llmpool's: {names}{idle}"
+        )
     return Finding(
-        "code", "skipped", f"not the installed st_llmpool's: {names}. Read it, then use --trust-remote-code."
+        "code",
+        "skipped",
+        f"not examined further, since this is not the installed st_llmpool's: {names}{idle}. Read it, then use "
+        f"--trust-remote-code.",
     )
-
-
-def _configs(folder: Path) -> list[Path]:
-    """Returns the files in which transformers looks for code to run."""
-    return [folder / name for name in ("config.json", "tokenizer_config.json", "processor_config.json")]
 
 
 def _read(file: Path) -> dict[str, Any]:
     return read_json_object(file) if file.is_file() else {}
-
-
-def _same_code(file: Path, installed: Path | None) -> bool:
-    return installed is not None and file.read_bytes() == saved_code(installed).encode()
 
 
 def _examine_loaded(model: SentenceTransformer) -> Iterator[Finding]:

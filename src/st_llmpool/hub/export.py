@@ -13,6 +13,8 @@ from sentence_transformers import SentenceTransformer
 
 from ..adapters import merge_adapter
 from ..card import write_card_of
+from ..folder_code import find_code
+from ..loading import foreign_code_error, load_model
 from ..modules.errors import ConfigurationError, InputError
 from ..modules.seal import write_seal
 from ..utils.files import atomic_folder, refuse_existing
@@ -26,7 +28,9 @@ _TOLERANCE = 1e-5
 _TOLERANCE_HALF = 2e-2
 
 
-def export(source: Path, target: Path, *, native: bool = False, merge: bool = False, trust_remote_code: bool) -> Path:
+def export(
+    source: Path, target: Path, *, native: bool = False, merge: bool = False, trust_remote_code: bool = False
+) -> Path:
     """Writes a copy of the model in `source` to `target`, after a fresh process gave the same vectors.
 
     Args:
@@ -36,18 +40,19 @@ def export(source: Path, target: Path, *, native: bool = False, merge: bool = Fa
             plain sentence-transformers would give other vectors: that is measured, padded on both sides and alone.
         merge: Merge the adapter into the backbone; one that was trained on a base in 4 or 8 bits into what these bits
             stand for, so that the vectors stay those that were trained.
-        trust_remote_code: Run the module code in `source`, as loading it needs.
+        trust_remote_code: Run code in `source` that is not the installed package's.
 
     Returns:
         `target`.
 
     Raises:
-        ConfigurationError: If the target exists, the design has no native form, or there is no adapter to merge.
+        ConfigurationError: If the target exists, the design has no native form, there is no adapter to merge, or there
+            is code that is neither the installed package's nor trusted.
         InputError: If the copy gives other vectors.
     """
     refuse_existing(target)
     has_adapter = (source / "adapter_config.json").is_file()
-    model = SentenceTransformer(str(source), trust_remote_code=trust_remote_code, device="cpu")
+    model = load_model(source, trust_remote_code=trust_remote_code, device="cpu")
     if merge and not has_adapter:
         raise ConfigurationError(f"{source} has no adapter, so there is nothing to merge. Leave --merge out.")
     if native:
@@ -61,6 +66,8 @@ def export(source: Path, target: Path, *, native: bool = False, merge: bool = Fa
         _write_card(model, source, folder, native=native, merged=merge)
         if native:
             _make_native(model, folder)
+        if not trust_remote_code and (code := find_code(folder)).to_trust:  # names of code that the source had
+            raise foreign_code_error(str(source), code)
         _compare(folder, expected, tolerance=tolerance, native=native)
     return target
 

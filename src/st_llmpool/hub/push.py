@@ -20,21 +20,17 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from sentence_transformers import SentenceTransformer
 
-from ..modules.errors import ConfigurationError, InputError, StLlmpoolError
+from ..modules.errors import ConfigurationError, DataError, InputError, StLlmpoolError
+from ..modules.portable import MANIFEST
 from ..utils.files import slug
+from ..utils.reading import read_json
 from .doctor import examine
 from .export import export, foreign_types, has_native_form
 
 # What a trainer leaves beside a model: of no use to a recipient, and partly pickled.
 _TRAINING_STATE = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "trainer_state.json")
-# What a loader reads, at the root and in folders, and the pictures of our cards. Of these, whatever the new model does
-# not bring is removed: it is of an earlier one. Anything else in a repository is its owner's.
-_ROOT_FILES = (
-    *("*.safetensors", "*.json", "*.py", "*.jinja", "*.model", "vocab.txt", "merges.txt"),
-    *("*.bin", "*.pt", "*.pth"),
-)
-_PICTURES = ("assets/design.png", "assets/layers.png", "assets/loss.png")
-_FOLDERS = ("[0-9]_*", "[0-9][0-9]_*", "onnx", "openvino")
+# What may be loaded in place of a new model's files.
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.onnx", "adapter_config.json")
 _CARD_PLACEHOLDER = "sentence_transformers_model_id"
 
 
@@ -54,7 +50,7 @@ class Pushed:
         private: True if only its owner can load it.
         native: True if it loads without `trust_remote_code`.
         adapter_base: Hub id of the base that a recipient downloads too; None if the model is complete.
-        removed: Files of an earlier model that are gone.
+        removed: Files that an earlier push listed in its manifest, and that this one does not have.
     """
 
     repo_id: str
@@ -96,7 +92,8 @@ def push(
 
     Args:
         model: The folder of a saved model, or a loaded one.
-        repo_id: `user/name`, or `name` below the token's user; None takes the folder's name.
+        repo_id: `user/name`, or `name` below the token's user; None takes the folder's name, or that of the run for a
+            run's folder ``model``.
         private: Create the repository as private.
         revision: Branch to push to, created from main if it is new, or `refs/pr/N`; None is main.
         create_pr: Open a pull request instead, for repositories of others too.
@@ -138,14 +135,13 @@ def push(
         if check:
             tell("Examining the model")
             _require_sound(folder, trust_remote_code, tell)
-        # What was examined runs known or trusted code only.
-        trusted = check or trust_remote_code
-        if native is None and trusted and has_native_form(folder, merge=merge):
+        trusted = trust_remote_code
+        if native is None and has_native_form(folder, merge=merge):
             tell("This design has a native form, which needs no flag: comparing its vectors in a fresh process")
             try:
                 folder = export(folder, Path(scratch) / "native", native=True, merge=merge, trust_remote_code=trusted)
                 merge = False
-            except InputError as error:
+            except (ConfigurationError, InputError) as error:
                 tell(f"It stays portable. {error}")
         if native or merge:
             tell("Exporting, and comparing vectors in a fresh process")
@@ -181,6 +177,15 @@ def _repository_name(
             f"(--create-pr)."
         )
     return name
+
+
+def _default_name(folder: Path) -> str:
+    """Returns the folder's name; every run's model is in a folder of the same name, so there it is the run's."""
+    is_run = any((folder.parent / file).is_file() for file in ("training.json", "recipe.yaml"))
+    named_after = folder.parent if folder.name == "model" and is_run else folder
+    if named_after.name == "model" or not slug(named_after.name):
+        raise ConfigurationError(f"{folder} says too little to name a repository after. Pass a name (user/name).")
+    return slug(named_after.name)
 
 
 def _refuse_public(api: HfApi, repo_id: str) -> None:
@@ -265,7 +270,10 @@ def _commit(
     brought = {addition.path_in_repo for addition in additions}
     there = [sibling.rfilename for sibling in before.siblings or []]
     native = not foreign_types(folder)
-    removed = sorted(path for path in there if path not in brought and _is_read_by_loaders(path))
+    listed = _listed_files(api, repo_id, before.sha) if MANIFEST in there else set()
+    removed = sorted(path for path in there if path not in brought and path in listed)
+    if left := sorted(path for path in {*there} - brought - listed if _matches(path, _WEIGHTS)):
+        tell(f"Left in {repo_id}, since no earlier push lists them: {', '.join(left)}. Remove what is of an old model.")
     size = sum(addition.upload_info.size for addition in additions) / 2**20
     tell(f"Uploading {len(additions)} files, {size:,.1f} MiB, to {repo_id}")
     with _explained(f"Uploading to {repo_id}"):
@@ -302,9 +310,16 @@ def _model_files(folder: Path) -> Iterator[Path]:
             yield file
 
 
-def _is_read_by_loaders(path: str) -> bool:
-    first, below, _ = path.partition("/")
-    return path in _PICTURES or _matches(first, _FOLDERS) if below else _matches(first, _ROOT_FILES)
+def _listed_files(api: HfApi, repo_id: str, commit: str | None) -> set[str]:
+    """Returns the files that the manifest of an earlier push lists; early ones list code only."""
+    with _explained(f"Reading {MANIFEST} of {repo_id}"):
+        file = api.hf_hub_download(repo_id, MANIFEST, revision=commit)
+    try:
+        manifest = read_json(file)
+    except DataError:
+        return set()
+    parts = (manifest.get(part) for part in ("files", "code")) if isinstance(manifest, dict) else ()
+    return {name for part in parts if isinstance(part, dict) for name in part} | {MANIFEST}
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -17,12 +17,12 @@ from ..adapters import merge_adapter
 from ..card import EmbedderCardData
 from ..data.training_data import DatasetSettings, load_pairs
 from ..evaluation import SuiteEvaluator
+from ..loading import checked_code, load_model
 from ..modules.attention import set_attention
 from ..modules.errors import ConfigurationError
 from ..training.held_out import held_out_evaluator
 from ..utils.files import atomic_folder, refuse_existing
 from ..utils.random_state import preserve_rng_state
-from .export import foreign_types
 
 logger = logging.getLogger(__name__)
 
@@ -188,13 +188,7 @@ def _is_embedder(folder: Path) -> bool:
 
 
 def _load_embedder(name: str, folder: Path, trust_remote_code: bool) -> _Ingredient:
-    foreign = foreign_types(folder)
-    if foreign and not trust_remote_code:
-        raise ConfigurationError(
-            f"{name} brings code of its own ({foreign[0]}). To run it pass trust_remote_code=True "
-            f"(--trust-remote-code)."
-        )
-    model = SentenceTransformer(str(folder), trust_remote_code=trust_remote_code, device="cpu")
+    model = load_model(folder, trust_remote_code=trust_remote_code, device="cpu")
     if (folder / "adapter_config.json").is_file():
         merge_adapter(model, folder)
         if hasattr(model[0], "attention"):
@@ -212,8 +206,10 @@ def _load_base(name: str, folder: Path, trust_remote_code: bool) -> _Ingredient:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     code = {"trust_remote_code": trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **code)
-    return _Ingredient(name, model, _config(model), AutoTokenizer.from_pretrained(folder, **code), _weights(model))
+    with checked_code(name, None if trust_remote_code else folder):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **code)
+    return _Ingredient(name, model, _config(model), tokenizer, _weights(model))
 
 
 def _weights(model: nn.Module) -> Weights:

@@ -11,6 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from ..designs import build_embedder
 from ..evaluation.tasks import SPLIT, LocalTask
+from ..loading import load_model
 from ..training.arguments import resolve_base
 from ..training.checks import design_arguments
 from ..training.recipe import Recipe
@@ -36,7 +37,7 @@ def examine_run(model_dir: Path, recipe: Recipe, folder: Path, tasks: Sequence[L
     wanted = [name for name in (COST, *([LAYERS] if layers else [])) if not (folder / name).is_file()]
     if not wanted:
         return
-    model = SentenceTransformer(str(model_dir), trust_remote_code=True)
+    model = load_model(model_dir, trust_remote_code=recipe.model.trust_remote_code)
     if LAYERS in wanted:
         report = examine_layers(_untrained(recipe), model, probes=suite_probes(tasks))
         _write(folder / LAYERS, report.to_dict())

@@ -20,6 +20,7 @@ from ..card import training_facts
 from ..data.texts import load_views
 from ..data.training_data import load_pairs
 from ..designs import build_embedder
+from ..loading import load_model
 from ..modules.errors import ConfigurationError
 from ..utils.files import atomic_folder
 from ..utils.random_state import preserve_rng_state
@@ -95,7 +96,7 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCa
     folder = Path(recipe.output_dir)
     check_output(recipe, folder, resume=resume)
     if (folder / "model").is_dir():
-        return _finished(folder)
+        return _finished(recipe, folder)
     prepared = _prepare(recipe)
     start = None
     if recipe.stages:
@@ -181,9 +182,9 @@ def _keep_recipe(recipe: Recipe, folder: Path) -> None:
     recipe.to_yaml(folder / "recipe.yaml")
 
 
-def _finished(folder: Path) -> TrainingResult:
+def _finished(recipe: Recipe, folder: Path) -> TrainingResult:
     logger.info("%s is finished; nothing to train.", folder)
-    model = SentenceTransformer(str(folder / "model"), trust_remote_code=True)
+    model = load_model(folder / "model", trust_remote_code=recipe.model.trust_remote_code)
     return TrainingResult(model, folder / "model", read_json_object(folder / "training.json"))
 
 
@@ -279,7 +280,7 @@ def _load_other(name: str, recipe: Recipe, arguments: SentenceTransformerTrainin
     try:
         with preserve_rng_state():
             trusted = recipe.model.trust_remote_code
-            return SentenceTransformer(name, device=str(arguments.device), trust_remote_code=trusted)
+            return load_model(name, device=str(arguments.device), trust_remote_code=trusted)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"The model {name!r} of the loss cannot be loaded: {error}") from error
 

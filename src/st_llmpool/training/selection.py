@@ -25,6 +25,7 @@ from ..data.round_robin import Shares, round_robin
 from ..data.training_data import DatasetSettings, read_rows
 from ..designs import build_embedder
 from ..fast_inference import optimize_inference
+from ..loading import load_model
 from ..modules.errors import ConfigurationError, DataError, InputError, StLlmpoolError, nearest
 from ..utils.files import atomic_file, write_atomically
 from ..utils.reading import shown
@@ -243,7 +244,7 @@ def _encoder(model: str, max_length: int, trust_remote_code: bool) -> SentenceTr
     base = builtin_backbone() if model == "builtin" else model
     try:
         if is_sentence_transformer_model(base):
-            backbone = SentenceTransformer(base, trust_remote_code=trust_remote_code)[0]
+            backbone = load_model(base, trust_remote_code=trust_remote_code)[0]
             pooling = Pooling(backbone.get_embedding_dimension(), "weightedmean")
             encoder = SentenceTransformer(modules=[backbone, pooling, Normalize()])
         else:
