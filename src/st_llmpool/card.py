@@ -152,7 +152,7 @@ def write_card(
             do its tags and widget.
         model_id: Hub id that it will have.
         license: Of the model.
-        trust_remote_code: Run the module code in `folder`, as loading it needs.
+        trust_remote_code: Run code in `folder` that is not the installed package's.
 
     Returns:
         The card.

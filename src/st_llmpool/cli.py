@@ -193,7 +193,9 @@ def evaluate(
         int | None, typer.Option(help="The most rows, queries or documents of each task of the suite.", min=1)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Batch size.", min=1)] = 32,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")
+    ] = False,
 ) -> None:
     """Evaluate MODEL with mteb: a local suite (no network), a benchmark, or single tasks."""
     from rich.console import Console
@@ -337,7 +339,9 @@ def select(
     by: Annotated[str | None, typer.Option(help="A column of POOL to count the chosen rows by, besides files.")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens of a text that count.", min=1)] = 512,
     batch_size: Annotated[int, typer.Option(help="Batch size.", min=1)] = 32,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")
+    ] = False,
 ) -> None:
     """Select the K rows of POOL that are most similar to the rows of SET."""
     from rich.console import Console
@@ -366,7 +370,7 @@ def select(
 @app.command(rich_help_panel=_SHARE)
 def doctor(
     model: Annotated[str, typer.Argument(help="Folder or Hub id.", metavar="MODEL")],
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")] = False,
     seal: Annotated[bool, typer.Option("--seal", help="Accept the folder's files as they are now.")] = False,
 ) -> None:
     """Check MODEL: seal, measured attention, EOS, padding, weights. Exit code 1 if a check fails.
@@ -388,7 +392,9 @@ def layers(
     texts: Annotated[Path | None, typer.Option(help="A text file, one text a line; a few are built in.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A PNG to draw.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for every figure.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")
+    ] = False,
 ) -> None:
     """Show what each layer of MODEL gives on its own, how similar the layers are, and which the pooling reads."""
     import json
@@ -416,7 +422,9 @@ def card(
     run: Annotated[Path | None, typer.Option(help="The run's folder; by default the one above DIR.")] = None,
     model_id: Annotated[str | None, typer.Option(help="The Hub id that it will have.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence of the model, such as apache-2.0.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")
+    ] = False,
 ) -> None:
     """Regenerate the model card of DIR: design, attention, cost, layer use, training, results."""
     from rich.console import Console
@@ -446,7 +454,9 @@ def export(
         ),
     ] = False,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the backbone.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")
+    ] = False,
 ) -> None:
     """Copy DIR to OUT, merged or native, once a fresh process has given the same vectors."""
     from rich.console import Console
@@ -473,7 +483,9 @@ def push(
     ] = None,
     no_check: Annotated[bool, typer.Option("--no-check", help="Push even if the doctor's checks fail.")] = False,
     message: Annotated[str | None, typer.Option(help="Title of the commit or pull request.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")
+    ] = False,
 ) -> None:
     """Check DIR and upload it to the Hub in one commit, with the token of `hf auth login` or HF_TOKEN."""
     from rich.console import Console
@@ -508,7 +520,9 @@ def soup(
         typer.Option(help="Keep only models that help: on a file of validation pairs, or on a suite (name or YAML)."),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder that holds the suite's data sets.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the models' own code.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with them.")
+    ] = False,
 ) -> None:
     """Average the weights of MODELs trained from one base: all of them, or greedily those that help."""
     from rich.console import Console
@@ -552,7 +566,9 @@ def submission(
     citation: Annotated[Path | None, typer.Option(help="BibTeX file.", exists=True, dir_okay=False)] = None,
     contact: Annotated[list[str] | None, typer.Option(help="GitHub name to ask; may be repeated.")] = None,
     release_date: Annotated[str | None, typer.Option(help="YYYY-MM-DD; today by default.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")
+    ] = False,
 ) -> None:
     """Write what the MTEB leaderboard asks for: results, model description, mock run, instructions."""
     from rich.console import Console

@@ -58,7 +58,7 @@ def evaluate(
         limit: The most rows, queries or documents of each task of the suite.
         batch_size: Texts at a time.
         show_progress: Show mteb's progress bars.
-        trust_remote_code: Run module code from the model's folder or repository, as models of st_llmpool need.
+        trust_remote_code: Run code of the model that is not the installed package's.
         revision: Branch, tag or commit of a Hub model.
 
     Raises:

@@ -111,16 +111,10 @@ def examine(
         if not Path(model).is_dir():
             return Diagnosis(str(model), (Finding("seal", "failed", f"{model} is no folder here: download it first."),))
         findings = [finding for finding in findings if finding.check not in SEAL_CHECKS]
-    if any(finding.status == "failed" for finding in findings):
-        return Diagnosis(str(model), tuple(findings))
-    try:
-        code = _examine_code(folder, trusted=trust_remote_code)
-    except StLlmpoolError as error:
-        code = Finding("files", "failed", f"{error} Save or download the model again.")
-        return Diagnosis(str(model), (*findings, code))
-    findings.append(code)
-    if code.status == "skipped":
-        return Diagnosis(str(model), tuple(findings))
+    findings.append(_examine_code(folder, trusted=trust_remote_code))
+    found = Diagnosis(str(model), tuple(findings))
+    if found.failed or not found.examined:
+        return found
     with sealing_again(folder) if seal else nullcontext() as write:
         try:
             loaded = load_model(folder, trust_remote_code=trust_remote_code, device=device)

@@ -86,7 +86,7 @@ def soup(
         suite: A suite of local tasks for a greedy soup, by the mean of its scores.
         data_dir: Folder of the suite's data.
         batch_size: Texts to a batch in scoring.
-        trust_remote_code: Run the models' own code, as loading portable models needs.
+        trust_remote_code: Run code of the models that is not the installed package's.
 
     Raises:
         ConfigurationError: If `out` exists, there are fewer than two models, or they differ in kind, design, tokenizer

@@ -32,6 +32,7 @@ from sentence_transformers.util import load_file_path
 
 from ..evaluation.run import find_benchmark
 from ..evaluation.tasks import MTEB_TASKS
+from ..loading import load_model
 from ..modules.errors import ConfigurationError, DataError, InputError, nearest
 from ..modules.portable import fingerprint
 from ..utils.files import atomic_folder, refuse_existing
@@ -117,7 +118,7 @@ def submission(
             were made from a folder count if weights, tokenizer and prompts are the same.
         benchmark: The benchmark that the results should cover.
         authorship: What only the authors know.
-        trust_remote_code: Run the model's own code, as portable models need.
+        trust_remote_code: Run code of the model that is not the installed package's.
         device: Where to load the model.
         tell: Called with a line at every step.
 
@@ -130,7 +131,7 @@ def submission(
         InputError: If mteb's mock run fails.
 
     Example:
-        >>> submission("me/my-embedder", "submission", results="results", trust_remote_code=True)  # doctest: +SKIP
+        >>> submission("me/my-embedder", "submission", results="results")  # doctest: +SKIP
         PosixPath('submission')
     """
     out = Path(out)
@@ -141,10 +142,12 @@ def submission(
         name, revision = _published(str(model), name, revision)
         tell(f"Loading {model}")
         encoder = SentenceTransformerEncoderWrapper(
-            str(model),
-            revision=None if Path(model).is_dir() else revision,
-            device=device,
-            trust_remote_code=trust_remote_code,
+            load_model(
+                model,
+                revision=None if Path(model).is_dir() else revision,
+                device=device,
+                trust_remote_code=trust_remote_code,
+            )
         )
         meta = model_meta(encoder.model, name, revision, authorship, card=_card(str(model), revision))
         found = _find_results(ResultCache(results), meta, fingerprint(encoder.model), tell)

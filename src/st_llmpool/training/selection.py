@@ -111,7 +111,7 @@ def select_rows(
         by: A column of the pool to count the chosen rows by, besides their files.
         max_length: Tokens of a text that count, at most as many as the model takes.
         batch_size: Texts to a batch.
-        trust_remote_code: Allow the model to run code of its own.
+        trust_remote_code: Run code of the model that is not the installed package's.
         console: For the progress bar; None is standard error.
 
     Raises:
