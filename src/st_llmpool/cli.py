@@ -370,7 +370,9 @@ def select(
 @app.command(rich_help_panel=_SHARE)
 def doctor(
     model: Annotated[str, typer.Argument(help="Folder or Hub id.", metavar="MODEL")],
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")
+    ] = False,
     seal: Annotated[bool, typer.Option("--seal", help="Accept the folder's files as they are now.")] = False,
 ) -> None:
     """Check MODEL: seal, measured attention, EOS, padding, weights. Exit code 1 if a check fails.

@@ -21,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from sentence_transformers import SentenceTransformer
 
 from ..modules.errors import ConfigurationError, DataError, InputError, StLlmpoolError
-from ..modules.portable import MANIFEST
+from ..modules.seal import MANIFEST
 from ..utils.files import slug
 from ..utils.reading import read_json
 from .doctor import examine
@@ -135,18 +135,19 @@ def push(
         if check:
             tell("Examining the model")
             _require_sound(folder, trust_remote_code, tell)
-        trusted = trust_remote_code
         if native is None and has_native_form(folder, merge=merge):
             tell("This design has a native form, which needs no flag: comparing its vectors in a fresh process")
             try:
-                folder = export(folder, Path(scratch) / "native", native=True, merge=merge, trust_remote_code=trusted)
+                folder = export(
+                    folder, Path(scratch) / "native", native=True, merge=merge, trust_remote_code=trust_remote_code
+                )
                 merge = False
             except (ConfigurationError, InputError) as error:
                 tell(f"It stays portable. {error}")
         if native or merge:
             tell("Exporting, and comparing vectors in a fresh process")
             folder = export(
-                folder, Path(scratch) / "export", native=bool(native), merge=merge, trust_remote_code=trusted
+                folder, Path(scratch) / "export", native=bool(native), merge=merge, trust_remote_code=trust_remote_code
             )
         return _commit(api, folder, repo_id, private, revision, create_pr, commit_message, tell)
 
