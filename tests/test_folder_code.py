@@ -125,6 +125,12 @@ def test_what_names_no_code_is_left_alone(tmp_path):
     assert find_code(tmp_path).to_trust == ()
 
 
+def test_the_seal_of_an_adapter_names_no_code(tiny_llm, tmp_path):
+    build_embedder(tiny_llm, peft_config="paper", verify=False).save_pretrained(str(tmp_path))
+    assert "megatron_config" in (tmp_path / "st_llmpool.json").read_text()
+    assert find_code(tmp_path).to_trust == ()
+
+
 def test_python_files_that_nothing_names_are_listed_as_idle(folder):
     rewrite(folder / "handler.py", "print()")
     rewrite(folder / "scripts" / "errors.py", "print()")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,7 @@ from sentence_transformers.base.model_card import generate_model_card
 
 from .attention_proof import verify_attention
 from .data.texts import TextSettings
-from .data.training_data import DatasetSettings
+from .data.training_data import FORMATS, DatasetSettings
 from .layer_use import SAMPLE_TEXTS, layer_use
 from .loading import load_model
 from .modules.errors import ConfigurationError, DataError, StLlmpoolError, __version__
@@ -47,6 +48,7 @@ class EmbedderCardData(IdentifiedCardData):
         data: Training sets, each with ``name``, ``rows`` (None if not counted) and ``license``.
         results: Scores, each with ``task``, ``type``, ``metric``, ``score`` and, if a study gave one, ``interval``.
         native: Write how to load a native export rather than a portable model.
+        training_examples: Show rows of the training data, verbatim, as sentence-transformers does by default.
 
     Example:
         >>> from st_llmpool import build_embedder
@@ -61,7 +63,13 @@ class EmbedderCardData(IdentifiedCardData):
     data: list[dict[str, Any]] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
     native: bool = False
+    training_examples: bool = False
     template_path: Path = field(default=TEMPLATE, init=False, repr=False)
+
+    def set_widget_examples(self, dataset: Any) -> None:
+        """Keeps rows of the training data for the card if they are asked for: they may be private."""
+        if self.training_examples:
+            super().set_widget_examples(dataset)
 
     def generate_usage_snippet(self) -> str:
         """Returns sentence-transformers' own snippet, with the flag that a portable model needs."""
@@ -94,7 +102,7 @@ class EmbedderCardData(IdentifiedCardData):
         """Names the base if its name is a Hub id: sentence-transformers itself asks the Hub, or leaves it out."""
         adapter = _adapter(model)
         name = adapter.base_model_name_or_path if adapter else model[0].config._name_or_path
-        if not getattr(self, "base_model", None) and name and _REPOSITORY.fullmatch(name) and not Path(name).exists():
+        if not getattr(self, "base_model", None) and name and _REPOSITORY.fullmatch(without_folders(name)):
             self.base_model = name
 
     def _draw(self, model: Any, use: Any) -> list[str]:
@@ -270,7 +278,7 @@ def _facts_of(run: Path, facts: dict[str, Any], recipe: dict[str, Any]) -> dict[
         "training": facts,
         "recipe": yaml.safe_dump(_without_places(recipe), sort_keys=False) if recipe else None,
         "data": [*_stage_sets(run, recipe), *own],
-        "base_title": "the built-in backbone of st_llmpool" if base == "builtin" else base,
+        "base_title": "the built-in backbone of st_llmpool" if base == "builtin" else base and without_folders(base),
     }
 
 
@@ -284,10 +292,29 @@ def _stage_sets(run: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
         pairs = [DatasetSettings(**item) for item in stage.get("data") or ()]
         sets: list[TextSettings | DatasetSettings] = [*texts, *pairs]
         found += [
-            {"name": f"{item.label} ({stage['kind']})", "rows": rows.get(item.label), "license": item.license}
+            {
+                "name": f"{item.label} ({stage['kind']})",
+                "rows": rows.get(item.label),
+                "license": item.license,
+            }
             for item in sets
         ]
     return found
+
+
+def without_folders(value: str) -> str:
+    """Returns the last part of a local path, and any other text, such as a Hub id, as it is.
+
+    Example:
+        >>> without_folders("/home/me/secret/pairs.jsonl"), without_folders("org/name")
+        ('pairs.jsonl', 'org/name')
+    """
+    if "/" not in value or "\n" in value:
+        return value
+    path = Path(value)
+    is_long = value.count("/") > 1 and not re.search(r"\s", value)
+    is_local = path.is_absolute() or value.startswith((".", "~")) or path.suffix in FORMATS or os.path.exists(path)
+    return path.name if is_long or is_local else value
 
 
 def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -298,8 +325,7 @@ def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
             return {key: shorten(item) for key, item in value.items() if key not in ("output_dir", "data_dir")}
         if isinstance(value, list):
             return [shorten(item) for item in value]
-        is_place = isinstance(value, str) and "\n" not in value and Path(value).is_absolute()
-        return "/".join(Path(value).parts[-2:]) if is_place else value
+        return without_folders(value) if isinstance(value, str) else value
 
     return cast("dict[str, Any]", shorten(recipe))
 
@@ -327,7 +353,7 @@ def _design(model: Any, base_title: str | None, *, native: bool) -> dict[str, An
     settings = pooling.get_config_dict() if hasattr(pooling, "get_config_dict") else {}
     layers = f"{_ranges(backbone.layers)} of {backbone.num_layers}" if backbone.layers else "the last one"
     source = adapter.base_model_name_or_path if adapter else backbone.config._name_or_path
-    base = base_title or (source if _REPOSITORY.fullmatch(source) else Path(source).name) or "an unnamed base"
+    base = base_title or without_folders(source) or "an unnamed base"
     rows = [
         ("base", f"{base} ({type(backbone.model).__name__})"),
         ("attention", backbone.attention),
@@ -395,7 +421,8 @@ def _loading(model: Any, adapter: Any, *, native: bool) -> str:
     )
     if adapter:
         text += (
-            f" This is an adapter: `{adapter.base_model_name_or_path}` is loaded beside it, and peft must be installed."
+            f" This is an adapter: `{without_folders(adapter.base_model_name_or_path)}` is loaded beside it, and peft "
+            f"must be installed."
         )
     return text
 

@@ -88,6 +88,7 @@ def find_code(folder: Path, *, follow_base: bool = True) -> FolderCode:
     changed = {name: _difference(file, name) for name, file in code.items() if name not in same and _installed(name)}
     own, foreign, unasked, named, read = {}, list(changed.values()), [], [], set()
     for name, file in files.items():
+        # The seal's keys are those of the files that it hashes; nothing looks up code there.
         for keys, value in _leaves(file) if name.endswith(".json") and name != MANIFEST else ():
             said = f"{name}: {keys[-1]} {reprlib.repr(value)}"
             if _CLASS_KEYS & {*keys} and _DOTTED.fullmatch(value) and not value.startswith(_LIBRARIES):

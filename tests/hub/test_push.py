@@ -19,6 +19,7 @@ from st_llmpool import build_embedder
 from st_llmpool.cli import app
 from st_llmpool.hub.push import PushError, push
 from st_llmpool.modules.errors import ConfigurationError, InputError
+from st_llmpool.training import Recipe, train
 from tests.hub.hub_server import File, HubServer
 from tests.hub.test_doctor import unseal
 
@@ -345,3 +346,43 @@ def test_a_trainer_that_pushes_leaves_a_model_that_loads(hub, elsewhere, tiny_ll
     """)
     np.testing.assert_allclose(vectors, model.eval().encode(TEXTS), atol=1e-6)
     assert "design.png" in pictures  # the card's pictures come along from the Hub too
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_no_row_of_the_training_data_and_no_folder_is_saved_or_pushed(hub, tiny_llm, tmp_path, tune):
+    secret = tmp_path / "secret-project"
+    shutil.copytree(tiny_llm, secret / "base")
+    rows = [{"query": f"xylophone question {row}", "positive": f"xylophone answer {row}"} for row in range(8)]
+    (secret / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    values = {
+        "output_dir": str(secret / "run"),
+        "model": {"base": str(secret / "base"), "max_seq_length": 16, "tune": tune},
+        "data": [{"source": str(secret / "pairs.jsonl")}],
+        "evaluation": {"data": [{"source": str(secret / "pairs.jsonl"), "limit": 4}], "steps": 1},
+        "training": {"steps": 1, "batch_size": 4, "warmup_steps": 0},
+    }
+    train(Recipe.from_dict(values))
+    saved = contents(secret / "run" / "model")
+    if tune == "lora":  # a saved adapter cannot load without its base's place; a push refuses that
+        assert b"secret-project" in saved.pop("adapter_config.json")
+    push(secret / "run" / "model", "mine", merge=tune == "lora")
+    assert {"README.md", "config_sentence_transformers.json"} < set(hub.files("alice/mine"))
+    for where, files in {"saved": saved, "pushed": hub.files("alice/mine")}.items():
+        told = [
+            name for name, content in files.items() for word in (b"xylophone", b"secret-project") if word in content
+        ]
+        assert told == [], where
+
+
+def test_rows_of_the_training_data_are_shown_on_request(tiny_llm, tmp_path):
+    rows = [{"query": f"xylophone question {row}", "positive": f"xylophone answer {row}"} for row in range(8)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    values = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"base": tiny_llm, "max_seq_length": 16, "tune": "pooling"},
+        "data": [{"source": str(tmp_path / "train.jsonl")}],
+        "training": {"steps": 1, "batch_size": 4, "warmup_steps": 0},
+        "card_examples": True,
+    }
+    train(Recipe.from_dict(values))
+    assert "xylophone" in (tmp_path / "run" / "model" / "README.md").read_text()

@@ -158,7 +158,7 @@ def _repository_name(
     """Returns `user/name`, and so finds a missing token or a foreign name before anything is computed."""
     if repo_id is None and isinstance(model, SentenceTransformer):
         raise ConfigurationError("A model in memory has no folder to be named after. Pass repo_id='user/name'.")
-    name = repo_id or slug(Path(str(model)).resolve().name)
+    name = repo_id or _default_name(Path(str(model)).resolve())
     if not (api.token or get_token()):
         raise ConfigurationError(
             "No Hub token found. Log in with `hf auth login`, or set HF_TOKEN to one that may write "

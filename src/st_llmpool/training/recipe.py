@@ -417,6 +417,7 @@ class Recipe:
         evaluation: Evaluation while training.
         stages: What runs before it, in this order; each leaves its model in ``stages/<number>-<kind>/model``.
         seed: Of the weights' initial values, the data's order and dropout.
+        card_examples: Show a few rows of the training data, verbatim, in the model card.
         preset: A name in ``PRESETS``, whose values stand where the recipe says nothing else.
 
     Raises:
@@ -435,6 +436,7 @@ class Recipe:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     stages: list[StageSettings] = field(default_factory=list)
     seed: int = 0
+    card_examples: bool = False
     preset: str | None = None
 
     def __post_init__(self) -> None:

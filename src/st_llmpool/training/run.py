@@ -164,6 +164,7 @@ def _train(
     arguments.learning_rate_mapping = _learning_rates(model, recipe)
     if recipe.loss.teacher is not None:
         datasets = _with_teacher_scores(recipe.loss.teacher, datasets, recipe, arguments)
+    vars(model.model_card_data)["training_examples"] = recipe.card_examples  # before the trainer picks them
     trainer = _trainer(recipe, model, arguments, datasets, prepared.evaluator, callbacks)
     model.truncate_dim = recipe.model.truncate_dim  # after the loss was built, which trains all dimensions
     if arguments.process_index == 0:
