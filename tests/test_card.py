@@ -85,7 +85,7 @@ def test_the_card_says_what_was_given_and_measured(text):
         "| LocalSts | STS | cosine_spearman | 0.5000 | 0.4 to 0.6 |",
         "42 % of the plain readout",
         "seed: 7",
-        "source: sets/pairs.csv",
+        "source: pairs.csv",
         "2409.02727",
     ):
         assert part in text
