@@ -10,8 +10,10 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
+from st_llmpool import build_embedder
 from st_llmpool.modules.errors import ConfigurationError
 from st_llmpool.study import compare, worker
+from st_llmpool.study.insight import examine_run
 from st_llmpool.study.records import RunRecord, finished, read_scores, take_over, write_record
 from st_llmpool.study.results import Results
 from st_llmpool.study.runner import StudyError, StudyRunner, environment_of_run
@@ -146,3 +148,19 @@ def test_a_run_has_a_gpu_and_threads_of_its_own_and_no_process_group(monkeypatch
     assert environment["CUDA_VISIBLE_DEVICES"] == "4"  # the fourth of all runs at a time, on three devices
     assert environment["OMP_NUM_THREADS"] == "3"
     assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"} & set(environment)
+
+
+def test_a_planted_model_in_a_studys_folder_is_not_run(tiny_study, study_data, tmp_path):
+    run = tiny_study.runs()[1]
+    training = tmp_path / "work" / run.id / "training"
+    recipe = run.to_recipe(study_data, training)
+    build_embedder(recipe.model.base, verify=False).save_pretrained(str(training / "model"))
+    with (training / "model" / "errors.py").open("a") as code:
+        code.write(f"\nimport pathlib\npathlib.Path({str(tmp_path / 'it_ran')!r}).touch()\n")
+    recipe.to_yaml(training / "recipe.yaml")
+    (training / "training.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match=r"errors\.py .*trust_remote_code"):
+        carry_out(tiny_study, run, out=tmp_path / "out", work=tmp_path / "work", data_dir=study_data)
+    with pytest.raises(ConfigurationError, match=r"errors\.py .*trust_remote_code"):
+        examine_run(training / "model", recipe, tmp_path / "out", [], layers=False)
+    assert not (tmp_path / "it_ran").exists()
