@@ -27,6 +27,7 @@ from transformers import AutoModel, BertConfig, BitsAndBytesConfig, GPT2Config, 
 from st_llmpool.attention_proof import attention_of
 from st_llmpool.modules.errors import AttentionError, ConfigurationError, InputError, StLlmpoolError
 from st_llmpool.modules.llm_transformer import LLMTransformer, resolve_layers
+from st_llmpool.modules.seal import write_seal
 from tests.conftest import tiny_tokenizer
 
 WORDS = "the quick brown fox jumps over the lazy dog"
@@ -135,10 +136,12 @@ def _widen(weights: dict[str, Tensor]) -> None:
 def test_an_adapter_that_does_not_fit_is_refused_by_the_name_of_a_weight(tiny_llm, tmp_path, damage):
     backbone = LLMTransformer(tiny_llm)
     backbone.model.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
-    embedder(backbone).save_pretrained(str(tmp_path))
+    model = embedder(backbone)
+    model.save_pretrained(str(tmp_path))
     weights = load_file(tmp_path / "adapter_model.safetensors")
     damage(weights)
     save_file(weights, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_seal(tmp_path, model)
     with pytest.raises(ValueError, match=r"does not fit its LlamaModel in \d weights? \(layers.*lora_A"):
         SentenceTransformer(str(tmp_path), trust_remote_code=True)
 
