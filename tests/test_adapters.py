@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModel, LlamaConfig, LlamaModel
+from transformers import AutoModel, BitsAndBytesConfig, LlamaConfig, LlamaModel
 
 from st_llmpool import build_embedder
 from st_llmpool.adapters import load_again, merge_adapter
 from st_llmpool.modules.errors import ConfigurationError
+from st_llmpool.training.checkpoints import load_trained_weights
 
 LOFTQ = {"r": 8, "lora_alpha": 32, "init_lora_weights": "loftq"}
 TEXTS = ["fox", "the quick brown fox jumps over the lazy dog"]
@@ -104,3 +106,101 @@ def test_a_base_is_loaded_again_from_the_commit_that_it_was_loaded_from(llm, mon
     monkeypatch.setattr(LlamaModel, "from_pretrained", lambda base, **given: asked.update(base=base, **given))
     load_again(model.transformers_model, "org/base", dtype="auto")
     assert asked == {"base": "org/base", "revision": "c0ffee", "dtype": "auto"}
+
+
+BASES = {
+    "whole": {},
+    "tied": {},
+    "nf4": {"quantization_config": "nf4"},
+    "int8": {"quantization_config": "int8"},
+    "published in 4 bits": {},
+    "published in 8 bits": {},
+}
+ADAPTERS = {
+    "all-linear": {},
+    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "token indices": {"trainable_token_indices": [5, 6]},
+    "embeddings in full": {"modules_to_save": ["embed_tokens"]},
+    "norm in full": {"modules_to_save": ["norm"]},
+    "dora": {"use_dora": True},
+    "dora of embeddings": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 32}},
+    "biases": {"lora_bias": True},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(llm, tmp_path_factory) -> dict[str, str]:
+    from tests.conftest import save_tiny_llm, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("bases")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
+    found = dict.fromkeys(BASES, llm)
+    found["tied"] = save_tiny_llm(folder / "tied", LlamaConfig(**sizes, tie_word_embeddings=True))
+    for bits in (4, 8):
+        name = f"published in {bits} bits"
+        config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+        found[name] = str(folder / name)
+        AutoModel.from_pretrained(llm, quantization_config=config).save_pretrained(found[name])
+        tiny_tokenizer(eos_token="<eos>", pad_token="<pad>").save_pretrained(found[name])
+    return found
+
+
+def trained(model: SentenceTransformer) -> SentenceTransformer:
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(weights, lr=1.0)
+    model.train()
+    for _ in range(2):  # LoRA's B starts at zero: in the first step A has no gradient
+        embeddings = model(model.preprocess(TEXTS))["sentence_embedding"]
+        optimizer.zero_grad()
+        (embeddings[0] @ embeddings[1] + embeddings.sum()).backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_whatever_trains_is_saved_and_reloads_and_resumes(bases, base, adapter, tmp_path):
+    options: dict[str, Any] = {"pooling": "mean", "peft_config": {"r": 4, **ADAPTERS[adapter]}, "verify": False}
+    options |= BASES[base]
+    if "8" in base and "dora" in adapter:
+        with pytest.raises(ConfigurationError, match=r"'use_dora': True.* does not work on this LlamaModel: "):
+            build_embedder(bases[base], **options)
+        return
+    model = build_embedder(bases[base], **options)
+    before = model.encode(TEXTS)
+    after = trained(model).encode(TEXTS)
+    assert np.abs(after - before).max() > 1e-4
+    model.save_pretrained(str(tmp_path), create_model_card=False)
+    reloaded = SentenceTransformer(str(tmp_path), trust_remote_code=True)
+    np.testing.assert_allclose(reloaded.encode(TEXTS), after, atol=1e-6)
+    resumed = build_embedder(bases[base], **options)
+    load_trained_weights(resumed, tmp_path)
+    np.testing.assert_allclose(resumed.encode(TEXTS), after, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["embed_tokens"], "trainable_token_indices": [5]}, "trainable_token_indices.*cannot be"),
+        ({"modules_to_save": ["q_proj"], "target_modules": ["v_proj"]}, "'q_proj'.*floating point"),
+        ({"target_modules": ["nowhere"]}, "'nowhere'.*all-linear"),
+    ],
+)
+def test_what_cannot_train_is_refused_at_once_with_the_true_cause(llm, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        build_embedder(llm, pooling="mean", quantization_config="nf4", peft_config=options, verify=False)
+
+
+def test_a_peft_that_is_too_old_for_transformers_is_named_as_the_cause(llm, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "99.0")
+    with pytest.raises(ConfigurationError, match=r"No adapter works with this peft \d.*99\.0.*older transformers"):
+        build_embedder(llm, pooling="mean", peft_config="paper", verify=False)
+
+
+def test_an_adapters_config_has_its_names_in_order(llm, tmp_path):
+    names = ["v_proj", "down_proj", "q_proj", "up_proj"]
+    model = build_embedder(llm, pooling="mean", peft_config={"target_modules": names}, verify=False)
+    model.save_pretrained(str(tmp_path), create_model_card=False)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == sorted(names)

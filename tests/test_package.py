@@ -31,7 +31,9 @@ HEAVY = {"torch", "transformers", "sentence_transformers", "numpy", "mteb", "dat
 STOREYS = [
     {"modules"},
     {"poolings", "attention_proof", "fast_inference"},
-    {"losses", "data", "parameters", "utils", "adapters"},
+    {"losses", "data", "parameters", "utils", "adapters", "folder_code"},
+    {"loading"},
+    {"saved_embedder"},
     {"layer_use", "pictures", "card"},
     {"designs"},
     {"training", "evaluation"},

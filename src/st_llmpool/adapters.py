@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import batch_to_device
 from torch import nn
 
 from .modules.attention import set_attention
@@ -22,6 +25,11 @@ if TYPE_CHECKING:
 #: Starts that peft pays for by other weights in the base, which no adapter is saved with.
 _CHANGES_THE_BASE = ("loftq", "pissa", "olora", "corda", "lora_ga")
 
+#: Fields of a peft config that an error shows.
+_SHOWN = ("target_modules", "modules_to_save", "trainable_token_indices", "use_dora")
+#: Fields of a peft config that say how it was saved, not what it does.
+_ABOUT_A_SAVE = {"base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type", "auto_mapping"}
+
 
 def lora_config(peft_config: PeftConfig | Mapping[str, Any] | str) -> PeftConfig:
     """Returns the peft config that a user's short form stands for.
@@ -30,7 +38,8 @@ def lora_config(peft_config: PeftConfig | Mapping[str, Any] | str) -> PeftConfig
         peft_config: A ``peft`` config (returned as it is), the fields of a ``LoraConfig`` as a dict, or ``"paper"``.
 
     Raises:
-        ConfigurationError: If the name or a field is unknown, or a value is none that peft takes.
+        ConfigurationError: If the name or a field is unknown, or a value is none that peft takes; or if the installed
+            peft is too old for transformers.
 
     Example:
         >>> lora_config("paper").r
@@ -38,6 +47,7 @@ def lora_config(peft_config: PeftConfig | Mapping[str, Any] | str) -> PeftConfig
     """
     from peft import LoftQConfig, LoraConfig
 
+    check_peft()
     if isinstance(peft_config, str):
         if peft_config != "paper":
             raise ConfigurationError(
@@ -55,6 +65,25 @@ def lora_config(peft_config: PeftConfig | Mapping[str, Any] | str) -> PeftConfig
         raise ConfigurationError(f"peft_config={dict(peft_config)} is not a LoraConfig: {error}.") from error
 
 
+def check_peft() -> None:
+    """Checks that the installed peft is one that the installed transformers accepts.
+
+    Raises:
+        ConfigurationError: If it is older.
+    """
+    from transformers.integrations import peft as integration
+    from transformers.utils import check_peft_version
+
+    try:
+        check_peft_version(min_version=integration.MIN_PEFT_VERSION)
+    except (ImportError, ValueError) as error:
+        raise ConfigurationError(
+            f"No adapter works with this peft {metadata.version('peft')} and transformers "
+            f"{metadata.version('transformers')}: {error} If there is no newer peft, install an older transformers; "
+            f"pip install 'st-llmpool[train]' chooses a tested one."
+        ) from error
+
+
 def add_adapter(model: SentenceTransformer, peft_config: PeftConfig | Mapping[str, Any] | str) -> None:
     """Adds a trainable PEFT adapter to the backbone; the pooling stays fully trainable.
 
@@ -64,24 +93,84 @@ def add_adapter(model: SentenceTransformer, peft_config: PeftConfig | Mapping[st
             ``init_lora_weights="loftq"`` the adapter starts at what the backbone's 4 bits have lost.
 
     Raises:
-        ConfigurationError: If the config is unknown, its targets match no layer of the backbone, or its start does not
-            fit the backbone.
+        ConfigurationError: If the config is unknown, or cannot train or be saved on this backbone.
     """
     wanted = lora_config(peft_config)
     check_start(wanted, in_4_bits=is_in_4_bits(model.transformers_model))
     config = without_loftq(wanted)
+    asked = reprlib.repr({key: value for key, value in config.to_dict().items() if value and key in _SHOWN})
     try:
         model.add_adapter(config)
-    except ValueError as error:
-        raise ConfigurationError(
-            f"peft_config with target_modules={getattr(config, 'target_modules', None)} does not fit "
-            f"{type(model.transformers_model).__name__}: {error}. Use target_modules='all-linear', or names from "
-            f"model.transformers_model.named_modules()."
-        ) from error
+        # New submodules may carry an is_causal of their own.
+        set_attention(model, model[0].attention)
+        if getattr(model.transformers_model, "is_quantized", False):
+            _try_training_forward(model)
+    except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
+        raise misfit(f"peft_config {asked}", type(model.transformers_model).__name__, error) from error
     if config is not wanted:
         start_at_what_is_lost(model.transformers_model)
-    # New submodules may carry an is_causal of their own.
-    set_attention(model, model[0].attention)
+
+
+def _try_training_forward(model: SentenceTransformer) -> None:
+    """Runs one text twice as in training: DoRA on 8-bit layers, for one, fails in the second forward."""
+    was_training = model.training
+    with torch.random.fork_rng():
+        model.train()
+        for _ in range(2):
+            model(batch_to_device(model.preprocess(["a text"]), model.device))
+    model.train(was_training)
+
+
+def misfit(asked: str, architecture: str, error: Exception) -> ConfigurationError:
+    """Returns the error for an adapter that cannot be put on a model, with the library's own words.
+
+    Args:
+        asked: What was asked for, such as ``"peft_config {'use_dora': True}"``.
+        architecture: The backbone's class.
+        error: What the library raised.
+    """
+    words = " ".join(str(error).split()).rstrip(".")
+    hint = (
+        " Use target_modules='all-linear', or names of its linear layers." if "target module" in words.lower() else ""
+    )
+    return ConfigurationError(f"{asked} does not work on this {architecture}: {words}.{hint}")
+
+
+def has_adapter(model: SentenceTransformer) -> bool:
+    """Whether the backbone carries a PEFT adapter."""
+    return bool(getattr(model.transformers_model, "_hf_peft_config_loaded", False))
+
+
+def continue_adapter(model: SentenceTransformer, peft_config: PeftConfig | Mapping[str, Any] | str | None) -> None:
+    """Makes a loaded adapter train on.
+
+    Args:
+        model: Its backbone carries the adapter; changed in place.
+        peft_config: What was asked for; None asks for nothing.
+
+    Raises:
+        ConfigurationError: If it asks for another adapter.
+    """
+    backbone: Any = model.transformers_model
+    name = backbone.active_adapters()[0]
+    if peft_config is not None:
+        saved, wanted = backbone.peft_config[name].to_dict(), lora_config(peft_config).to_dict()
+        wanted = {key: value for key, value in wanted.items() if key not in _ABOUT_A_SAVE}
+        if wanted.get("target_modules") == "all-linear":
+            del wanted["target_modules"]  # peft replaces it by the names that it found
+        different = [key for key in wanted if _plain(wanted[key]) != _plain(saved.get(key))]
+        if different:
+            found = ", ".join(f"{key}={saved.get(key)!r}" for key in different)
+            asked = ", ".join(f"{key}={wanted[key]!r}" for key in different)
+            raise ConfigurationError(
+                f"The saved embedder carries an adapter with {found}, and {asked} is asked for. Ask for the same to "
+                f"train it on, leave peft_config out in Python, or merge it first with st-llmpool export --merge."
+            )
+    backbone.set_adapter(name)  # loaded adapters are frozen
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, list, tuple)) else value or None
 
 
 def check_start(peft_config: Any, *, in_4_bits: bool) -> None:

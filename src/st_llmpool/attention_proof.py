@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .modules.attention import (
     ATTENTION_MODES,
     decoder_layers,
     find_backbone,
-    is_encoder,
+    is_encoder_config,
     measured_attention,
     random_ids,
     run_on_ids,
@@ -252,9 +252,13 @@ def attention_of(model: nn.Module) -> str:
 
     That is a claim, not a proof; `verify_attention` measures. See `set_attention` for an example.
     """
-    backbone = find_backbone(model)
-    text_config = backbone.config.get_text_config(decoder=True)
-    bidirectional = is_encoder(backbone) or getattr(text_config, "is_causal", True) is False
+    return config_attention(find_backbone(model).config)
+
+
+def config_attention(config: PreTrainedConfig) -> str:
+    """Returns the attention that a config asks for, as :func:`attention_of` does."""
+    text_config = config.get_text_config(decoder=True)
+    bidirectional = is_encoder_config(text_config) or getattr(text_config, "is_causal", True) is False
     return "bidirectional" if bidirectional else "causal"
 
 

@@ -12,9 +12,10 @@ from sentence_transformers.base.modules.module import Module
 from sentence_transformers.base.modules.normalize import Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from .adapters import add_adapter
+from .adapters import add_adapter, continue_adapter, has_adapter
 from .attention_proof import verify_attention
 from .card import EmbedderCardData
+from .data.builtin_backbone import builtin_backbone
 from .modules.errors import ConfigurationError, nearest
 from .modules.latent_attention_pooling import LatentAttentionPooling
 from .modules.llm_transformer import LLMTransformer
@@ -25,6 +26,7 @@ from .poolings.generalized_mean_pooling import GeneralizedMeanPooling
 from .poolings.hopfield_pooling import HopfieldPooling
 from .poolings.ponet_pooling import PoNetPooling
 from .poolings.pyramid_pooling import PyramidPooling
+from .saved_embedder import SavedEmbedder, is_saved_embedder
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -124,12 +126,13 @@ DESIGNS: dict[str, Design] = {
 def build_embedder(
     model_name_or_path: str,
     *,
-    attention: Literal["causal", "bidirectional"] = "bidirectional",
-    pooling: str = "multi_layer",
+    attention: Literal["causal", "bidirectional"] | None = None,
+    pooling: str | None = None,
     pooling_kwargs: Mapping[str, Any] | None = None,
-    layers: Literal["all"] | Sequence[int] = "all",
+    pooling_init: Literal["new"] | None = None,
+    layers: Literal["all"] | Sequence[int] | None = None,
     layer_readout: Literal["eos", "mean"] | None = None,
-    include_prompt: bool = True,
+    include_prompt: bool | None = None,
     max_seq_length: int | None = None,
     add_eos_token: bool | None = None,
     peft_config: PeftConfig | Mapping[str, Any] | str | None = None,
@@ -148,21 +151,29 @@ def build_embedder(
 ) -> SentenceTransformer:
     """Builds a sentence-transformers model from a base LLM and proves its attention on the loaded weights.
 
+    A base that is a saved embedder, of ours or any of sentence-transformers on a Transformer, is continued as it is:
+    with its modules, their weights, prompts, ending, attention and adapter, which trains on.
+
     Args:
-        model_name_or_path: Hub id or folder of the base.
-        attention: ``"bidirectional"`` or ``"causal"``.
-        pooling: A name in :data:`POOLINGS`.
+        model_name_or_path: Hub id or folder of the base or saved embedder, or ``"builtin"`` for the small base that
+            comes with the package.
+        attention: ``"bidirectional"`` or ``"causal"``; None is bidirectional for a base LLM, a saved embedder's own.
+        pooling: A name in :data:`POOLINGS`; None is ``"multi_layer"`` for a base LLM, a saved embedder's own.
         pooling_kwargs: Options of the pooling's class, such as ``{"preset": "paper"}``.
-        layers: Layers that a pooling over layers reads: ``"all"`` or 1-based numbers, negative from the end.
+        pooling_init: ``"new"`` discards a saved embedder's modules after the backbone and starts a new pooling; else
+            settings that contradict a saved embedder's are refused.
+        layers: Layers that a pooling over layers reads: ``"all"`` (None is that) or 1-based numbers, negative from the
+            end.
         layer_readout: How a layer is reduced to one vector: ``"eos"`` or ``"mean"``; None is ``"eos"`` for
             causal and ``"mean"`` for bidirectional attention.
-        include_prompt: False keeps the prompt's tokens out of the pooling.
+        include_prompt: False keeps the prompt's tokens out of the pooling; None is True.
         max_seq_length: Longest text in tokens, EOS included; None is the base's own limit.
         add_eos_token: End every text in EOS; None is on for decoders and off for encoders.
         peft_config: A ``peft`` config, its fields as a dict (LoRA), or ``"paper"`` (r 16, alpha 32, dropout
-            0.1, all linear layers).
+            0.1, all linear layers). A saved embedder's adapter must be like it, or is continued where None.
         quantization_config: ``"nf4"``, ``"int8"`` or a ``BitsAndBytesConfig``.
-        prompts: Name -> prompt, saved with the model; mteb finds its task names and ``query``/``document``.
+        prompts: Name -> prompt, saved with the model; mteb finds its task names and ``query``/``document``. A saved
+            embedder's others stay.
         allow_partial: Accept layers that cannot be made bidirectional, and record them.
         verify: Prove attention, padding invariance and finite weights before returning.
         dtype: Dtype of the backbone; None is the one in its config.
@@ -178,7 +189,8 @@ def build_embedder(
         A plain ``SentenceTransformer`` of ``LLMTransformer``, the pooling and ``Normalize``.
 
     Raises:
-        ConfigurationError: If a setting is unknown, out of range or does not fit the base.
+        ConfigurationError: If a setting is unknown, out of range or does not fit the base, or a prompt leaves no room
+            for a text.
         AttentionError: If the proof fails.
 
     Example:
@@ -187,31 +199,76 @@ def build_embedder(
         >>> model.encode(["a text", "another text"]).shape[0]
         2
     """
-    spec = _pooling_spec(pooling)
+    spec = _pooling_spec("multi_layer" if pooling is None else pooling)
+    base = resolve_base(model_name_or_path)
     hub = {"trust_remote_code": trust_remote_code, "revision": revision, "token": token}
     given = {"dtype": dtype, "attn_implementation": attn_implementation}
     given["quantization_config"] = _quantization(quantization_config, dtype)
-    backbone = LLMTransformer(
-        model_name_or_path,
-        attention=attention,
-        layers=layers if spec.reads_with(pooling_kwargs or {}) == "layers" else [],
-        layer_readout=layer_readout,
-        add_eos_token=add_eos_token,
-        include_prompt=include_prompt,
-        max_seq_length=max_seq_length,
-        verify=False,  # the full proof follows, if asked for
-        model_kwargs=hub | {key: value for key, value in given.items() if value is not None} | (model_kwargs or {}),
-        processor_kwargs=hub | (processor_kwargs or {}),
-        config_kwargs=dict(hub),
-    )
-    modules = [backbone, spec.build(backbone, pooling_kwargs or {}), Normalize()]
-    model = SentenceTransformer(modules=modules, device=device, prompts=prompts, model_card_data=EmbedderCardData())
+    settings = {
+        "attention": attention,
+        "layers": layers,
+        "layer_readout": layer_readout,
+        "add_eos_token": add_eos_token,
+        "include_prompt": include_prompt,
+        "max_seq_length": max_seq_length,
+    }
+    loading = {
+        "model_kwargs": {key: value for key, value in given.items() if value is not None} | (model_kwargs or {}),
+        "processor_kwargs": processor_kwargs or {},
+    }
+    saved = SavedEmbedder.read(base, **hub) if is_saved_embedder(base, revision=revision, token=token) else None
+    if saved is not None and pooling_init is None:
+        if pooling is not None or pooling_kwargs:
+            saved.check_pooling(pooling, spec.module, {**spec.options, **(pooling_kwargs or {})}, bool(pooling_kwargs))
+        model = saved.load(settings, keep=True, prompts=prompts, device=device, **loading)
+    else:
+        reads_layers = spec.reads_with(pooling_kwargs or {}) == "layers"
+        settings["layers"] = ("all" if layers is None else layers) if reads_layers else []
+        started: dict[str, Any] = {"prompts": prompts}
+        if saved is None:
+            backbone = _backbone(base, settings, hub, loading)
+        else:
+            old = saved.load(settings, keep=False, prompts=prompts, **loading)
+            backbone = old[0]
+            started = {"prompts": old.prompts, "default_prompt_name": old.default_prompt_name}
+        modules = [backbone, spec.build(backbone, pooling_kwargs or {}), Normalize()]
+        model = SentenceTransformer(modules=modules, device=device, **started)
+    model.model_card_data = EmbedderCardData()
+    model.model_card_data.register_model(model)
+    model._model_card_text = None  # of the saved embedder
+    for prompt in model.prompts.values():
+        model[0].check_prompt(prompt)
     if verify:
         _require_finite_weights(model)
         _prove_attention(model, allow_partial=allow_partial)
-    if peft_config is not None:
+    if has_adapter(model):
+        continue_adapter(model, peft_config)
+    elif peft_config is not None:
         add_adapter(model, peft_config)
     return model
+
+
+def resolve_base(base: str) -> str:
+    """Returns the Hub id or folder of a base; ``builtin`` is the folder of the one in the package.
+
+    Example:
+        >>> resolve_base("Qwen/Qwen3-0.6B")
+        'Qwen/Qwen3-0.6B'
+    """
+    return builtin_backbone() if base == "builtin" else str(base)
+
+
+def _backbone(
+    base: str, settings: Mapping[str, Any], hub: dict[str, Any], loading: Mapping[str, dict[str, Any]]
+) -> LLMTransformer:
+    return LLMTransformer(
+        base,
+        **{key: value for key, value in settings.items() if value is not None},
+        verify=False,  # the full proof follows, if asked for
+        model_kwargs=hub | loading["model_kwargs"],
+        processor_kwargs=hub | loading["processor_kwargs"],
+        config_kwargs=dict(hub),
+    )
 
 
 def _pooling_spec(pooling: str) -> PoolingSpec:
@@ -253,7 +310,7 @@ def _require_finite_weights(model: SentenceTransformer) -> None:
 
 def _prove_attention(model: SentenceTransformer, *, allow_partial: bool) -> None:
     report = verify_attention(model)
-    if report.verdict == "partial" and allow_partial:
+    if report.verdict == "partial" and (allow_partial or model[0].causal_layers):
         model[0].causal_layers = list(report.causal_layers)
         return
     report.raise_for_failure()

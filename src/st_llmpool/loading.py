@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ def load_model(
     revision: str | None = None,
     token: str | None = None,
     device: str | None = None,
+    module_classes: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> SentenceTransformer:
     """Loads a saved model; without `trust_remote_code` by the installed package's code, and no other.
@@ -39,6 +40,7 @@ def load_model(
         revision: Branch, tag or commit of a Hub model.
         token: Hub token.
         device: Where to load it.
+        module_classes: Classes, or anything with their ``load``, for some of the references in ``modules.json``.
         **kwargs: For ``SentenceTransformer``.
 
     Raises:
@@ -53,14 +55,16 @@ def load_model(
     options: dict[str, Any] = {"token": token, "device": device, **kwargs}
     if trust_remote_code:
         with checked_code(name, None):
-            return SentenceTransformer(name, trust_remote_code=True, revision=revision, **options)
+            return SentenceTransformer._load_with_module_classes(
+                name, module_classes or {}, trust_remote_code=True, revision=revision, **options
+            )
     folder, revision = _code_of(name, revision, token)
     if not any((folder / file).is_file() for file in ("modules.json", "config.json", "adapter_config.json")):
         raise DataError(f"{name} is no saved model: it has neither modules.json nor config.json.")
     with checked_code(name, folder) as code:
         if not code.own:  # code of ours would check it
             check_seal(name, revision=revision, token=token)
-        return _load_with_classes(name, code.own, revision=revision, **options)
+        return _load_with_classes(name, code.own, module_classes or {}, revision=revision, **options)
 
 
 @contextmanager
@@ -102,12 +106,15 @@ def foreign_code_error(name: str, code: FolderCode) -> ConfigurationError:
     )
 
 
-def _load_with_classes(name: str, classes: dict[str, str], **options: Any) -> SentenceTransformer:
+def _load_with_classes(
+    name: str, classes: dict[str, str], others: Mapping[str, Any], **options: Any
+) -> SentenceTransformer:
     """Loads a model with installed classes for some of its references; a private method of sentence-transformers 6.2.
 
     Args:
         name: Folder or Hub id.
         classes: References in the model's files, with the import path of the class.
+        others: References with a class each; these win.
         **options: For ``SentenceTransformer``.
     """
     installed = {reference: import_from_string(path) for reference, path in classes.items()}
@@ -116,7 +123,9 @@ def _load_with_classes(name: str, classes: dict[str, str], **options: Any) -> Se
             raise DataError(
                 f"{name} names {reference} as a module, and that is none. Save or download the model again."
             )
-    return SentenceTransformer._load_with_module_classes(name, installed, trust_remote_code=False, **options)
+    return SentenceTransformer._load_with_module_classes(
+        name, {**installed, **others}, trust_remote_code=False, **options
+    )
 
 
 def _code_of(name: str, revision: str | None, token: str | None) -> tuple[Path, str | None]:

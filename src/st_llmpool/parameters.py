@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
+#: Parts of the names of weights that an adapter adds.
+_OF_ADAPTERS = ("lora_", ".modules_to_save.", ".trainable_tokens_")
+
+
+def count_weights(parameters: Iterable[nn.Parameter]) -> int:
+    """Returns the number of weights; in 4 bits, two or more lie in one number of a parameter.
+
+    Example:
+        >>> count_weights(nn.Linear(3, 2).parameters())
+        8
+    """
+
+    def count(parameter: nn.Parameter) -> int:
+        state = getattr(parameter, "quant_state", None)
+        return parameter.numel() if state is None else math.prod(state.shape)
+
+    return sum(map(count, parameters))
+
 
 def count_parameters(model: SentenceTransformer) -> dict[str, int]:
-    """Returns the parameters of ``backbone``, ``adapter`` (LoRA) and ``pooling`` (all modules after the first).
+    """Returns the weights of ``backbone``, ``adapter`` and ``pooling`` (all modules after the first).
 
     Example:
         >>> from st_llmpool import build_embedder
@@ -17,14 +36,11 @@ def count_parameters(model: SentenceTransformer) -> dict[str, int]:
         >>> count_parameters(build_embedder(builtin_backbone(), pooling="scalar_mix", verify=False))["pooling"]
         7
     """
-
-    def count(parameters: Iterable[nn.Parameter]) -> int:
-        return sum(parameter.numel() for parameter in parameters)
-
     first, *others = list(model)
-    adapter = count(weight for name, weight in first.named_parameters() if "lora_" in name)
+    named = first.named_parameters()
+    adapter = count_weights(weight for name, weight in named if any(part in name for part in _OF_ADAPTERS))
     return {
-        "backbone": count(first.parameters()) - adapter,
+        "backbone": count_weights(first.parameters()) - adapter,
         "adapter": adapter,
-        "pooling": sum(count(module.parameters()) for module in others),
+        "pooling": sum(count_weights(module.parameters()) for module in others),
     }

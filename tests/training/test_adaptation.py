@@ -297,6 +297,12 @@ def test_a_base_without_a_head_and_an_encoder_are_refused(tmp_path, tiny_llm, ma
         adapt(make(tmp_path / "run", make_llm(BertConfig(**sizes)), words_file, tune="full"))
 
 
+def test_a_saved_embedder_is_refused_though_its_tied_head_could_be_trained(tmp_path, tiny_lm, words_file):
+    build_embedder(tiny_lm, prompts={"query": "Q:"}).save_pretrained(str(tmp_path / "embedder"))
+    with pytest.raises(ConfigurationError, match=r"is a saved embedder, whose pooling and prompts.*would lose"):
+        adapt(make(tmp_path / "run", str(tmp_path / "embedder"), words_file))
+
+
 def test_the_recipe_is_written_with_every_value(unbroken):
     recipe, _ = unbroken
     assert AdaptRecipe.from_yaml(Path(recipe.output_dir) / "recipe.yaml") == recipe

@@ -414,3 +414,44 @@ def test_a_set_of_repeated_texts_is_refused_where_a_batch_cannot_be_filled(make_
     (tmp_path / "repeated.jsonl").write_text("\n".join(rows))
     with pytest.raises(DataError, match="ends at 3 rows"):
         train(make_recipe({"data": [{"source": str(tmp_path / "repeated.jsonl")}]}))
+
+
+@pytest.fixture(scope="module")
+def saved_embedder(tiny_llm, tmp_path_factory) -> str:
+    folder = str(tmp_path_factory.mktemp("saved"))
+    model = build_embedder(
+        tiny_llm, attention="causal", layers=[1, -1], max_seq_length=20, prompts={"query": "Q:"}, peft_config={"r": 4}
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or name.startswith("1."):
+                parameter += 0.2
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_saved_embedder_as_the_base_is_trained_on_with_all_that_it_has(make_recipe, saved_embedder):
+    settings = {"base": saved_embedder, "max_seq_length": None, "lora": {"r": 4}}
+    training = {"steps": 1, "learning_rate": 1e-9, "pooling_learning_rate": 1e-9}
+    trained = train(make_recipe({"model": settings, "training": training})).model
+    start = SentenceTransformer(saved_embedder, trust_remote_code=True)
+    assert (trained.prompts["query"], trained.max_seq_length, trained[0].attention) == ("Q:", 20, "causal")
+    texts = ["fox", "the quick brown fox " * 9]
+    np.testing.assert_allclose(trained.encode(texts), start.encode(texts), atol=1e-5)
+    moved = [name for name, weight in start.named_parameters() if not torch.equal(weight, trained.get_parameter(name))]
+    assert {name[0] for name in moved} == {"0", "1"}
+    assert all("lora_" in name or name.startswith("1.") for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pooling": "mean", "lora": {"r": 4}}, "pooling_init='new'"),
+        ({"design": "5", "lora": {"r": 4}}, "attention='causal'"),
+        ({}, r"adapter with r=4, .*r=16"),
+        ({"tune": "full"}, r"carries an adapter, and model\.tune=full"),
+    ],
+)
+def test_a_recipe_that_contradicts_the_saved_embedder_is_refused(make_recipe, saved_embedder, settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        train(make_recipe({"model": {"base": saved_embedder, **settings}}))

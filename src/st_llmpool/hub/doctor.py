@@ -26,6 +26,7 @@ from ..loading import load_model
 from ..modules.eos import special_tokens_around
 from ..modules.errors import StLlmpoolError
 from ..modules.seal import UNFINISHED
+from ..parameters import count_parameters
 from ..utils.reading import read_json, read_json_object
 from .finding import Finding, Status
 from .seal_checks import SEAL_CHECKS, examine_probes, examine_seal, sealing_again
@@ -306,9 +307,9 @@ def _weights(model: SentenceTransformer) -> Finding:
     broken = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
     if broken:
         return Finding("finite weights", "failed", f"NaN or infinity in {', '.join(broken[:5])}. Retrain or reload.")
-    pooling = sum(parameter.numel() for module in list(model)[1:] for parameter in module.parameters())
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return Finding("finite weights", "ok", f"{total:,} parameters, {pooling:,} of them in the pooling")
+    counts = count_parameters(model)
+    total = sum(counts.values())
+    return Finding("finite weights", "ok", f"{total:,} parameters, {counts['pooling']:,} of them in the pooling")
 
 
 def _embedding(model: SentenceTransformer) -> Finding:

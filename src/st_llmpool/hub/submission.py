@@ -35,6 +35,7 @@ from ..evaluation.tasks import MTEB_TASKS
 from ..loading import load_model
 from ..modules.errors import ConfigurationError, DataError, InputError, nearest
 from ..modules.portable import fingerprint
+from ..parameters import count_weights
 from ..utils.files import atomic_folder, refuse_existing
 from ..utils.random_state import preserve_rng_state
 
@@ -202,7 +203,7 @@ def model_meta(
             revision=revision,
             release_date=authorship.release_date or datetime.now(UTC).date().isoformat(),
             languages=list(authorship.languages),
-            n_parameters=sum(_count(parameter) for parameter in model.parameters()),
+            n_parameters=count_weights(model.parameters()),
             n_embedding_parameters=_embedding_parameters(model),
             memory_usage_mb=round(size / 2**20, 1),
             max_tokens=model.max_seq_length,
@@ -284,15 +285,9 @@ def _base_model(card: dict[str, Any], name: str) -> str | None:
     return None if base is None or base == name or not re.fullmatch(r"[\w.-]+/[\w.-]+", base) else base
 
 
-def _count(parameter: torch.nn.Parameter) -> int:
-    """Counts weights; two of four bits each lie in one number of a quantised parameter."""
-    state = getattr(parameter, "quant_state", None)
-    return math.prod(state.shape) if state is not None else parameter.numel()
-
-
 def _embedding_parameters(model: SentenceTransformer) -> int | None:
     backbone = model.transformers_model
-    return None if backbone is None else _count(backbone.get_input_embeddings().weight)
+    return None if backbone is None else count_weights([backbone.get_input_embeddings().weight])
 
 
 def _find_results(cache: ResultCache, meta: ModelMeta, weights: str, tell: Callable[[str], None]) -> list[_Result]:

@@ -128,8 +128,11 @@ def find_backbone(model: nn.Module) -> PreTrainedModel:
 
 def is_encoder(model: nn.Module) -> bool:
     """Returns whether the layers attend in both directions by design, as those of BERT and EmbeddingGemma do."""
-    backbone = find_backbone(model)
-    config = backbone.config.get_text_config(decoder=True)
+    return is_encoder_config(find_backbone(model).config.get_text_config(decoder=True))
+
+
+def is_encoder_config(config: PreTrainedConfig) -> bool:
+    """Returns what :func:`is_encoder` does, from the config of the text model."""
     if getattr(config, "is_decoder", False):
         return False
     if config.model_type in _ENCODERS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import reprlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -370,7 +371,7 @@ class LLMTransformer(Transformer, PortableModule):
         begin_save(root)
         with without_truncation(self.tokenizer):
             super().save(output_path, *args, **{**kwargs, "safe_serialization": True})
-        _name_magnitudes(root)
+        _tidy_adapter(root)
         save_source_files(type(self), root)
         save_requirements(root)
         if self._loaded_from is not None:
@@ -408,8 +409,19 @@ def resolve_layers(layers: Literal["all"] | Sequence[int], num_layers: int) -> l
     return sorted(resolved)
 
 
-def _name_magnitudes(folder: Path) -> None:
-    """Write DoRA magnitudes under the key that transformers expects: it does not add peft's ``.weight`` at load."""
+def _tidy_adapter(folder: Path) -> None:
+    """Sorts the names in an adapter's config, and writes the full names of DoRA's magnitudes.
+
+    peft keeps names in sets, whose order differs from process to process. It leaves `.weight` off the magnitudes' names
+    and adds it at load; transformers, which loads adapters here, does not, and would start them from scratch.
+    """
+    file = folder / "adapter_config.json"
+    if file.is_file():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        for key in ("target_modules", "exclude_modules"):
+            if isinstance(config.get(key), list):
+                config[key] = sorted(config[key])
+        file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     file = folder / "adapter_model.safetensors"
     weights = load_file(file) if file.is_file() else {}
     if any(name.endswith(_MAGNITUDE) for name in weights):

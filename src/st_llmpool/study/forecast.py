@@ -13,10 +13,13 @@ import torch
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
+from ..designs import resolve_base
 from ..evaluation.suite import read_suite
-from ..training.arguments import resolve_base
+from ..parameters import count_weights
+from ..saved_embedder import read_architecture
+from ..training.recipe import DEFAULT_LENGTH
 from ..utils.words import counted
 from .power import Plan
 from .records import RunRecord
@@ -111,11 +114,11 @@ def forecast(study: Study, records: Sequence[RunRecord]) -> Forecast:
 
 def _parameters(base: str) -> int:
     """Counts the weights of a base that multiply, from its config alone."""
-    config = AutoConfig.from_pretrained(resolve_base(base))
+    config = read_architecture(resolve_base(base))
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     looked_up = model.get_input_embeddings().weight.numel()
-    return sum(parameter.numel() for parameter in model.parameters()) - looked_up
+    return count_weights(model.parameters()) - looked_up
 
 
 def _training_flops(run: PlannedRun, parameters: int) -> float:
@@ -123,7 +126,7 @@ def _training_flops(run: PlannedRun, parameters: int) -> float:
     recipe = run.to_recipe(Path(), Path(run.id))  # where the data lie does not matter here
     steps = recipe.training.steps or 0
     texts = 2 + (recipe.loss.num_negatives or 0)
-    tokens = steps * recipe.training.batch_size * texts * recipe.model.max_seq_length
+    tokens = steps * recipe.training.batch_size * texts * (recipe.model.max_seq_length or DEFAULT_LENGTH)
     return float(tokens) * parameters * (6 if recipe.model.tune == "full" else 4)
 
 

@@ -9,12 +9,11 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
-from ..designs import build_embedder
+from ..designs import build_embedder, resolve_base
 from ..evaluation.tasks import SPLIT, LocalTask
 from ..loading import load_model
-from ..training.arguments import resolve_base
 from ..training.checks import design_arguments
-from ..training.recipe import Recipe
+from ..training.recipe import DEFAULT_LENGTH, Recipe
 from ..utils.files import write_atomically
 from .cost import measure_cost
 from .layer_probes import Probes, sample_probes
@@ -43,7 +42,7 @@ def examine_run(model_dir: Path, recipe: Recipe, folder: Path, tasks: Sequence[L
         _write(folder / LAYERS, report.to_dict())
     if COST in wanted:
         model.max_seq_length = None  # the cost of longer texts than it was trained on is asked for too
-        step = (16, recipe.model.max_seq_length) if recipe.model.tune == "full" else None
+        step = (16, recipe.model.max_seq_length or DEFAULT_LENGTH) if recipe.model.tune == "full" else None
         _write(folder / COST, measure_cost(model, training_batch=step).to_dict())
 
 
@@ -88,7 +87,7 @@ def _untrained(recipe: Recipe) -> SentenceTransformer:
         layers=settings.layers,
         layer_readout=settings.layer_readout,
         include_prompt=settings.include_prompt,
-        max_seq_length=settings.max_seq_length,
+        max_seq_length=settings.max_seq_length or DEFAULT_LENGTH,
         allow_partial=settings.allow_partial,
         trust_remote_code=settings.trust_remote_code,
         revision=settings.revision,

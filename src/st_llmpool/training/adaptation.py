@@ -22,12 +22,15 @@ from transformers import (
 
 from ..adapters import lora_config
 from ..data.texts import load_texts
+from ..designs import resolve_base
 from ..modules.attention import set_attention
 from ..modules.errors import ConfigurationError, DataError
+from ..parameters import count_weights
+from ..saved_embedder import is_saved_embedder
 from ..utils.files import atomic_folder
 from ..utils.reading import read_json_object
 from .adapt_recipe import AdaptRecipe
-from .arguments import enable_gradient_checkpointing, precision_of, resolve_base, shared_arguments, use_one_gpu
+from .arguments import enable_gradient_checkpointing, precision_of, shared_arguments, use_one_gpu
 from .checks import check_adapter, check_machine
 from .clock import Clock, seconds_of
 from .interpolation import merge_with_base
@@ -149,6 +152,11 @@ def check_adapt(recipe: AdaptRecipe) -> str:
         ConfigurationError: If a library or a GPU is missing, the base cannot be read, or the adapter does not fit it.
     """
     base = resolve_base(recipe.base)
+    if is_saved_embedder(base, revision=recipe.revision):
+        raise ConfigurationError(
+            f"base={base!r} is a saved embedder, whose pooling and prompts an adaptation would lose. Adapt the "
+            f"language model that it was built from, and train the embedder on the result."
+        )
     check_machine(recipe.training, adapter=recipe.tune == "lora")
     if recipe.tune == "lora":
         trusted, revision = recipe.trust_remote_code, recipe.revision
@@ -274,7 +282,7 @@ def _finish(
     folder = Path(recipe.output_dir)
     model: Any = trainer.model
     device = model.device
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = count_weights(parameter for parameter in model.parameters() if parameter.requires_grad)
     if recipe.tune == "lora":
         model = model.float().merge_and_unload()  # in float32, or the sum would be rounded to the base's 16 bits
     measure = partial(masked_score, examples=texts.held_out, batch_size=recipe.evaluation.batch_size)
@@ -286,7 +294,7 @@ def _finish(
         "device": str(trainer.args.device.type),
         "precision": precision_of(recipe.training.precision),
         "pieces": len(texts.pieces),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": count_weights(model.parameters()),
         "trained_parameters": trained,
         "mask_token": tokenizer.mask_token,
         "masked_tokens": adapted.tokens,

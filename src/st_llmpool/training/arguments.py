@@ -76,12 +76,3 @@ def precision_of(wanted: str) -> str:
     if wanted != "auto":
         return wanted
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-
-
-def resolve_base(base: str) -> str:
-    """Returns the Hub id or folder of a base; ``builtin`` is the folder of the one in the package."""
-    if base != "builtin":
-        return base
-    from ..data import builtin_backbone
-
-    return str(builtin_backbone())

@@ -18,7 +18,7 @@ from rich.table import Table
 from ..data.training_data import load_pairs
 from ..modules.errors import ConfigurationError
 from .batch_trial import DOES_NOT_FIT, REFUSED, STEPS
-from .recipe import Recipe
+from .recipe import DEFAULT_LENGTH, Recipe
 
 GIB = 2**30
 #: Seconds between two looks at a process's memory.
@@ -133,7 +133,7 @@ def _recipe_of(recipe: Recipe, size: int, columns: int, instruction: str | None,
     names = ["query", "positive", *(f"negative_{number}" for number in range(1, columns - 1))]
 
     def text() -> str:  # one word is a token at least
-        return " ".join(str(rng.randrange(10**6)) for _ in range(recipe.model.max_seq_length))
+        return " ".join(str(rng.randrange(10**6)) for _ in range(recipe.model.max_seq_length or DEFAULT_LENGTH))
 
     source = folder / "rows.jsonl"
     source.write_text("\n".join(json.dumps({name: text() for name in names}) for _ in range(STEPS * size)))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
+from ..adapters import has_adapter
 from ..modules.errors import InputError
 from .checkpoint_seal import fault_of
 
@@ -69,11 +70,6 @@ def load_poolings(model: SentenceTransformer, checkpoint: Path) -> None:
         module = model[entry["idx"]]
         if any(True for _ in module.parameters()):
             _load_state(module, load_file(checkpoint / entry["path"] / "model.safetensors"), checkpoint)
-
-
-def has_adapter(model: SentenceTransformer) -> bool:
-    """Whether the backbone carries a PEFT adapter."""
-    return bool(getattr(model.transformers_model, "_hf_peft_config_loaded", False))
 
 
 def _load_adapter(backbone: Any, checkpoint: Path) -> None:

@@ -11,10 +11,11 @@ from datasets import Dataset, DatasetDict
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from sentence_transformers.util import batch_to_device
 
-from ..adapters import check_start, lora_config, without_loftq
+from ..adapters import check_start, lora_config, misfit, without_loftq
 from ..designs import DESIGNS, POOLINGS
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..modules.trainable_pooling import TrainablePooling
+from ..saved_embedder import read_architecture
 from ..utils.random_state import preserve_rng_state
 from .freezing import check_freezing
 from .losses import check_loss
@@ -41,7 +42,7 @@ def check_names(recipe: Recipe) -> None:
     if model.design is not None and model.design not in DESIGNS:
         hint = nearest(model.design, DESIGNS)
         raise ConfigurationError(f"model.design={model.design!r} is unknown; known: {list(DESIGNS)}.{hint}")
-    pooling = design_arguments(model)["pooling"]
+    pooling = design_arguments(model)["pooling"] or "multi_layer"
     if pooling not in POOLINGS:
         hint = nearest(pooling, POOLINGS)
         raise ConfigurationError(f"model.pooling={pooling!r} is unknown; known: {list(POOLINGS)}.{hint}")
@@ -79,13 +80,13 @@ def check_machine(training: TrainingSettings, *, adapter: bool, quantized: bool 
 
 
 def design_arguments(model: ModelSettings) -> dict[str, Any]:
-    """Returns ``attention``, ``pooling`` and ``pooling_kwargs`` for ``build_embedder``."""
+    """Returns ``attention``, ``pooling`` and ``pooling_kwargs`` for ``build_embedder``; None where nothing is said."""
     arguments: dict[str, Any] = {"pooling_kwargs": {}}
     if model.design is not None:
         arguments = DESIGNS[model.design].as_kwargs()
     arguments["pooling_kwargs"] = {**arguments["pooling_kwargs"], **model.pooling_kwargs}
     if model.design is None:
-        arguments |= {"attention": model.attention or "bidirectional", "pooling": model.pooling or "multi_layer"}
+        arguments |= {"attention": model.attention, "pooling": model.pooling}
     return arguments
 
 
@@ -128,7 +129,9 @@ def check_adapter(model: ModelSettings, base: str) -> None:
         layers = sorted({name.rpartition(".")[2] for name, module in empty.named_modules() if _is_linear(module)})
         try:
             inject_adapter_in_model(config, empty)
-        except ValueError as error:
+        except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
+            if "arget modules" not in str(error):
+                raise misfit(f"model.lora={model.lora}", type(empty).__name__, error) from error
             raise ConfigurationError(
                 f"model.lora: target_modules={targets!r} matches no layer of {type(empty).__name__}, whose linear "
                 f"layers are {layers}. Name some of them, or use all-linear."
@@ -180,12 +183,7 @@ def check_views(embedder: SentenceTransformer, model: ModelSettings) -> None:
 
 
 def _read_config(model: ModelSettings, base: str) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(base, trust_remote_code=model.trust_remote_code, revision=model.revision)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"model.base={base!r} cannot be read: {error}") from error
+    return read_architecture(base, trust_remote_code=model.trust_remote_code, revision=model.revision)
 
 
 def check_batches(datasets: DatasetDict | Mapping[str, Dataset], recipe: Recipe, world_size: int) -> None:

@@ -18,6 +18,9 @@ from ..utils.reading import read_yaml, shown
 from .merge_shares import check_merge
 from .settings import Range, check_ranges, from_mapping, merge, with_overrides
 
+#: Longest text in tokens, where a recipe says nothing and its base is no saved embedder.
+DEFAULT_LENGTH = 512
+
 #: Preset name -> the values it sets; the file and the command line come after it and win. How the poolings are built
 #: is not among them: that is what the designs `paper-1` to `paper-5` are for.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -52,15 +55,17 @@ class ModelSettings:
     """The model to build, and which part of it trains.
 
     Attributes:
-        base: Hub id or folder of the LLM, or ``builtin`` for the small one that comes with the package.
+        base: Hub id or folder of the LLM, or ``builtin`` for the small one that comes with the package; or of a saved
+            embedder, which is continued with all that it has.
         design: A name in ``DESIGNS``, instead of `attention` and `pooling`.
-        attention: ``bidirectional`` (None is that) or ``causal``.
-        pooling: A name in ``POOLINGS``; None is ``multi_layer``.
+        attention: ``bidirectional`` (None is that) or ``causal``; None is a saved embedder's own.
+        pooling: A name in ``POOLINGS``; None is ``multi_layer``, or a saved embedder's own.
+        pooling_init: ``new`` discards a saved embedder's modules after the backbone and starts a new pooling.
         pooling_kwargs: Options of the pooling, over those of the design.
-        layers: ``all``, or 1-based numbers of the layers that a pooling over layers reads.
+        layers: ``all`` (None is that), or 1-based numbers of the layers that a pooling over layers reads.
         layer_readout: ``eos`` or ``mean``; None goes by the attention.
-        include_prompt: False keeps the instruction's tokens out of the pooling.
-        max_seq_length: Longest text in tokens.
+        include_prompt: False keeps the instruction's tokens out of the pooling; None is True.
+        max_seq_length: Longest text in tokens; None is 512, or a saved embedder's own.
         truncate_dim: Dimensions that the saved model's embeddings are cut to, one of ``loss.matryoshka_dims``; None
             keeps all.
         tune: What trains beside the pooling: a ``lora`` adapter, the ``full`` backbone, or the ``pooling`` alone.
@@ -81,10 +86,11 @@ class ModelSettings:
     attention: Literal["bidirectional", "causal"] | None = None
     pooling: str | None = None
     pooling_kwargs: dict[str, Any] = field(default_factory=dict)
-    layers: Literal["all"] | list[int] = "all"
+    pooling_init: Literal["new"] | None = None
+    layers: Literal["all"] | list[int] | None = None
     layer_readout: Literal["eos", "mean"] | None = None
-    include_prompt: bool = True
-    max_seq_length: int = 512
+    include_prompt: bool | None = None
+    max_seq_length: int | None = None
     truncate_dim: int | None = None
     tune: Literal["lora", "full", "pooling"] = "lora"
     lora: str | dict[str, Any] = "paper"

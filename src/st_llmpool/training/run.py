@@ -16,17 +16,19 @@ from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvalu
 from sentence_transformers.base.sampler import BatchSamplers
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
+from ..adapters import has_adapter
 from ..card import training_facts
 from ..data.texts import load_views
 from ..data.training_data import load_pairs
-from ..designs import build_embedder
+from ..designs import build_embedder, resolve_base
 from ..loading import load_model
 from ..modules.errors import ConfigurationError
+from ..parameters import count_weights
+from ..saved_embedder import is_saved_embedder
 from ..utils.files import atomic_folder
 from ..utils.random_state import preserve_rng_state
 from ..utils.reading import read_json_object
-from .arguments import enable_gradient_checkpointing, precision_of, resolve_base, shared_arguments, use_one_gpu
-from .checkpoints import load_poolings
+from .arguments import enable_gradient_checkpointing, precision_of, shared_arguments, use_one_gpu
 from .checks import (
     check_adapter,
     check_batches,
@@ -44,7 +46,7 @@ from .losses import LossParts, build_loss, check_columns, teacher_scores
 from .optimizers import OPTIMIZERS
 from .pooling_share import NOTHING, trainable_poolings
 from .progress import RichProgress
-from .recipe import Recipe, StageSettings
+from .recipe import DEFAULT_LENGTH, Recipe, StageSettings
 from .report import write_report
 from .run_folder import check_output, checkpoint_of
 from .sparse_tuning import SparseTuning
@@ -157,8 +159,6 @@ def _train(
     base = resolve_base(recipe.model.base) if start is None else str(start.resolve())
     set_seed(recipe.seed)
     model = _build_model(recipe, base, arguments)
-    if start is not None and (start / "modules.json").is_file():
-        load_poolings(model, start)
     if stage is not None and stage.kind == "simcse":
         check_views(model, recipe.model)
     arguments.learning_rate_mapping = _learning_rates(model, recipe)
@@ -232,16 +232,19 @@ def _evaluator(recipe: Recipe) -> BaseEvaluator | None:
 
 def _build_model(recipe: Recipe, base: str, arguments: SentenceTransformerTrainingArguments) -> SentenceTransformer:
     settings = recipe.model
+    is_first = base == resolve_base(settings.base)  # else what the stage before this left
+    continued = is_saved_embedder(base, revision=settings.revision if is_first else None)
     precision = precision_of(recipe.training.precision)
     frozen_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     placement = {"device_map": {"": arguments.device}} if settings.quantization and torch.cuda.is_available() else {}
     model = build_embedder(
         base,
         **design_arguments(settings),
+        pooling_init=settings.pooling_init if is_first else None,
         layers=settings.layers,
         layer_readout=settings.layer_readout,
         include_prompt=settings.include_prompt,
-        max_seq_length=settings.max_seq_length,
+        max_seq_length=settings.max_seq_length or (None if continued else DEFAULT_LENGTH),
         peft_config=settings.lora if settings.tune == "lora" else None,
         quantization_config=settings.quantization,
         prompts=_prompts(recipe),
@@ -251,8 +254,13 @@ def _build_model(recipe: Recipe, base: str, arguments: SentenceTransformerTraini
         attn_implementation=settings.attn_implementation,
         model_kwargs=placement,
         trust_remote_code=settings.trust_remote_code,
-        revision=settings.revision if base == resolve_base(settings.base) else None,  # a stage's folder has none
+        revision=settings.revision if is_first else None,
     )
+    if settings.tune == "full" and has_adapter(model):
+        raise ConfigurationError(
+            f"model.base={base!r} carries an adapter, and model.tune=full trains the backbone under it. Use "
+            f"model.tune=lora with the adapter's settings as model.lora, or merge it with st-llmpool export --merge."
+        )
     if settings.tune == "pooling":
         model[0].requires_grad_(False)
     freeze_lowest_layers(model[0].model, settings.freeze_layers)
@@ -352,8 +360,8 @@ def _finish(
         "device": str(trainer.args.device.type),
         "precision": precision_of(recipe.training.precision),
         "rows": rows,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "trained_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "parameters": count_weights(model.parameters()),
+        "trained_parameters": count_weights(parameter for parameter in model.parameters() if parameter.requires_grad),
         "pooling_did_nothing": None if share is None else share < NOTHING,
         "best_step": state.best_global_step,
     }

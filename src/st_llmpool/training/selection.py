@@ -20,10 +20,9 @@ from sentence_transformers.base.modules.normalize import Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import is_sentence_transformer_model
 
-from ..data.builtin_backbone import builtin_backbone
 from ..data.round_robin import Shares, round_robin
 from ..data.training_data import DatasetSettings, read_rows
-from ..designs import build_embedder
+from ..designs import build_embedder, resolve_base
 from ..fast_inference import optimize_inference
 from ..loading import load_model
 from ..modules.errors import ConfigurationError, DataError, InputError, StLlmpoolError, nearest
@@ -241,7 +240,7 @@ def _check_texts(source: str, rows: Dataset, columns: Sequence[str]) -> None:
 
 def _encoder(model: str, max_length: int, trust_remote_code: bool) -> SentenceTransformer:
     """Returns a model that gives the position-weighted mean of the last hidden states, of length 1."""
-    base = builtin_backbone() if model == "builtin" else model
+    base = resolve_base(model)
     try:
         if is_sentence_transformer_model(base):
             backbone = load_model(base, trust_remote_code=trust_remote_code)[0]

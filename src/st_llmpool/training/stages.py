@@ -12,17 +12,16 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 
-from ..adapters import load_again, merge_adapter
+from ..adapters import has_adapter, load_again, merge_adapter
 from ..data.texts import load_texts
 from ..modules.errors import ConfigurationError
 from ..utils.random_state import preserve_rng_state
 from .adapt_recipe import AdaptEvaluationSettings, AdaptRecipe
 from .adaptation import adapt, check_adapt
-from .checkpoints import has_adapter
 from .checks import design_arguments
 from .interpolation import merge_with_base
 from .merge_shares import shares_of
-from .recipe import EvaluationSettings, LossSettings, MaskingSettings, Recipe, StageSettings
+from .recipe import DEFAULT_LENGTH, EvaluationSettings, LossSettings, MaskingSettings, Recipe, StageSettings
 
 #: Trains a stage: called with its recipe, the folder that it starts from if there is one, and its settings.
 Train = Callable[[Recipe, Path | None, StageSettings], Any]
@@ -87,12 +86,12 @@ def adapt_recipe(recipe: Recipe, stage: StageSettings, folder: Path, start: Path
         output_dir=str(folder),
         base=model.base if start is None else str(start),
         texts=stage.texts,
-        attention=design_arguments(model)["attention"],
+        attention=design_arguments(model)["attention"] or "bidirectional",
         masking=stage.masking or MaskingSettings(),
         tune="full" if (stage.tune or model.tune) == "full" else "lora",
         lora=stage.lora or model.lora,
         merge=stage.merge,
-        max_seq_length=stage.max_seq_length or model.max_seq_length,
+        max_seq_length=stage.max_seq_length or model.max_seq_length or DEFAULT_LENGTH,
         training=stage.training or recipe.training,
         evaluation=AdaptEvaluationSettings(texts=stage.held_out),
         allow_partial=model.allow_partial,

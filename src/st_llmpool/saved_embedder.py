@@ -1,0 +1,217 @@
+"""Continue a saved embedder: load its modules, prompts and settings as the start of a new model.
+
+The Transformer of sentence-transformers becomes an :class:`LLMTransformer` with its settings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules.module import Module
+from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.util import is_sentence_transformer_model, load_file_path
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import find_adapter_config_file
+
+from .attention_proof import config_attention
+from .loading import load_model
+from .modules.errors import ConfigurationError
+from .modules.llm_transformer import LLMTransformer, resolve_layers
+
+#: Settings of the backbone that the weights of a saved embedder were trained with.
+_TRAINED_WITH = ("attention", "layers", "layer_readout", "add_eos_token")
+
+
+def is_saved_embedder(base: str, *, revision: str | None = None, token: bool | str | None = None) -> bool:
+    """Returns whether a folder or Hub id holds modules beside a backbone.
+
+    Example:
+        >>> from st_llmpool.data import builtin_backbone
+        >>> is_saved_embedder(builtin_backbone())
+        False
+    """
+    return is_sentence_transformer_model(base, token=token, revision=revision)
+
+
+def read_architecture(base: str, **hub: Any) -> PreTrainedConfig:
+    """Returns the config of a base, a saved embedder or an adapter, whose base's it is.
+
+    Args:
+        base: Hub id or folder.
+        **hub: ``trust_remote_code``, ``revision`` and ``token``.
+
+    Raises:
+        ConfigurationError: If there is none that can be read.
+    """
+    try:
+        location = {key: hub[key] for key in ("revision", "token") if key in hub}
+        adapter = find_adapter_config_file(base, **location)
+        if adapter is not None:
+            with open(adapter, encoding="utf-8") as file:
+                base = json.load(file)["base_model_name_or_path"]
+            hub.pop("revision", None)  # the adapter's
+        return AutoConfig.from_pretrained(base, **hub)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(f"The base {base!r} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class SavedEmbedder:
+    """What the files of a saved embedder say, before any weights are read.
+
+    Attributes:
+        base: Hub id or folder.
+        hub: ``trust_remote_code``, ``revision`` and ``token``.
+        modules: The entries of ``modules.json``.
+    """
+
+    base: str
+    hub: Mapping[str, Any]
+    modules: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def read(cls, base: str, **hub: Any) -> SavedEmbedder:
+        """Reads ``modules.json``.
+
+        Raises:
+            ConfigurationError: If it cannot be read, or the first module is not a Transformer.
+        """
+        saved = cls(base, hub, ())
+        try:
+            modules = tuple(saved._json("modules.json"))
+            first = _class_name(modules[0])
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ConfigurationError(f"{base}/modules.json cannot be read: {error!r}. Save the model again.") from error
+        if first not in ("Transformer", LLMTransformer.__name__):
+            raise ConfigurationError(
+                f"{base!r} is a saved embedder whose first module is {first}; only a Transformer can be continued. "
+                f"Name the language model itself as the base."
+            )
+        return cls(base, hub, modules)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the backbone was saved by st_llmpool."""
+        return _class_name(self.modules[0]) == LLMTransformer.__name__
+
+    @property
+    def poolings(self) -> dict[str, dict[str, Any]]:
+        """Class name -> config of the modules after the backbone."""
+        return {_class_name(entry): self._config(entry) for entry in self.modules[1:]}
+
+    def check_pooling(
+        self, name: str | None, module: Callable[..., Module], options: Mapping[str, Any], given: bool
+    ) -> None:
+        """Checks that the saved pooling is the one that is asked for.
+
+        Args:
+            name: Its name; None asks for the saved one.
+            module: Its class.
+            options: The options that it would be built with.
+            given: Whether some of them were given by the user; the saved ones are kept where not.
+
+        Raises:
+            ConfigurationError: If it is another pooling, or one with other options.
+        """
+        if name is None:
+            raise ConfigurationError(
+                f"{self.base!r} is a saved embedder, and options of a pooling are given without its name. Name it as "
+                f"pooling; its weights are continued if it is the saved one."
+            )
+        saved = self.poolings.get(getattr(module, "__name__", ""))
+        differences: list[str] = []
+        if saved is not None and module is Pooling:
+            found = Pooling(**{"embedding_dimension": 1, **saved}).pooling_mode
+            differences = [] if found == options["pooling_mode"] else [f"pooling_mode={found!r}"]
+        elif saved is not None and given:
+            sizes = {key: saved[key] for key in ("embedding_dimension", "num_layers") if key in saved}
+            with torch.device("meta"):
+                wanted = module(**sizes, **options).get_config_dict()
+            differences = [f"{key}={saved.get(key)!r}" for key in wanted if wanted[key] != saved.get(key)]
+        if saved is None or differences:
+            described = ", ".join(differences) if saved is not None else " and ".join(self.poolings) or "no pooling"
+            raise ConfigurationError(
+                f"{self.base!r} is a saved embedder with {described}, which pooling={name!r} as asked for would "
+                f"replace. Leave pooling and its options out to continue it as it is, or set pooling_init='new' to "
+                f"start with a new one."
+            )
+
+    def load(self, settings: Mapping[str, Any], *, keep: bool, **kwargs: Any) -> SentenceTransformer:
+        """Loads it with every module that it has.
+
+        Args:
+            settings: Settings of :class:`LLMTransformer`; None keeps what was saved.
+            keep: Refuse settings that differ from those that the weights were trained with.
+            **kwargs: Of ``SentenceTransformer``: ``prompts``, ``device``, ``model_kwargs``, ``processor_kwargs``.
+
+        Raises:
+            ConfigurationError: If a setting differs, or the Transformer cannot be an :class:`LLMTransformer`.
+            DataError: If a file is missing, damaged or does not fit.
+            AttentionError: If the backbone does not attend as it says.
+        """
+        wanted = {key: value for key, value in settings.items() if value is not None}
+        backbone = {self.modules[0]["type"]: _BackboneLoader(self, wanted, keep)}
+        return load_model(self.base, module_classes=backbone, **self.hub, **kwargs)
+
+    def _config(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        return self._json(f"{entry['path']}/config.json") or {}
+
+    def _json(self, name: str) -> Any:
+        location = {key: self.hub[key] for key in ("revision", "token") if key in self.hub}
+        path = load_file_path(self.base, name, **location)
+        if path is None:
+            return None
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+
+
+class _BackboneLoader:
+    """Stands in for the class of the first module, and makes it an LLMTransformer with chosen settings."""
+
+    def __init__(self, saved: SavedEmbedder, wanted: Mapping[str, Any], keep: bool) -> None:
+        self.saved, self.wanted, self.keep = saved, wanted, keep
+
+    def load(self, model_name_or_path: str, **kwargs: Any) -> LLMTransformer:
+        settings = LLMTransformer._load_init_kwargs(model_name_or_path, **kwargs)
+        if not self.saved.is_ours:
+            settings = self._translated(settings)
+        if self.keep:
+            self._check_kept(settings)
+        if "max_seq_length" in self.wanted:
+            settings["processor_kwargs"].pop("model_max_length", None)
+        return LLMTransformer(model_name_or_path, **settings | dict(self.wanted))
+
+    def _translated(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Returns the settings of a Transformer of sentence-transformers as those of an LLMTransformer."""
+        read = settings["modality_config"]
+        if set(read) - {"text", "message"} or read.get("text", {}).get("method_output_name") != "last_hidden_state":
+            raise ConfigurationError(
+                f"{self.saved.base!r} is a saved embedder whose Transformer reads {read}; only text, read at the last "
+                f"layer, can be continued. Use pooling_init='new' on its language model instead."
+            )
+        attention = config_attention(read_architecture(self.saved.base, **self.saved.hub))
+        own = {"attention": attention, "layers": [], "add_eos_token": False}
+        own["include_prompt"] = all(config.get("include_prompt", True) for config in self.saved.poolings.values())
+        return {**settings, "modality_config": {"text": read["text"]}, **own}
+
+    def _check_kept(self, settings: dict[str, Any]) -> None:
+        for name in set(_TRAINED_WITH) & set(self.wanted):
+            saved, wanted = settings.get(name), self.wanted[name]
+            if name == "layers":
+                text = read_architecture(self.saved.base, **self.saved.hub).get_text_config(decoder=True)
+                wanted = resolve_layers(wanted, text.num_hidden_layers)
+            if wanted != saved and not (name == "layers" and not saved):
+                raise ConfigurationError(
+                    f"{self.saved.base!r} is a saved embedder with {name}={saved!r}, and {name}={self.wanted[name]!r} "
+                    f"is asked for. Leave it out to continue the embedder as it is, or set pooling_init='new' to start "
+                    f"with a new pooling."
+                )
+
+
+def _class_name(entry: Mapping[str, Any]) -> str:
+    return str(entry["type"]).rpartition(".")[2]
