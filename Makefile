@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_LOWEST ?= .venv-lowest
+VENV_NEWEST ?= .venv-newest
 TESTS ?= tests
 WORKERS ?= 2
 TORCH_INDEX ?=
@@ -20,7 +21,7 @@ PYTEST = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-all lint format lowest architectures bench clean
+.PHONY: help quickstart test test-all lint format lowest newest architectures bench clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|' 2>/dev/null \
@@ -47,6 +48,9 @@ format: $(VENV)/.installed-dev ## let ruff fix and format what it can
 lowest: $(VENV_LOWEST)/.installed-dev ## the tests on the lowest versions that pyproject.toml claims
 	$(call PYTEST,$(VENV_LOWEST)) $(TESTS)
 
+newest: $(VENV_NEWEST)/.installed-dev ## the tests on the newest versions that pip resolves today (TESTS= for some)
+	$(call PYTEST,$(VENV_NEWEST)) $(TESTS)
+
 architectures: $(VENV)/.installed-dev ## prove the attention of every decoder in transformers; writes the table
 	$(VENV)/bin/python -m tests.architectures
 
@@ -54,7 +58,7 @@ bench: $(VENV)/.installed-dev ## ours beside the plain alternative, time and mem
 	$(VENV)/bin/python benchmarks/run_all.py
 
 clean: ## remove environments, caches and build output
-	rm -rf $(VENV) $(VENV_LOWEST) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_LOWEST) $(VENV_NEWEST) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp says that the environment holds what pyproject.toml and the constraints ask for, so the next call is immediate.
@@ -68,13 +72,19 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt
 $(VENV_LOWEST)/.installed-dev: pyproject.toml constraints-lowest.txt
 	$(call install,$(VENV_LOWEST),constraints-lowest.txt,$(EVERYTHING))
 
+# Run at every call: the newest versions change without a change here.
+.PHONY: $(VENV_NEWEST)/.installed-dev
+$(VENV_NEWEST)/.installed-dev:
+	$(call install,$(VENV_NEWEST),/dev/null,$(EVERYTHING))
+
 # torch first and on its own, so that TORCH_INDEX serves torch and nothing else.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "st-llmpool needs Python 3.11 or later, \
 	and $(PYTHON) is not. Name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --disable-pip-version-check -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \
-		"$$(grep '^torch==' $(2))"
-	$(1)/bin/python -m pip install --disable-pip-version-check -q -c $(2) -e '.[$(3)]'
+		$(if $(filter /dev/null,$(2)),--upgrade --upgrade-strategy eager torch,"$$(grep '^torch==' $(2))")
+	$(1)/bin/python -m pip install --disable-pip-version-check -q $(if $(filter /dev/null,$(2)),--upgrade --upgrade-strategy \
+		eager,-c $(2)) -e '.[$(3)]'
 	@touch $@
 endef
