@@ -55,11 +55,16 @@ class EmbedderTrainer(RestoresFinished, SentenceTransformerTrainer):
             return super().evaluate(*args, **kwargs)
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
-        # The base class reads the whole model a second time, the base unquantised, and fails on its shapes.
+        # The base class reads the whole model a second time, the base unquantised, and fails on its shapes; and it does
+        # not know our classes by the names that they are saved under.
         if has_adapter(self.model) or not any(weight.requires_grad for weight in self.model[0].parameters()):
             load_trained_weights(self.model, Path(checkpoint_path))
         else:
-            super()._load_from_checkpoint(checkpoint_path)
+            trained: Any = getattr(self.model, "_orig_mod", self.model)
+            classes = {f"{kind.__module__}.{kind.__name__}": kind for kind in map(type, trained)}
+            trusted = trained.trust_remote_code
+            loaded = type(trained)._load_with_module_classes(checkpoint_path, classes, trust_remote_code=trusted)
+            trained.load_state_dict(loaded.state_dict())
 
     def _load_best_model(self) -> None:
         # The base class logs a failure to load and goes on with the last weights, as if they were the best.
