@@ -184,9 +184,9 @@ def targets() -> dict[str, Target]:
     from st_llmpool.evaluation.suite import read_suite
     from st_llmpool.evaluation.tasks import make_task
     from st_llmpool.hub import doctor
-    from st_llmpool.study.mteb_files import find_models, read_models
+    from st_llmpool.stats.mteb_files import find_models, read_models
+    from st_llmpool.stats.results import read_results, read_task_types
     from st_llmpool.study.records import read_record
-    from st_llmpool.study.results import read_results, read_task_types
     from st_llmpool.study.settings import Study
     from st_llmpool.training import AdaptRecipe, Recipe
     from st_llmpool.training.checks import check_names

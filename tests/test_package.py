@@ -37,6 +37,7 @@ STOREYS = [
     {"layer_use", "pictures", "card"},
     {"designs"},
     {"training", "evaluation"},
+    {"stats", "analysis"},
     {"study", "hub", "scale"},
 ]
 

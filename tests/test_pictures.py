@@ -9,9 +9,9 @@ pytest.importorskip("matplotlib", reason="the extra 'plots' is not installed")
 from matplotlib.figure import Figure
 
 from st_llmpool import build_embedder
+from st_llmpool.analysis.layers import examine_layers
 from st_llmpool.layer_use import LayerUse, layer_use
 from st_llmpool.pictures import draw_curve, draw_layer_use, draw_layers
-from st_llmpool.study.layers import examine_layers
 
 
 @pytest.fixture

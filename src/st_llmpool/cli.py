@@ -298,9 +298,9 @@ def compare(
     """Compare models on mteb results: paired tests over tasks, corrected for multiplicity, with their power."""
     from rich.console import Console
 
-    from .study import compare as run
-    from .study import read_results, read_task_types
-    from .study.tables import to_json, to_rich, write
+    from .stats import compare as run
+    from .stats import read_results, read_task_types
+    from .stats.tables import to_json, to_rich, write
 
     types = read_task_types(task_types) if task_types else None
     results = read_results(paths, task_types=types, models=model)
@@ -403,9 +403,9 @@ def layers(
 
     from rich.console import Console
 
+    from .analysis.layers import examine_layers
     from .loading import load_model
     from .pictures import draw_layers
-    from .study.layers import examine_layers
 
     lines = None if texts is None else [line for line in texts.read_text(encoding="utf-8").splitlines() if line]
     report = examine_layers(None, load_model(model, trust_remote_code=trust_remote_code), lines)

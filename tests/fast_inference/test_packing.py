@@ -29,12 +29,12 @@ from transformers import (
 )
 
 from st_llmpool import build_embedder, optimize_inference, verify_attention
+from st_llmpool.analysis.cost import measure_cost
 from st_llmpool.attention_proof import PACKED_SDPA
 from st_llmpool.fast_inference import packing
 from st_llmpool.fast_inference.length_groups import NotApplicable
 from st_llmpool.fast_inference.packing import Texts
 from st_llmpool.modules.llm_transformer import LLMTransformer
-from st_llmpool.study.cost import measure_cost
 from tests.conftest import save_tiny_llm
 from tests.fast_inference.test_shared_start import SIZES
 from tests.modules.token_batches import assert_same, computed_tokens, id_batch, plain, switch_on

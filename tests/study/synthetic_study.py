@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from st_llmpool.study.layers import LayerLook, LayerReport
+from st_llmpool.analysis.layers import LayerLook, LayerReport
+from st_llmpool.stats.results import COLUMNS, ITEM_COLUMNS, Results
 from st_llmpool.study.records import RunRecord
-from st_llmpool.study.results import COLUMNS, ITEM_COLUMNS, Results
 from st_llmpool.study.settings import DesignSettings, PlannedRun, Study
 
 TASKS = 12

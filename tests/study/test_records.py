@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from st_llmpool.modules.errors import DataError
+from st_llmpool.stats.results import SOURCE_COLUMNS, Results, read_results
 from st_llmpool.study.records import RunStore, finished, read_scores, take_over, write_record, write_results
-from st_llmpool.study.results import SOURCE_COLUMNS, Results, read_results
 from st_llmpool.study.runner import StudyRunner
 from tests.study.synthetic_study import synthetic_records, synthetic_results, synthetic_study
 
@@ -88,9 +88,9 @@ def test_damaged_results_are_named(tmp_path):
 
 def test_report_is_made_again_from_study_file_and_results_alone(kept, tmp_path, monkeypatch):
     pytest.importorskip("scikit_posthocs", reason="the extra 'plots' is not installed")
-    monkeypatch.setattr("st_llmpool.study.statistics._bootstrap_interval", lambda values: (-0.01, 0.01))
-    for module in ("plots", "report.document"):
-        monkeypatch.setattr(f"st_llmpool.study.{module}._DPI", 20)
+    monkeypatch.setattr("st_llmpool.stats.statistics._bootstrap_interval", lambda values: (-0.01, 0.01))
+    for module in ("stats.plots", "study.report.document"):
+        monkeypatch.setattr(f"st_llmpool.{module}._DPI", 20)
     tables = []
     for number, source in enumerate(kept):
         out = tmp_path / str(number)

@@ -31,10 +31,10 @@ HOSTILE = '<script>alert("1")</script> & <b>'
 def quick():
     """What takes most of the time and is looked at elsewhere: intervals, statsmodels' garbage, pixels, mteb."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("st_llmpool.study.statistics._bootstrap_interval", lambda values: (-0.01, 0.01))
+        patch.setattr("st_llmpool.stats.statistics._bootstrap_interval", lambda values: (-0.01, 0.01))
         patch.setattr("gc.collect", lambda: 0)
-        for module in ("plots", "report.document"):
-            patch.setattr(f"st_llmpool.study.{module}._DPI", 40)
+        for module in ("stats.plots", "study.report.document"):
+            patch.setattr(f"st_llmpool.{module}._DPI", 40)
         patch.setattr("st_llmpool.study.report.set_up._suite_description", lambda suite: "Cut by length.")
         yield
 

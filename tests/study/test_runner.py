@@ -12,10 +12,11 @@ from rich.console import Console
 
 from st_llmpool import build_embedder
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.study import compare, worker
+from st_llmpool.stats import compare
+from st_llmpool.stats.results import Results
+from st_llmpool.study import worker
 from st_llmpool.study.insight import examine_run
 from st_llmpool.study.records import RunRecord, finished, read_scores, take_over, write_record
-from st_llmpool.study.results import Results
 from st_llmpool.study.runner import StudyError, StudyRunner, environment_of_run
 from st_llmpool.study.worker import TAKEN, carry_out, lock_of
 

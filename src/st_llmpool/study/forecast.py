@@ -19,9 +19,9 @@ from ..designs import resolve_base
 from ..evaluation.suite import read_suite
 from ..parameters import count_weights
 from ..saved_embedder import read_architecture
+from ..stats.power import Plan
 from ..training.recipe import DEFAULT_LENGTH
 from ..utils.words import counted
-from .power import Plan
 from .records import RunRecord
 from .settings import PlannedRun, Study
 

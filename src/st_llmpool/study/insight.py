@@ -9,15 +9,15 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
+from ..analysis.cost import measure_cost
+from ..analysis.layer_probes import Probes, sample_probes
+from ..analysis.layers import examine_layers
 from ..designs import build_embedder, resolve_base
 from ..evaluation.tasks import SPLIT, LocalTask
 from ..loading import load_model
 from ..training.checks import design_arguments
 from ..training.recipe import DEFAULT_LENGTH, Recipe
 from ..utils.files import write_atomically
-from .cost import measure_cost
-from .layer_probes import Probes, sample_probes
-from .layers import examine_layers
 from .records import COST, LAYERS
 
 _PAIRS, _SEARCHES = 300, 150  # of the suite, to probe single layers with

@@ -24,11 +24,11 @@ from rich.table import Table
 
 from ..evaluation.suite import load_suite
 from ..modules.errors import ConfigurationError, StLlmpoolError
+from ..stats.results import Results
 from ..training.checks import check_names
 from ..utils.files import write_atomically
 from ..utils.words import counted
 from .records import RunRecord, finished, read_record, read_scores, take_over, write_results
-from .results import Results
 from .settings import PlannedRun, Study
 from .worker import PROGRESS, TAKEN, lock_of
 

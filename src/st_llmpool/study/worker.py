@@ -73,8 +73,8 @@ def carry_out(study: Study, run: PlannedRun, *, out: Path, work: Path, data_dir:
         data_dir: What ``{data}`` stands for.
     """
     from ..evaluation import evaluate
+    from ..stats.results import read_results
     from ..training import train
-    from .results import read_results
 
     folder = work / run.id
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..compare import Comparison, Pair, TypeComparison
-from ..tables import Sheet, p_text
+from ...stats.compare import Comparison, Pair, TypeComparison
+from ...stats.tables import Sheet, p_text
 
 _SEARCH_AND_SIMILARITY = ("STS", "Retrieval")
 _GROUPS = ("Classification", "Clustering")

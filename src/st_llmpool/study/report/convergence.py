@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from ...stats.compare import label
+from ...stats.tables import Sheet, file_name
 from ...training.pooling_share import NOTHING
 from ...utils.words import counted
-from ..compare import label
 from ..records import RunRecord
-from ..tables import Sheet, file_name
 from .document import Block, Bullets, Picture, Table, save_picture
 
 _LINES = ("-", "--", ":", "-.")

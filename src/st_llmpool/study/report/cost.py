@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..compare import Comparison
+from ...stats.compare import Comparison
+from ...stats.tables import Sheet, file_name
 from ..records import RunRecord
-from ..tables import Sheet, file_name
 from .convergence import by_design
 from .document import Block, Picture, Table, Text, save_picture
 

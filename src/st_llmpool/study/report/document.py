@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from jinja2 import Environment, StrictUndefined
 
-from ..tables import Sheet, file_name
+from ...stats.tables import Sheet, file_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

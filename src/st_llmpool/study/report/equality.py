@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ...stats.tables import Sheet
 from ...training.settings import differences
 from ..records import RunRecord
 from ..settings import PlannedRun, Study
-from ..tables import Sheet
 from .document import Block, Table, Text
 
 _OF_A_DESIGN = ("model.design", "model.attention", "model.pooling", "model.pooling_kwargs", "model.layer")

@@ -7,11 +7,11 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from ...stats.compare import Comparison, Family, Pair, TypeComparison, label
+from ...stats.plots import has_ranks
+from ...stats.tables import INDEPENDENCE, Sheet, about_type, file_name, footnotes, p_text, sheets_of_family
 from ...utils.words import counted
-from ..compare import Comparison, Family, Pair, TypeComparison, label
-from ..plots import has_ranks
 from ..settings import Study
-from ..tables import INDEPENDENCE, Sheet, about_type, file_name, footnotes, p_text, sheets_of_family
 from .claims import claims_sheet
 from .document import Block, Bullets, Heading, Picture, Section, Table, Text, save_picture
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ...analysis.layers import LayerLook, LayerReport
 from ...pictures import draw_layers
-from ..compare import label
-from ..layers import LayerLook, LayerReport
+from ...stats.compare import label
+from ...stats.tables import Sheet, file_name
 from ..records import RunRecord
-from ..tables import Sheet, file_name
 from .document import Block, Picture, Table, Text
 
 _SIMILARITIES = {"cka": "linear CKA", "correlation": "rank correlation"}

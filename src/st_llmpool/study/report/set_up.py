@@ -7,12 +7,12 @@ from typing import Any
 
 from ...designs import DESIGNS
 from ...modules.errors import StLlmpoolError, __version__
+from ...stats.compare import Comparison
+from ...stats.results import Results
+from ...stats.tables import Sheet
 from ...utils.words import counted
-from ..compare import Comparison
 from ..records import RunRecord
-from ..results import Results
 from ..settings import PlannedRun, Study, presets
-from ..tables import Sheet
 from .document import Block, Bullets, Code, Table, Text
 
 _MANY = 12

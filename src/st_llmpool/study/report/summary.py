@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...stats.compare import Comparison
 from ...utils.words import counted
-from ..compare import Comparison
 from ..records import RunRecord
 from ..settings import Study
 from .findings import COMPARISON, scores_sheets, verdict

@@ -7,15 +7,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ...modules.errors import DataError, __version__
+from ...stats import tables
+from ...stats.compare import Comparison, compare, label
+from ...stats.plots import require_libraries
+from ...stats.results import Results
+from ...stats.tables import to_json
 from ...utils.files import atomic_folder
 from ...utils.words import counted
-from .. import tables
-from ..compare import Comparison, compare, label
-from ..plots import require_libraries
 from ..records import RunRecord
-from ..results import Results
 from ..settings import Study
-from ..tables import to_json
 from .convergence import convergence
 from .cost import cost
 from .document import Block, Section, Table, Text, write_page, write_tables

@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from st_llmpool.cli import app
 from st_llmpool.modules.errors import ConfigurationError, DataError
-from st_llmpool.study import Results, compare, read_results
-from tests.study.test_compare import table_of
-from tests.study.tiny_results import task_result, write_csv, write_json, write_model
+from st_llmpool.stats import Results, compare, read_results
+from tests.stats.test_compare import table_of
+from tests.stats.tiny_results import task_result, write_csv, write_json, write_model
 
 TASKS = [f"STS{number}" for number in (12, 13, 14, 15, 16, 17, 22)]
 RISING = list(np.linspace(0.3, 0.6, 8))

@@ -9,15 +9,15 @@ import torch
 from scipy.stats import spearmanr
 
 from st_llmpool import build_embedder
-from st_llmpool.modules.errors import ConfigurationError, DataError
-from st_llmpool.study.layer_probes import Probes, sample_probes, search_score
-from st_llmpool.study.layers import (
+from st_llmpool.analysis.layer_probes import Probes, sample_probes, search_score
+from st_llmpool.analysis.layers import (
     LayerReport,
     examine_layers,
     layer_embeddings,
     linear_cka,
     similarity_correlation,
 )
+from st_llmpool.modules.errors import ConfigurationError, DataError
 
 TEXTS = ["the quick fox", "a lazy dog jumps", "over", "brown foxes and dogs", "it jumps"]
 
@@ -89,7 +89,7 @@ def test_attention_to_layers_is_that_of_the_formula(model):
         keys = block.to_key_value(block.norm_inputs(summaries)).chunk(2, dim=-1)[0]
     shares = torch.zeros(summaries.shape[1])
     for keys_of_text in keys:
-        for head in range(block.num_heads):
+        for head in range(block.sizes.num_heads):
             part = slice(head * block.head_dim, (head + 1) * block.head_dim)
             for query in queries:
                 shares += torch.softmax(keys_of_text[:, part] @ query[part] / math.sqrt(block.head_dim), dim=0)

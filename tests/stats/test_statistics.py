@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from st_llmpool.study.statistics import holm, paired_test, signed_rank_p, smallest_p
-from tests.study.closed_testing import closed_bonferroni
-from tests.study.demsar import AUC
+from st_llmpool.stats.statistics import holm, paired_test, signed_rank_p, smallest_p
+from tests.stats.closed_testing import closed_bonferroni
+from tests.stats.demsar import AUC
 
 
 def enumerated(differences: list[float]) -> tuple[float, float, float]:

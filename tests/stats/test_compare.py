@@ -11,10 +11,10 @@ from rich.console import Console
 from scipy import stats
 
 from st_llmpool.modules.errors import ConfigurationError, DataError
-from st_llmpool.study import Results, compare
-from st_llmpool.study.tables import INDEPENDENCE, sheets, to_frame, to_json, to_markdown, to_rich
-from tests.study.closed_testing import closed_bonferroni
-from tests.study.validation import (
+from st_llmpool.stats import Results, compare
+from st_llmpool.stats.tables import INDEPENDENCE, sheets, to_frame, to_json, to_markdown, to_rich
+from tests.stats.closed_testing import closed_bonferroni
+from tests.stats.validation import (
     CONTRASTS,
     DESIGNS,
     null_family_rates,

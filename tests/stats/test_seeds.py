@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from st_llmpool.study.seeds import seed_noise
+from st_llmpool.stats.seeds import seed_noise
 
 RUNS = {"a": [0.50, 0.53, 0.51], "b": [0.55, 0.52], "c": [0.60, 0.58, 0.61, 0.59]}
 

@@ -1,6 +1,6 @@
 """Do the tests keep their promises? Simulated studies without and with a difference, run through `compare` as it is.
 
-    python -m tests.study.validation [--repeats 400]
+    python -m tests.stats.validation [--repeats 400]
 
 prints how often equal designs are called different (at most 5 %) and how often a planted effect is found (as often as
 the plan promises). The tests run the same with fewer repeats.
@@ -19,15 +19,15 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from st_llmpool.study import Plan, compare, detectable_item_effect, item_test, paired_test
-from st_llmpool.study.compare import TypeComparison
+from st_llmpool.stats import Plan, compare, detectable_item_effect, item_test, paired_test
+from st_llmpool.stats.compare import TypeComparison
 
 SPREAD = 0.01  # standard deviation of a score between tasks, after the difficulty of the task
 DESIGNS = ("1", "2", "3", "4", "5", "mean-bidirectional")
 CONTRASTS = ("5:mean-bidirectional", "5:4", "4:2", "5:3", "3:1", "5:1")
 
 # What takes most of the time and changes no verdict: intervals, and that statsmodels collects garbage every time.
-_NO_INTERVAL = patch("st_llmpool.study.statistics._bootstrap_interval", return_value=(math.nan, math.nan))
+_NO_INTERVAL = patch("st_llmpool.stats.statistics._bootstrap_interval", return_value=(math.nan, math.nan))
 
 
 def simulated_scores(

@@ -12,9 +12,9 @@ pytest.importorskip("scikit_posthocs", reason="the extra 'plots' is not installe
 from matplotlib import image
 from matplotlib.figure import Figure
 
-from st_llmpool.study import compare
-from st_llmpool.study.plots import draw, draw_critical_difference, draw_pairs
-from tests.study.validation import CONTRASTS, DESIGNS, simulated_scores
+from st_llmpool.stats import compare
+from st_llmpool.stats.plots import draw, draw_critical_difference, draw_pairs
+from tests.stats.validation import CONTRASTS, DESIGNS, simulated_scores
 
 
 @pytest.fixture

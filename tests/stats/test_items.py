@@ -7,8 +7,8 @@ import pytest
 import statsmodels.api as sm
 from scipy import stats
 
-from st_llmpool.study.items import item_test
-from tests.study.validation import item_rates
+from st_llmpool.stats.items import item_test
+from tests.stats.validation import item_rates
 
 
 @pytest.fixture

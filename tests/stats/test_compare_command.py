@@ -13,8 +13,8 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from st_llmpool.cli import app, main
-from tests.study.tiny_results import write_csv, write_json, write_model
-from tests.study.validation import CONTRASTS, DESIGNS, simulated_scores
+from tests.stats.tiny_results import write_csv, write_json, write_model
+from tests.stats.validation import CONTRASTS, DESIGNS, simulated_scores
 
 TASKS = ["SciFact", "NFCorpus", "SCIDOCS", "ArguAna", "FiQA2018", "TRECCOVID", "STS12", "STS13"]
 
@@ -95,8 +95,8 @@ def test_wrong_input_is_one_message_without_a_traceback(tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("library", "code", "extra"),
     [
-        ("statsmodels", "import st_llmpool.study", "eval"),
-        ("scikit_posthocs", "from st_llmpool.study import plots; plots.require_libraries()", "plots"),
+        ("statsmodels", "import st_llmpool.stats", "eval"),
+        ("scikit_posthocs", "from st_llmpool.stats import plots; plots.require_libraries()", "plots"),
     ],
 )
 def test_missing_library_is_named_with_the_extra_that_brings_it(library, code, extra):
@@ -109,7 +109,7 @@ def test_missing_library_is_named_with_the_extra_that_brings_it(library, code, e
 def test_tables_are_compared_without_importing_mteb(tmp_path):
     """It takes seconds, and a table that names its task types needs nothing of it."""
     write_csv(tmp_path / "s.csv", "task,task_type,model,score", "T,STS,a,0.5", "T,STS,b,0.6")
-    code = "import sys; from st_llmpool.study import compare, read_results; compare(read_results(['s.csv']));"
+    code = "import sys; from st_llmpool.stats import compare, read_results; compare(read_results(['s.csv']));"
     code += "print([name for name in ('mteb', 'torch', 'matplotlib') if name in sys.modules])"
     run_it = [sys.executable, "-c", code]
     assert subprocess.run(run_it, cwd=tmp_path, capture_output=True, text=True, check=True).stdout == "[]\n"

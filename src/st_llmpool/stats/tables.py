@@ -164,7 +164,7 @@ def to_frame(comparison: Comparison) -> pd.DataFrame:
     """Returns one row for each pair with every statistic of it.
 
     Example:
-        >>> from st_llmpool.study import compare
+        >>> from st_llmpool.stats import compare
         >>> scores = {"a": 0.5, "b": 0.6}
         >>> rows = [("T", "STS", name, score) for name, score in scores.items()]
         >>> table = pd.DataFrame(rows, columns=["task", "task_type", "design", "score"]).assign(

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from st_llmpool.study.ranks import rank_test
-from tests.study.demsar import AUC, MEAN_RANKS, TIE_CORRECTION
+from st_llmpool.stats.ranks import rank_test
+from tests.stats.demsar import AUC, MEAN_RANKS, TIE_CORRECTION
 
 
 def test_published_example_is_reproduced():

@@ -1,0 +1,42 @@
+"""Which design is better, told honestly: results in one table, paired tests, and what they could find at best."""
+
+from __future__ import annotations
+
+try:
+    from .compare import Comparison, Family, Pair, TypeComparison, compare
+    from .items import ItemTest, item_test
+    from .power import Plan, detectable_effect, detectable_item_effect, power
+    from .ranks import RankTest, rank_test
+    from .results import COLUMNS, ITEM_COLUMNS, Results, read_results, read_task_types
+    from .seeds import SeedNoise, seed_noise
+    from .statistics import PairedTest, holm, paired_test
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"Comparing results needs {error.name}; install it with: pip install 'st_llmpool[eval]'", name=error.name
+    ) from error
+
+__all__ = [
+    "COLUMNS",
+    "ITEM_COLUMNS",
+    "Comparison",
+    "Family",
+    "ItemTest",
+    "Pair",
+    "PairedTest",
+    "Plan",
+    "RankTest",
+    "Results",
+    "SeedNoise",
+    "TypeComparison",
+    "compare",
+    "detectable_effect",
+    "detectable_item_effect",
+    "holm",
+    "item_test",
+    "paired_test",
+    "power",
+    "rank_test",
+    "read_results",
+    "read_task_types",
+    "seed_noise",
+]
