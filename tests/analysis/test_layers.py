@@ -90,9 +90,9 @@ def test_attention_to_layers_is_that_of_the_formula(model):
     shares = torch.zeros(summaries.shape[1])
     for keys_of_text in keys:
         for head in range(block.sizes.num_heads):
-            part = slice(head * block.head_dim, (head + 1) * block.head_dim)
+            part = slice(head * block.sizes.head_dim, (head + 1) * block.sizes.head_dim)
             for query in queries:
-                shares += torch.softmax(keys_of_text[:, part] @ query[part] / math.sqrt(block.head_dim), dim=0)
+                shares += torch.softmax(keys_of_text[:, part] @ query[part] / math.sqrt(block.sizes.head_dim), dim=0)
     shares /= shares.sum()
     report = examine_layers(None, model, TEXTS)
     assert report.attention == pytest.approx(shares.tolist(), abs=1e-5)
