@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -65,6 +66,7 @@ class EmbedderCardData(IdentifiedCardData):
     native: bool = False
     training_examples: bool = False
     template_path: Path = field(default=TEMPLATE, init=False, repr=False)
+    without_forwards = False
 
     def set_widget_examples(self, dataset: Any) -> None:
         """Keeps rows of the training data for the card if they are asked for: they may be private."""
@@ -83,9 +85,11 @@ class EmbedderCardData(IdentifiedCardData):
         """Returns what the template shows of the model; draws its pictures if it is being saved."""
         model: Any = self.model
         self._set_base_model(model)
-        with preserve_rng_state():  # a checkpoint's card must not change the training after it
-            use, design = _layer_use(model), _design(model, self.base_title, native=self.native)
-        pictures = self._draw(model, use) if self.save_dir else []
+        measured = not self.without_forwards
+        with preserve_rng_state():
+            use = _layer_use(model) if measured else None
+            design = _design(model, self.base_title, native=self.native, measured=measured)
+        pictures = self._draw(model, use) if self.save_dir and measured else []
         return {
             **super().get_model_specific_metadata(),
             "base_model": getattr(self, "base_model", None),
@@ -140,6 +144,23 @@ class EmbedderCardData(IdentifiedCardData):
 
     def _metrics(self) -> list[str]:
         return list(dict.fromkeys(row["metric"] for row in self.results))
+
+
+@contextmanager
+def card_without_forwards(model: SentenceTransformer) -> Iterator[None]:
+    """Leaves out of the cards that are written in this block what the model has to be run for, and the pictures.
+
+    For checkpoints, whose cards nobody reads, and for a model of which this process holds a part.
+
+    Args:
+        model: With any card data.
+    """
+    card = model.model_card_data
+    card.without_forwards = True
+    try:
+        yield
+    finally:
+        card.without_forwards = False
 
 
 def write_card(
@@ -347,7 +368,7 @@ def _pooling_name(model: Any) -> str:
     return {"Pooling": f"{getattr(model[1], 'pooling_mode', '')}"}.get(name, name)
 
 
-def _design(model: Any, base_title: str | None, *, native: bool) -> dict[str, Any]:
+def _design(model: Any, base_title: str | None, *, native: bool, measured: bool) -> dict[str, Any]:
     backbone, pooling = model[0], model[1]
     adapter = _adapter(model)
     settings = pooling.get_config_dict() if hasattr(pooling, "get_config_dict") else {}
@@ -375,7 +396,7 @@ def _design(model: Any, base_title: str | None, *, native: bool) -> dict[str, An
         "pooling": _pooling_name(model),
         "rows": rows,
         "keeps_eos": backbone.add_eos_token,
-        "report": _report(model),
+        "report": _report(model) if measured else "Not measured: a checkpoint. `st-llmpool doctor` proves it.",
         "cost": _cost(model),
         "loading": _loading(model, adapter, native=native),
         "serving": _SERVING[native],

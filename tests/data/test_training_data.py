@@ -239,3 +239,16 @@ def test_parquet_text_that_is_not_utf8_is_refused(tmp_path):
     pq.write_table(pa.table({"query": texts, "positive": ["b"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="the query is not valid UTF-8"):
         load_pairs(DatasetSettings(str(tmp_path / "a.parquet")))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_a_file_that_was_replaced_by_one_of_the_same_size_and_time_is_read_again(tmp_path, suffix):
+    """The copy that `datasets` caches is found by name, size and time of the file."""
+    file = tmp_path / f"pairs{suffix}"
+    lines = {".jsonl": '{"query": "%s", "positive": "p"}\n', ".csv": "query,positive\n%s,p\n"}[suffix]
+    seen = []
+    for text in ("first", "other"):
+        file.write_text(lines % text)
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+        seen.append(load_pairs(DatasetSettings(str(file)))["query"][:])
+    assert seen == [["first"], ["other"]]

@@ -103,7 +103,7 @@ def test_missing_library_is_named_with_the_extra_that_brings_it(library, code, e
     code = f"import sys; sys.modules['{library}'] = None; {code}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert f"pip install 'st_llmpool[{extra}]'" in result.stderr
+    assert f'pip install "st-llmpool[{extra}]"' in result.stderr
 
 
 def test_tables_are_compared_without_importing_mteb(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -18,6 +19,7 @@ from st_llmpool.study import worker
 from st_llmpool.study.insight import examine_run
 from st_llmpool.study.records import RunRecord, finished, read_scores, take_over, write_record
 from st_llmpool.study.runner import StudyError, StudyRunner, environment_of_run
+from st_llmpool.study.settings import Study
 from st_llmpool.study.worker import TAKEN, carry_out, lock_of
 
 
@@ -110,6 +112,29 @@ def test_a_run_that_another_process_has_is_left_to_it(tiny_study, study_data, tm
         assert runner._carry_out(run, slot=0) == TAKEN
         assert worker.main([f"--{name}={value}" for name, value in arguments.items()]) == TAKEN
     assert not runner.work.exists()
+
+
+def test_another_study_in_the_same_folder_leaves_the_runs_of_this_one_alone(
+    tiny_study, study_data, tmp_path, monkeypatch
+):
+    """Each may have started, and written its study.yaml, since the other did."""
+    commands = []
+
+    class Started:
+        def __init__(self, command, **options):
+            commands.append(dict(part.removeprefix("--").split("=", 1) for part in command if "=" in part))
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr("st_llmpool.study.runner.subprocess.Popen", Started)
+    run = tiny_study.runs()[0]
+    runner_of(tiny_study, study_data, tmp_path / "out")._carry_out(run, slot=0)
+    other = dataclasses.replace(tiny_study, seeds=[7])
+    with pytest.raises(StudyError):
+        runner_of(other, study_data, tmp_path / "out").run()
+    assert Study.load(commands[0]["study"]) == tiny_study
+    assert {Path(command["study"]).parent.name for command in commands} == {command["run"] for command in commands}
 
 
 def test_a_failed_run_is_named_with_the_end_of_its_log(tiny_study, study_data, tmp_path):

@@ -55,7 +55,7 @@ def test_a_resumed_adaptation_is_one_that_was_never_stopped(unbroken, tmp_path):
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
     state = folder / "checkpoints/checkpoint-2/trainer_state.json"
     values = json.loads(state.read_text())
-    values["stateful_callbacks"]["Clock"]["attributes"]["seconds"] = 1000.0  # of the part before the stop
+    values["stateful_callbacks"]["ElapsedTimeCallback"]["attributes"]["seconds"] = 1000.0  # of the part before the stop
     state.write_text(json.dumps(values))
     resumed = adapt(dataclasses.replace(recipe, output_dir=str(folder)), resume=True)
     assert resumed.report["losses"] == expected.report["losses"]

@@ -37,13 +37,13 @@ def test_every_file_of_a_checkpoint_but_the_card_is_sealed(trained):
     sealed = {*manifest["files"], *manifest["state"]}
     assert sealed == {name for name in files if not name.startswith(("README", "assets", "st_llmpool"))}
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= set(manifest["state"])
-    assert fault_of(checkpoint, 1) is None
+    assert fault_of(checkpoint) is None
 
 
 def test_one_missing_cut_or_changed_file_sends_training_back_to_the_checkpoint_before(trained, tmp_path, caplog):
     folder = shutil.copytree(trained, tmp_path / "checkpoints")
     last = folder / "checkpoint-4"
-    assert last_checkpoint(folder, world_size=1) == last
+    assert last_checkpoint(folder) == last
     for file in sorted(path for path in last.rglob("*") if path.is_file()):
         name = file.relative_to(last).as_posix()
         if name.startswith(("README", "assets/", "st_llmpool")):
@@ -53,16 +53,16 @@ def test_one_missing_cut_or_changed_file_sends_training_back_to_the_checkpoint_b
             file.unlink() if damage is None else file.write_bytes(damage)
             caplog.clear()
             with caplog.at_level(logging.WARNING):
-                assert last_checkpoint(folder, world_size=1) == folder / "checkpoint-2", (name, damage)
+                assert last_checkpoint(folder) == folder / "checkpoint-2", (name, damage)
             assert file.name in caplog.text.replace("the optimizer's state", "optimizer.pt")
             file.write_bytes(content)
-    assert last_checkpoint(folder, world_size=1) == last
+    assert last_checkpoint(folder) == last
 
 
 def test_a_checkpoint_of_an_older_version_is_taken_by_its_form(tmp_path):
-    assert fault_of(write(tmp_path, 10), 1) is None
+    assert fault_of(write(tmp_path, 10)) is None
     (tmp_path / "checkpoint-10/scheduler.pt").unlink()
-    assert fault_of(tmp_path / "checkpoint-10", 1) == "scheduler.pt is missing or cut"
+    assert fault_of(tmp_path / "checkpoint-10") == "scheduler.pt is missing or cut"
 
 
 def test_a_checkpoint_without_a_model_of_ours_is_sealed_too(tmp_path):
@@ -70,4 +70,4 @@ def test_a_checkpoint_without_a_model_of_ours_is_sealed_too(tmp_path):
     (checkpoint / "model.safetensors").write_bytes(b"weights")
     seal_checkpoint(checkpoint)
     (checkpoint / "model.safetensors").write_bytes(b"weightz")
-    assert fault_of(checkpoint, 1) == "model.safetensors has other content"
+    assert fault_of(checkpoint) == "model.safetensors has other content"

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from st_llmpool.modules.errors import ConfigurationError
 from st_llmpool.training.optimizers import check_optimizer, lamb
+from st_llmpool.utils.extras import MissingExtraError
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-6
 
@@ -73,6 +73,6 @@ def test_each_group_has_its_own_learning_rate():
 def test_an_optimizer_that_is_not_installed_says_what_to_install(name, package, monkeypatch):
     check_optimizer(name)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigurationError, match=rf"pip install 'st_llmpool\[{package}\]'"):
+    with pytest.raises(MissingExtraError, match=rf'pip install "st-llmpool\[{package}\]"'):
         check_optimizer(name)
     check_optimizer("adamw_torch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -161,11 +162,17 @@ def _read_file(settings: DatasetSettings, path: Path) -> Dataset:
         if path.suffix != ".parquet":
             check_rows(path)
         options = _csv_options(path) if FORMATS[path.suffix] == "csv" else {}
-        return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", **options)
+        # The name says what the file holds: a cached copy is found by name, place, size and time alone.
+        return load_dataset(FORMATS[path.suffix], _digest(path), data_files=str(path), split="train", **options)
     except DataError:
         raise
     except Exception as error:  # the readers raise many kinds: of datasets, pandas and pyarrow
         raise DataError(f"{settings.source!r} cannot be read as {path.suffix}: {_innermost(error)}") from error
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _has_no_rows(path: Path) -> bool:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from ..utils.extras import needs
 from ..utils.random_state import preserve_rng_state
 
-with preserve_rng_state():  # importing mteb seeds Python, numpy and torch
-    try:
-        from .bm25 import bm25_baseline
-        from .result import EvaluationResult, TaskScore
-        from .run import evaluate
-        from .suite import Suite, load_suite, read_suite, shipped_suites
-        from .suite_evaluator import SuiteEvaluator
-        from .tasks import TASK_TYPES, TaskSpec
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"Evaluation needs {error.name}; install it with: pip install 'st_llmpool[eval]'", name=error.name
-        ) from error
+with needs("eval", "Evaluation"), preserve_rng_state():  # importing mteb seeds Python, numpy and torch
+    from .bm25 import bm25_baseline
+    from .result import EvaluationResult, TaskScore
+    from .run import evaluate
+    from .suite import Suite, load_suite, read_suite, shipped_suites
+    from .suite_evaluator import SuiteEvaluator
+    from .tasks import TASK_TYPES, TaskSpec
 
 __all__ = [
     "TASK_TYPES",

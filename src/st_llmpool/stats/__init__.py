@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-try:
+from ..utils.extras import needs
+
+with needs("eval", "Comparing results"):
     from .compare import Comparison, Family, Pair, TypeComparison, compare
     from .items import ItemTest, item_test
     from .power import Plan, detectable_effect, detectable_item_effect, power
@@ -10,10 +12,6 @@ try:
     from .results import COLUMNS, ITEM_COLUMNS, Results, read_results, read_task_types
     from .seeds import SeedNoise, seed_noise
     from .statistics import PairedTest, holm, paired_test
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"Comparing results needs {error.name}; install it with: pip install 'st_llmpool[eval]'", name=error.name
-    ) from error
 
 __all__ = [
     "COLUMNS",

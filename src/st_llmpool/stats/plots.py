@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..utils.extras import require
 from ..utils.words import counted
 from .compare import TypeComparison
 
@@ -19,15 +20,9 @@ def require_libraries() -> None:
     """Raises what says how to install the libraries that draw, if one of them is not there.
 
     Raises:
-        ModuleNotFoundError: If matplotlib or scikit-posthocs is not installed.
+        MissingExtraError: If matplotlib or scikit-posthocs is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401
-        import scikit_posthocs  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"Pictures need {error.name}; install it with: pip install 'st_llmpool[plots]'", name=error.name
-        ) from error
+    require("plots", "matplotlib", "scikit_posthocs", purpose="Drawing")
 
 
 def draw_critical_difference(kind: TypeComparison, path: Path) -> None:

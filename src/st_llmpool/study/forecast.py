@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import comb
 from pathlib import Path
 
@@ -15,12 +17,13 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoModel
 
+from ..data.training_data import DatasetSettings, read_rows
 from ..designs import resolve_base
 from ..evaluation.suite import read_suite
 from ..parameters import count_weights
 from ..saved_embedder import read_architecture
 from ..stats.power import Plan
-from ..training.recipe import DEFAULT_LENGTH
+from ..training.recipe import DEFAULT_LENGTH, TrainingSettings
 from ..utils.words import counted
 from .records import RunRecord
 from .settings import PlannedRun, Study
@@ -78,12 +81,17 @@ class Forecast:
         return Group(plan, power, Text(f"{time_left} ({how})."))
 
 
-def forecast(study: Study, records: Sequence[RunRecord]) -> Forecast:
+def forecast(study: Study, records: Sequence[RunRecord], *, data_dir: Path | None = None) -> Forecast:
     """Plans a study without running anything but a matrix product of a tenth of a second.
 
     Args:
         study: The study.
         records: Its finished runs.
+        data_dir: What ``{data}`` stands for; needed where a recipe counts in epochs.
+
+    Raises:
+        ConfigurationError: If `data_dir` is needed and not given.
+        DataError: If the rows of a set cannot be counted.
 
     Example:
         >>> round(forecast(Study.load("quick"), []).confirmatory["STS"].smallest_p, 4)
@@ -91,7 +99,7 @@ def forecast(study: Study, records: Sequence[RunRecord]) -> Forecast:
     """
     runs = study.runs()
     parameters = {name: _parameters(base) for name, base in study.bases.items()}
-    flops = {run.id: _training_flops(run, parameters[run.base]) for run in runs}
+    flops = {run.id: _training_flops(run, parameters[run.base], data_dir) for run in runs}
     missing = [run for run in runs if run.id not in {record.id for record in records}]
     if records:
         spent = [record.training["wall_seconds"] + record.evaluation_seconds for record in records]
@@ -121,13 +129,26 @@ def _parameters(base: str) -> int:
     return count_weights(model.parameters()) - looked_up
 
 
-def _training_flops(run: PlannedRun, parameters: int) -> float:
+def _training_flops(run: PlannedRun, parameters: int, data_dir: Path | None) -> float:
     """Returns 6 N per token, 4 N where the backbone's weights have no gradient (Kaplan et al. 2020, 2001.08361)."""
-    recipe = run.to_recipe(Path(), Path(run.id))  # where the data lie does not matter here
-    steps = recipe.training.steps or 0
+    recipe = run.to_recipe(data_dir or Path(), Path(run.id))
+    steps = recipe.training.steps
+    if steps is None:
+        steps = _steps_of(recipe.training, run.to_recipe(data_dir, Path(run.id)).data)
     texts = 2 + (recipe.loss.num_negatives or 0)
     tokens = steps * recipe.training.batch_size * texts * (recipe.model.max_seq_length or DEFAULT_LENGTH)
     return float(tokens) * parameters * (6 if recipe.model.tune == "full" else 4)
+
+
+def _steps_of(training: TrainingSettings, data: Sequence[DatasetSettings]) -> int:
+    """Returns the steps of a training that counts in epochs: those of each set, whose last part batch is dropped."""
+    rows = [min(_count_rows(item.source, item.subset, item.split), item.limit or sys.maxsize) for item in data]
+    return int(training.epochs * sum(count // training.batch_size for count in rows))
+
+
+@cache
+def _count_rows(source: str, subset: str | None, split: str) -> int:
+    return len(read_rows(DatasetSettings(source, subset=subset, split=split)))
 
 
 def _matrix_rate() -> float:

@@ -24,8 +24,10 @@ from rich.table import Table
 
 from ..evaluation.suite import load_suite
 from ..modules.errors import ConfigurationError, StLlmpoolError
+from ..stats.plots import require_libraries
 from ..stats.results import Results
 from ..training.checks import check_names
+from ..utils.extras import require
 from ..utils.files import write_atomically
 from ..utils.words import counted
 from .records import RunRecord, finished, read_record, read_scores, take_over, write_results
@@ -89,6 +91,9 @@ class StudyRunner:
         report_only: bool = False,
         console: Console | None = None,
     ) -> None:
+        require("train", "accelerate", "datasets", purpose="A study")
+        require("eval", "jinja2", "pyarrow", purpose="The report of a study")
+        require_libraries()
         if jobs < 1:
             raise ConfigurationError(f"jobs={jobs} must be at least 1.")
         self.study = study
@@ -119,7 +124,7 @@ class StudyRunner:
             StudyError: If runs failed; the others are finished by then. The message names their logs.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.out / "study.yaml", yaml.safe_dump(self.study.to_dict(), sort_keys=False))
+        self._write_study(self.out / "study.yaml")
         for other in self.take_from:
             with lock_of("take_from", self.out).acquire(timeout=-1):  # one of several processes copies
                 taken = take_over(self.runs, other, self.out)
@@ -154,19 +159,24 @@ class StudyRunner:
         return self.records
 
     def examine(self) -> None:
-        """Measures cost and layers of the designs whose models are here, in the first seed, one after the other."""
+        """Measures cost and layers of the designs whose models are here, in the first seed, one after the other.
+
+        Another study that finishes in the same folder waits, and finds them measured.
+        """
         from .insight import examine_run
 
-        measured = {r.id for r in self.records if r.cost and (r.layers or not self.study.layers)}
-        first = [run for run in self.runs if run.seed == self.study.seeds[0] and run.id not in measured]
-        models = [
-            (run, self.work / run.id / "training" / "model") for run in first if (self.out / "runs" / run.id).is_dir()
-        ]
-        for run, model in track(
-            [(run, model) for run, model in models if model.is_dir()], "cost and layers", console=self.console
-        ):
-            recipe = run.to_recipe(self.data_dir, self.work / run.id / "training")
-            examine_run(model, recipe, self.out / "runs" / run.id, self.tasks, layers=self.study.layers)
+        with lock_of("examine", self.out).acquire(timeout=-1):
+            measured = {r.id for r in self.records if r.cost and (r.layers or not self.study.layers)}
+            first = [run for run in self.runs if run.seed == self.study.seeds[0] and run.id not in measured]
+            models = [
+                (run, self.work / run.id / "training" / "model")
+                for run in first
+                if (self.out / "runs" / run.id).is_dir()
+            ]
+            here = [(run, model) for run, model in models if model.is_dir()]
+            for run, model in track(here, "cost and layers", console=self.console):
+                recipe = run.to_recipe(self.data_dir, self.work / run.id / "training")
+                examine_run(model, recipe, self.out / "runs" / run.id, self.tasks, layers=self.study.layers)
 
     @property
     def results(self) -> Results:
@@ -196,6 +206,9 @@ class StudyRunner:
         for file in (page.parent / "summary").iterdir():
             write_atomically(self.out / file.name, file.read_bytes())
         return page
+
+    def _write_study(self, path: Path) -> None:
+        write_atomically(path, yaml.safe_dump(self.study.to_dict(), sort_keys=False))
 
     def log(self, run_id: str) -> Path:
         """Returns where a run's output goes."""
@@ -230,12 +243,14 @@ class StudyRunner:
                     return 0
         except Timeout:
             return TAKEN
-        folders = {"study": self.out / "study.yaml", "run": run.id, "out": self.out, "work": self.work}
+        self.log(run.id).parent.mkdir(parents=True, exist_ok=True)
+        study = self.log(run.id).with_name("study.yaml")  # that of the folder may be another study's by now
+        self._write_study(study)
+        folders = {"study": study, "run": run.id, "out": self.out, "work": self.work}
         if self.data_dir is not None:
             folders["data"] = self.data_dir
         command = [sys.executable, "-m", "st_llmpool.study.worker"]
         command += [f"--{name}={value}" for name, value in folders.items()]
-        self.log(run.id).parent.mkdir(parents=True, exist_ok=True)
         with self.log(run.id).open("ab") as log:
             environment = environment_of_run(slot, self.jobs, self.study.threads)
             process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)

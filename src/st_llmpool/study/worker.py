@@ -59,7 +59,7 @@ class ProgressFile(TrainerCallback):
 
 def tell(folder: Path, stage: str, **facts: Any) -> None:
     """Notes how far a run is."""
-    write_atomically(folder / PROGRESS, json.dumps({"stage": stage, **facts}))
+    write_atomically(folder / PROGRESS, json.dumps({"stage": stage, **facts}), durable=False)
 
 
 def carry_out(study: Study, run: PlannedRun, *, out: Path, work: Path, data_dir: Path | None) -> RunRecord:
@@ -79,8 +79,7 @@ def carry_out(study: Study, run: PlannedRun, *, out: Path, work: Path, data_dir:
     folder = work / run.id
     folder.mkdir(parents=True, exist_ok=True)
     recipe = run.to_recipe(data_dir, folder / "training")
-    resume = (folder / "training" / "recipe.yaml").is_file()
-    result = train(recipe, resume=resume, callbacks=[ProgressFile(folder)])
+    result = train(recipe, resume=True, callbacks=[ProgressFile(folder)])
     tell(folder, "evaluating")
     started = time.monotonic()
     scores = evaluate(

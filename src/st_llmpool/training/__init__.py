@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from ..utils.extras import needs
+
 if TYPE_CHECKING:
     from .adapt_recipe import AdaptRecipe
     from .adaptation import AdaptResult, adapt
@@ -28,5 +30,6 @@ _FILES = {
 
 def __getattr__(name: str) -> object:
     if name in _FILES:  # on first use: importing torch and sentence-transformers takes seconds
-        return getattr(importlib.import_module(_FILES[name], __name__), name)
+        with needs("train", "Training"):
+            return getattr(importlib.import_module(_FILES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

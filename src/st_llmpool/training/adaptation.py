@@ -32,7 +32,7 @@ from ..utils.reading import read_json_object
 from .adapt_recipe import AdaptRecipe
 from .arguments import enable_gradient_checkpointing, precision_of, shared_arguments, use_one_gpu
 from .checks import check_adapter, check_machine
-from .clock import Clock, seconds_of
+from .elapsed_time import ElapsedTimeCallback, seconds_of
 from .interpolation import merge_with_base
 from .language_model import attend, load_language_model, load_tokenizer, stored_dtype
 from .mask_token import choose_mask_token, ordinary_tokens, use_mask_token
@@ -44,7 +44,7 @@ from .merge_shares import shares_of
 from .progress import RichProgress
 from .recipe import MaskingSettings, ModelSettings
 from .report import write_report
-from .run_folder import check_output, checkpoint_of
+from .run_folder import check_output, checkpoint_of, one_at_a_time, remove_checkpoints_after
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -95,11 +95,13 @@ def adapt(recipe: AdaptRecipe, *, resume: bool = False) -> AdaptResult:
 
     Args:
         recipe: What to do.
-        resume: Go on from the last whole checkpoint in ``output_dir``, from the start if there is none yet. The losses
-            and weights are those of a run that was never stopped.
+        resume: Go on from the last complete checkpoint in ``output_dir``, from the start if there is none yet. The
+            losses and weights are those of a run that was never stopped.
 
     Raises:
-        ConfigurationError: If the recipe does not fit the base, this machine, or what is in ``output_dir``.
+        ConfigurationError: If the recipe does not fit the base, this machine, or what is in ``output_dir``, or another
+            process trains there.
+        TrainingError: If the loss, the gradients or the weights are not finite; the checkpoints before are kept.
         DataError: If a set of texts cannot be trained on.
         AttentionError: If the base cannot attend as the recipe says.
 
@@ -113,6 +115,11 @@ def adapt(recipe: AdaptRecipe, *, resume: bool = False) -> AdaptResult:
     if (folder / "model").is_dir():
         logger.info("%s is finished; nothing to train.", folder)
         return AdaptResult(folder / "model", read_json_object(folder / "training.json"))
+    with one_at_a_time(folder):
+        return _adapt_in(folder, recipe, resume=resume)
+
+
+def _adapt_in(folder: Path, recipe: AdaptRecipe, *, resume: bool) -> AdaptResult:
     base = check_adapt(recipe)
     tokenizer = load_tokenizer(recipe, base)
     arguments = _training_arguments(recipe, folder)
@@ -133,6 +140,8 @@ def adapt(recipe: AdaptRecipe, *, resume: bool = False) -> AdaptResult:
         folder.mkdir(parents=True, exist_ok=True)
         recipe.to_yaml(folder / "recipe.yaml")
     checkpoint = checkpoint_of(folder, arguments.world_size) if resume else None
+    if arguments.process_index == 0:
+        remove_checkpoints_after(folder, checkpoint)
     if checkpoint is None or not trainer.restore_finished(checkpoint):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     model.config.use_cache = use_cache  # the trainer turns it off
@@ -167,6 +176,7 @@ def check_adapt(recipe: AdaptRecipe) -> str:
 def _load(recipe: AdaptRecipe) -> tuple[Dataset, Dataset]:
     """Returns the texts to train on and those to measure on."""
     train = concatenate_datasets([load_texts(settings) for settings in recipe.texts])
+    train = train.add_column("row", list(range(len(train))))
     limit = recipe.evaluation.limit
     if recipe.evaluation.texts:
         held_out = concatenate_datasets([load_texts(settings) for settings in recipe.evaluation.texts])
@@ -255,7 +265,7 @@ def _trainer(
             texts.pieces, recipe.masking, texts.vocabulary, length=steps * training.batch_size, seed=recipe.seed
         ),
         eval_dataset=texts.held_out,
-        callbacks=[Clock(), RichProgress()],
+        callbacks=[ElapsedTimeCallback(), RichProgress()],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

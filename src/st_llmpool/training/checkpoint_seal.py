@@ -21,21 +21,20 @@ def seal_checkpoint(checkpoint: Path) -> None:
     write_manifest(checkpoint, {**manifest, "state": {file.name: record_of(file) for file in state}})
 
 
-def fault_of(checkpoint: Path, world_size: int) -> str | None:
+def fault_of(checkpoint: Path) -> str | None:
     """Returns why training cannot resume from a checkpoint, None if it can.
 
     One without a seal, of an older version or of a run that was killed just before it, is examined by its form only.
 
     Args:
-        checkpoint: Its folder.
-        world_size: Number of processes of the run.
+        checkpoint: Its folder, of any number of processes: all have written their random state before the trainer's.
     """
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "trainer_state.json, which is written last, is missing or damaged"
-    ranks = [""] if world_size == 1 else [f"_{rank}" for rank in range(world_size)]
-    for name in (*(f"rng_state{rank}.pth" for rank in ranks), "scheduler.pt"):
+    states = sorted(file.name for file in checkpoint.glob("rng_state*.pth")) or ["rng_state.pth"]
+    for name in (*states, "scheduler.pt"):
         if not zipfile.is_zipfile(checkpoint / name):  # a zip file's directory is at its end
             return f"{name} is missing or cut"
     if not any(checkpoint.glob("optimizer*")):

@@ -1,4 +1,4 @@
-"""Finds the last checkpoint that is whole, and loads one into the model that is being trained."""
+"""Finds the last complete checkpoint, and loads one into the model that is being trained."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ from .checkpoint_seal import fault_of
 logger = logging.getLogger(__name__)
 
 
-def last_checkpoint(folder: Path, world_size: int) -> Path | None:
+def last_checkpoint(folder: Path) -> Path | None:
     """Returns the newest checkpoint that is complete and undamaged, or None; logs which it skips and why.
 
     A run that is killed while it writes leaves half a checkpoint.
 
     Args:
         folder: The trainer's output folder.
-        world_size: Number of processes of the run.
     """
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     checkpoints.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for checkpoint in checkpoints:
-        fault = fault_of(checkpoint, world_size)
+        fault = fault_of(checkpoint)
         if fault is None:
             return checkpoint
         logger.warning("%s is skipped: %s.", checkpoint, fault)
@@ -70,6 +69,11 @@ def load_poolings(model: SentenceTransformer, checkpoint: Path) -> None:
         module = model[entry["idx"]]
         if any(True for _ in module.parameters()):
             _load_state(module, load_file(checkpoint / entry["path"] / "model.safetensors"), checkpoint)
+
+
+def processes_of(checkpoint: Path) -> int:
+    """Returns how many processes wrote a checkpoint, each of which keeps its random state there."""
+    return len(list(checkpoint.glob("rng_state*.pth")))
 
 
 def _load_adapter(backbone: Any, checkpoint: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from ..designs import DESIGNS, POOLINGS
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..modules.trainable_pooling import TrainablePooling
 from ..saved_embedder import read_architecture
+from ..utils.extras import require
 from ..utils.random_state import preserve_rng_state
 from .freezing import check_freezing
 from .losses import check_loss
@@ -75,8 +75,8 @@ def check_machine(training: TrainingSettings, *, adapter: bool, quantized: bool 
         "training.report_to": ("tensorboard", training.report_to == "tensorboard"),
     }
     for setting, (library, is_wanted) in wanted.items():
-        if is_wanted and importlib.util.find_spec(library) is None:
-            raise ConfigurationError(f"{setting} needs {library}: pip install 'st_llmpool[train]'.")
+        if is_wanted:
+            require("train", library, purpose=setting)
 
 
 def design_arguments(model: ModelSettings) -> dict[str, Any]:

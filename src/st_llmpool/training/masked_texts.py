@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 Example = dict[str, Tensor]
 
-#: Tokens of a piece, and 1 for those that the tokenizer added.
-_Piece = tuple[list[int], list[int]]
+#: Tokens of a piece, 1 for those that the tokenizer added, and the place of its text.
+_Piece = tuple[list[int], list[int], int]
 
 
 def tokenize(
@@ -30,26 +30,27 @@ def tokenize(
     """Returns the tokens of each text, one row a piece; pieces are never put together.
 
     Args:
-        texts: Column ``text``.
+        texts: Columns ``text`` and, to name rows that fail, ``row``.
         tokenizer: Adds what special tokens it adds by itself, to each piece.
         max_length: Longest piece in tokens.
         long_texts: ``cut`` makes several pieces of a longer text, ``truncate`` leaves the rest out.
 
     Returns:
-        Columns ``input_ids`` and ``special``, 1 for special tokens, those that a text spells out too; rows without a
-        token that may be masked are left out.
+        Columns ``input_ids``, ``special``, 1 for special tokens, those that a text spells out too, and ``row`` of its
+        text; rows without a token that may be masked are left out.
     """
     cut = long_texts == "cut"
     split = _cut_by_hand if cut and not tokenizer.is_fast else partial(_split, cut=cut)
     never = special_ids(tokenizer)
 
-    def pieces(rows: Mapping[str, list[str]]) -> dict[str, list[list[int]]]:
+    def pieces(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         found = [
-            (ids, [int(added or index in never) for index, added in zip(ids, special, strict=True)])
-            for ids, special in split(rows["text"], tokenizer, max_length)
+            (ids, [int(added or index in never) for index, added in zip(ids, special, strict=True)], place)
+            for ids, special, place in split(rows["text"], tokenizer, max_length)
         ]
-        kept = [(ids, special) for ids, special in found if 0 in special[1:]]
-        return {"input_ids": [ids for ids, _ in kept], "special": [special for _, special in kept]}
+        kept = [(ids, special, place) for ids, special, place in found if 0 in special[1:]]
+        columns = {"input_ids": [ids for ids, _, _ in kept], "special": [special for _, special, _ in kept]}
+        return {**columns, **({"row": [rows["row"][place] for _, _, place in kept]} if "row" in rows else {})}
 
     # A name of its own instead of a hash of the tokenizer: nothing is read from a cache that an edited one would miss.
     return texts.map(pieces, batched=True, remove_columns=texts.column_names, load_from_cache_file=False)
@@ -88,7 +89,7 @@ class MaskedTexts(TorchDataset):
         return self.length
 
     def __getitem__(self, place: int) -> Example:
-        """Returns ``input_ids`` (T,) and ``labels`` (T,)."""
+        """Returns ``input_ids`` (T,), ``labels`` (T,) and, if it is known, the ``row`` of the text."""
         visit, within = divmod(place, len(self.pieces))
         if self._order[0] != visit:
             self._order = (visit, torch.randperm(len(self.pieces), generator=self._generator(visit)))
@@ -96,7 +97,7 @@ class MaskedTexts(TorchDataset):
         ids, places = piece["input_ids"], maskable(piece["input_ids"], piece["special"])
         generator = self._generator(2**32 + place)
         masked, labels = mask_tokens(ids, places, self.settings, self.vocabulary, generator)
-        return {"input_ids": masked, "labels": labels}
+        return {"input_ids": masked, "labels": labels, **({"row": piece["row"]} if "row" in piece else {})}
 
     def _generator(self, number: int) -> torch.Generator:
         # Seeds that differ in few bits give streams that are alike, so the two numbers are spread over all bits.
@@ -135,13 +136,14 @@ def _split(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
         return_attention_mask=False,
         **options,
     )
-    return zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+    places = encoded["overflow_to_sample_mapping"] if cut else range(len(texts))
+    return zip(encoded["input_ids"], encoded["special_tokens_mask"], places, strict=True)
 
 
 def _cut_by_hand(texts: list[str], tokenizer: Any, max_length: int) -> Iterator[_Piece]:
     """Cuts for tokenizers without a fast backend, which give no rows of what is beyond `max_length`."""
     size = max_length - tokenizer.num_special_tokens_to_add()
-    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+    for place, ids in enumerate(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]):
         for start in range(0, len(ids), size):
             piece = tokenizer.prepare_for_model(ids[start : start + size], return_special_tokens_mask=True)
-            yield piece["input_ids"], piece["special_tokens_mask"]
+            yield piece["input_ids"], piece["special_tokens_mask"], place

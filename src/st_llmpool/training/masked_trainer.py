@@ -10,12 +10,12 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 
 from ..utils.random_state import preserve_rng_state
+from .guarded_trainer import GuardedTrainer
 from .masked_accuracy import MaskedScore, masked_score
 from .masked_next_token import masked_logits, masked_loss
-from .restores_finished import RestoresFinished
 
 
-class MaskedTokenTrainer(RestoresFinished, Trainer):
+class MaskedTokenTrainer(GuardedTrainer, Trainer):
     """Trains a causal language model on :class:`MaskedTexts`; used as its base class is.
 
     The evaluation set is a sequence of examples, and its metrics are the share of the masked tokens that are found and

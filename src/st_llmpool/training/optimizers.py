@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,6 +10,7 @@ from torch.optim import Optimizer
 from transformers.training_args import OptimizerNames
 
 from ..modules.errors import ConfigurationError, nearest
+from ..utils.extras import require
 
 
 def lamb() -> type[Optimizer]:
@@ -65,12 +65,13 @@ def check_optimizer(name: str) -> None:
     """Refuses an optimizer that is unknown or not installed.
 
     Raises:
-        ConfigurationError: With the nearest known name, or what to install.
+        ConfigurationError: With the nearest known name.
+        MissingExtraError: With what to install.
     """
     known = [*OPTIMIZERS, *(option.value for option in OptimizerNames)]
     if name not in known:
         raise ConfigurationError(f"training.optimizer={name!r} is unknown; known: {known}.{nearest(name, known)}")
     is_quantised = any(part in name for part in ("8bit", "paged", "bnb"))
     library, extra = ("pytorch_optimizer", "lamb") if name in OPTIMIZERS else ("bitsandbytes", "train")
-    if (name in OPTIMIZERS or is_quantised) and importlib.util.find_spec(library) is None:
-        raise ConfigurationError(f"training.optimizer={name} needs {library}: pip install 'st_llmpool[{extra}]'.")
+    if name in OPTIMIZERS or is_quantised:
+        require(extra, library, purpose=f"training.optimizer={name}")

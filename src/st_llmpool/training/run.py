@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvaluator
@@ -17,12 +19,12 @@ from sentence_transformers.base.sampler import BatchSamplers
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from ..adapters import has_adapter
-from ..card import training_facts
+from ..card import card_without_forwards, training_facts
 from ..data.texts import load_views
 from ..data.training_data import load_pairs
 from ..designs import build_embedder, resolve_base
 from ..loading import load_model
-from ..modules.errors import ConfigurationError
+from ..modules.errors import ConfigurationError, StLlmpoolError
 from ..parameters import count_weights
 from ..saved_embedder import is_saved_embedder
 from ..utils.files import atomic_folder
@@ -38,7 +40,7 @@ from .checks import (
     check_views,
     design_arguments,
 )
-from .clock import Clock, seconds_of
+from .elapsed_time import ElapsedTimeCallback, seconds_of
 from .freezing import freeze_lowest_layers
 from .hard_negative_mixing import HardNegativeMixing
 from .held_out import held_out_evaluator
@@ -47,8 +49,9 @@ from .optimizers import OPTIMIZERS
 from .pooling_share import NOTHING, trainable_poolings
 from .progress import RichProgress
 from .recipe import DEFAULT_LENGTH, Recipe, StageSettings
+from .reload_check import check_reload
 from .report import write_report
-from .run_folder import check_output, checkpoint_of
+from .run_folder import check_output, checkpoint_of, one_at_a_time, remove_checkpoints_after
 from .sparse_tuning import SparseTuning
 from .stages import run_stages, settle
 from .trainer import EmbedderTrainer
@@ -82,12 +85,16 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCa
 
     Args:
         recipe: What to do.
-        resume: Go on from the last whole checkpoint in ``output_dir``, from the start if there is none yet. The losses
-            and weights are those of a run that was never stopped.
+        resume: Go on from the last complete checkpoint in ``output_dir``, from the start if there is none yet. The
+            losses and weights are those of a run that was never stopped. With another number of processes the batches
+            are the same, but dropout is drawn anew.
         callbacks: The trainer's, beside our own.
 
     Raises:
-        ConfigurationError: If the recipe does not fit the base, this machine, or what is in ``output_dir``.
+        ConfigurationError: If the recipe does not fit the base, this machine, or what is in ``output_dir``, or another
+            process trains there.
+        TrainingError: If the loss, the gradients or the weights are not finite; the checkpoints before are kept.
+        WriteError: If the disk is full; the earlier checkpoint is intact.
         DataError: If a training set cannot be trained on.
 
     Example:
@@ -99,6 +106,11 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCa
     check_output(recipe, folder, resume=resume)
     if (folder / "model").is_dir():
         return _finished(recipe, folder)
+    with one_at_a_time(folder):
+        return _train_in(folder, recipe, resume=resume, callbacks=callbacks)
+
+
+def _train_in(folder: Path, recipe: Recipe, *, resume: bool, callbacks: Sequence[TrainerCallback]) -> TrainingResult:
     prepared = _prepare(recipe)
     start = None
     if recipe.stages:
@@ -141,9 +153,8 @@ def _prepare(recipe: Recipe, stage: StageSettings | None = None) -> _Prepared:
 def _train_stage(recipe: Recipe, start: Path | None, stage: StageSettings) -> None:
     folder = Path(recipe.output_dir)
     if not (folder / "model").is_dir():
-        resume = (folder / "recipe.yaml").is_file()
-        check_output(recipe, folder, resume=resume)
-        _train(recipe, _prepare(recipe, stage), start, resume=resume, stage=stage)
+        check_output(recipe, folder, resume=True)
+        _train(recipe, _prepare(recipe, stage), start, resume=True, stage=stage)
 
 
 def _train(
@@ -170,12 +181,32 @@ def _train(
     if arguments.process_index == 0:
         _keep_recipe(recipe, folder)
     checkpoint = checkpoint_of(folder, arguments.world_size) if resume else None
+    if arguments.process_index == 0:
+        remove_checkpoints_after(folder, checkpoint)
     arguments.eval_on_start = arguments.eval_on_start and checkpoint is None  # else it would count twice
+    if checkpoint is None:
+        _check_reload(trainer, recipe, folder)
     if checkpoint is None or not trainer.restore_finished(checkpoint):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     rows = {name: len(dataset) for name, dataset in datasets.items()}
     at_end = None if stage is None else partial(settle, model, base, stage, recipe.evaluation, prepared.evaluator)
     return _finish(trainer, recipe, folder, rows, at_end)
+
+
+def _check_reload(trainer: EmbedderTrainer, recipe: Recipe, folder: Path) -> None:
+    """Runs :func:`check_reload` on the first process; all raise what it finds."""
+    if trainer.is_sharded:
+        return
+    found: list[StLlmpoolError | None] = [None]
+    if trainer.args.process_index == 0:
+        full, trusted = recipe.model.tune == "full", recipe.model.trust_remote_code
+        try:
+            check_reload(trainer.model, folder, full=full, trust_remote_code=trusted)
+        except StLlmpoolError as error:
+            found = [error]
+    broadcast_object_list(found)
+    if found[0] is not None:
+        raise found[0]
 
 
 def _keep_recipe(recipe: Recipe, folder: Path) -> None:
@@ -330,7 +361,12 @@ def _trainer(
         train_dataset=datasets,
         loss=loss,
         evaluator=evaluator,
-        callbacks=[Clock(), RichProgress(), *(made for made in (mixing, sparse) if made is not None), *callbacks],
+        callbacks=[
+            ElapsedTimeCallback(),
+            RichProgress(),
+            *(made for made in (mixing, sparse) if made is not None),
+            *callbacks,
+        ],
         optimizer_class=OPTIMIZERS.get(recipe.training.optimizer),
     )
     trainer.remove_callback(ProgressCallback)
@@ -371,7 +407,8 @@ def _finish(
             facts |= at_end()
         report = write_report(folder, state, facts)
         vars(model.model_card_data).update(training_facts(folder))
-        with atomic_folder(folder / "model") as target:
+        light = card_without_forwards(model) if trainer.is_sharded else nullcontext()  # one rank cannot run its part
+        with light, atomic_folder(folder / "model") as target:
             model.save_pretrained(str(target))
     trainer.accelerator.wait_for_everyone()
     return TrainingResult(model, folder / "model", report)

@@ -1,13 +1,18 @@
-"""The folder of a run: what may enter it, where it goes on, and how its model gets there whole."""
+"""Guard a run directory: refuse mixed runs, one process at a time, find the checkpoint to resume from."""
 
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from ..modules.errors import ConfigurationError
-from .checkpoints import last_checkpoint
+from ..utils.locks import locked_folder
+from .checkpoints import last_checkpoint, processes_of
 from .settings import differences
 
 logger = logging.getLogger(__name__)
@@ -38,7 +43,10 @@ class SavedRecipe(Protocol):
 
 
 def check_output(recipe: SavedRecipe, folder: Path, *, resume: bool) -> None:
-    """Neither mixes two runs in one folder nor goes on with another recipe.
+    """Refuses to mix two runs in one folder, or to go on with another recipe.
+
+    A folder without a checkpoint or a finished stage holds no run yet: a first start that was refused or stopped may
+    be started again with a corrected recipe.
 
     Args:
         recipe: The recipe of the run.
@@ -51,6 +59,8 @@ def check_output(recipe: SavedRecipe, folder: Path, *, resume: bool) -> None:
     if not (folder / "recipe.yaml").is_file():
         if (folder / "model").exists():
             raise ConfigurationError(f"output_dir={str(folder)!r} already holds a model: choose another output_dir.")
+        return
+    if not _has_begun(folder):
         return
     if not resume:
         raise ConfigurationError(
@@ -66,6 +76,14 @@ def check_output(recipe: SavedRecipe, folder: Path, *, resume: bool) -> None:
         )
 
 
+def _has_begun(folder: Path) -> bool:
+    """Returns whether a run, or one of its stages, has come to a checkpoint or its end."""
+    return any(
+        (place / "model").is_dir() or any(place.glob("checkpoints/checkpoint-*/trainer_state.json"))
+        for place in (folder, *folder.glob("stages/*"))
+    )
+
+
 def _bound(settings: dict[str, Any]) -> set[str]:
     """Returns what is free to change in general, but changes the weights of this run."""
     bound = set()
@@ -77,8 +95,45 @@ def _bound(settings: dict[str, Any]) -> set[str]:
 
 
 def checkpoint_of(folder: Path, world_size: int) -> Path | None:
-    """Returns the checkpoint to go on from; None, with a warning, if there is none yet."""
-    checkpoint = last_checkpoint(folder / "checkpoints", world_size)
-    if checkpoint is None:
-        logger.warning("%s has no whole checkpoint yet: training starts from the beginning.", folder)
+    """Returns the checkpoint to resume from; None if there is none yet.
+
+    Args:
+        folder: The run's folder.
+        world_size: Number of processes now; logs what differs if the checkpoint is of another number.
+    """
+    checkpoint = last_checkpoint(folder / "checkpoints")
+    left = [path.name for path in (folder / "checkpoints").glob("checkpoint-*")]
+    if checkpoint is None and left:
+        logger.warning("No checkpoint in %s is complete (%s): step 1 is next.", folder, ", ".join(sorted(left)))
+    if checkpoint is not None and processes_of(checkpoint) != world_size:
+        logger.warning(
+            "%s is of %d processes and goes on with %d: batches stay the same, dropout is drawn anew.",
+            checkpoint,
+            processes_of(checkpoint),
+            world_size,
+        )
     return checkpoint
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of `folder` while the processes of one are at work; the first of them holds the lock.
+
+    Raises:
+        ConfigurationError: If another run is at work there.
+    """
+    with locked_folder(folder) if int(os.environ.get("RANK", 0)) == 0 else nullcontext():
+        yield
+
+
+def remove_checkpoints_after(folder: Path, resumed: Path | None) -> None:
+    """Removes the checkpoints that a resumed run makes again: half or damaged ones, which the new would be mixed with.
+
+    Args:
+        folder: The run's folder.
+        resumed: The checkpoint that it resumes from; None if it starts from the beginning.
+    """
+    last = -1 if resumed is None else int(resumed.name.rpartition("-")[2])
+    for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
+        if checkpoint.name.rpartition("-")[2].isdigit() and int(checkpoint.name.rpartition("-")[2]) > last:
+            shutil.rmtree(checkpoint, ignore_errors=True)

@@ -56,7 +56,7 @@ def run_stages(recipe: Recipe, check: Callable[[Recipe, StageSettings], Any], tr
     for number, stage in enumerate(recipe.stages, start=1):
         folder = Path(recipe.output_dir) / "stages" / f"{number}-{stage.kind}"
         if stage.kind == "mntp":
-            adapt(adapt_recipe(recipe, stage, folder, start), resume=(folder / "recipe.yaml").is_file())
+            adapt(adapt_recipe(recipe, stage, folder, start), resume=True)
         else:
             train(embedder_recipe(recipe, stage, folder), start, stage)
         start = folder / "model"

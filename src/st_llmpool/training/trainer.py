@@ -11,15 +11,17 @@ from sentence_transformers import SentenceTransformerTrainer
 from torch import nn
 from transformers import TrainingArguments
 
+from ..adapters import has_adapter
+from ..card import card_without_forwards
 from ..modules.errors import InputError
 from ..utils.random_state import preserve_rng_state
 from .checkpoint_seal import fault_of
-from .checkpoints import has_adapter, load_trained_weights
+from .checkpoints import load_trained_weights
+from .guarded_trainer import GuardedTrainer
 from .pooling_share import PoolingShare
-from .restores_finished import RestoresFinished
 
 
-class EmbedderTrainer(RestoresFinished, SentenceTransformerTrainer):
+class EmbedderTrainer(GuardedTrainer, SentenceTransformerTrainer):
     """Trains an embedder; used as its base class is.
 
     Args:
@@ -54,6 +56,10 @@ class EmbedderTrainer(RestoresFinished, SentenceTransformerTrainer):
         with preserve_rng_state():
             return super().evaluate(*args, **kwargs)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with card_without_forwards(self.model):  # of a checkpoint; the model at the end gets the full card
+            super()._save(output_dir, state_dict)
+
     def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
         # The base class reads the whole model a second time, the base unquantised, and fails on its shapes; and it does
         # not know our classes by the names that they are saved under.
@@ -73,7 +79,7 @@ class EmbedderTrainer(RestoresFinished, SentenceTransformerTrainer):
             raise InputError(
                 f"The best checkpoint, of step {self.state.best_global_step}, is gone: nothing to end with."
             )
-        if fault := fault_of(Path(checkpoint), self.args.world_size):
+        if fault := fault_of(Path(checkpoint)):
             raise InputError(
                 f"The best checkpoint, {checkpoint}, is damaged: {fault}. Train again from an earlier one."
             )

@@ -1,4 +1,4 @@
-"""Counts the seconds of a run over all its resumptions."""
+"""Counts the seconds of a run across its resumptions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 
-class Clock(TrainerCallback, ExportableState):
-    """Adds up the time between steps; what earlier parts of a run took comes back from its checkpoint.
+class ElapsedTimeCallback(TrainerCallback, ExportableState):
+    """Tracks elapsed training time across resumes.
 
     Args:
-        seconds: Of the earlier parts.
+        seconds: Time before the resume, which the checkpoint keeps.
     """
 
     def __init__(self, seconds: float = 0.0) -> None:
@@ -22,10 +22,10 @@ class Clock(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Starts the clock, from where the checkpoint left it."""
+        """Starts counting from where the checkpoint left off."""
         # The trainer brings callbacks back only for all or none of them, so this one helps itself.
         callbacks: Any = state.stateful_callbacks or {}
-        saved = callbacks.get("Clock")
+        saved = callbacks.get("ElapsedTimeCallback")
         if not self.seconds and saved:
             self.seconds = saved["attributes"]["seconds"]
         self._last = time.monotonic()
@@ -43,6 +43,8 @@ class Clock(TrainerCallback, ExportableState):
 
 def seconds_of(trainer: Trainer) -> float:
     """Returns the seconds of a trainer's run; from its checkpoint, if it had nothing left to train."""
-    clock = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Clock))
+    counted = next(
+        callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ElapsedTimeCallback)
+    )
     callbacks: Any = trainer.state.stateful_callbacks or {}
-    return clock.seconds or callbacks.get("Clock", {}).get("attributes", {"seconds": 0.0})["seconds"]
+    return counted.seconds or callbacks.get("ElapsedTimeCallback", {}).get("attributes", {"seconds": 0.0})["seconds"]

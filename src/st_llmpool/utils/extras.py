@@ -1,0 +1,58 @@
+"""Optional dependencies: what is missing is named at once, with the command that installs it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..modules.errors import StLlmpoolError
+
+
+class MissingExtraError(StLlmpoolError, ModuleNotFoundError):
+    """A library that an extra of the package installs is not there."""
+
+
+def require(extra: str, *modules: str, purpose: str = "This") -> None:
+    """Checks that libraries are installed; to be called before hours are spent.
+
+    Args:
+        extra: Extra of the package that installs them.
+        modules: Names to import.
+        purpose: What needs them, as the start of a sentence.
+
+    Raises:
+        MissingExtraError: With the command that installs what is missing.
+
+    Example:
+        >>> require("eval", "no_such_library", purpose="Evaluation")
+        Traceback (most recent call last):
+        ...
+        st_llmpool.utils.extras.MissingExtraError: Evaluation needs no_such_library: pip install "st-llmpool[eval]"
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise _missing(purpose, ", ".join(missing), extra)
+
+
+@contextmanager
+def needs(extra: str, purpose: str) -> Iterator[None]:
+    """Re-raises a failed import in its block as a `MissingExtraError`.
+
+    Args:
+        extra: Extra of the package that installs what the block imports.
+        purpose: What needs it, as the start of a sentence.
+
+    Raises:
+        MissingExtraError: With the command that installs what is missing.
+    """
+    try:
+        yield
+    except MissingExtraError:
+        raise
+    except ModuleNotFoundError as error:
+        raise _missing(purpose, str(error.name), extra) from error
+
+
+def _missing(purpose: str, what: str, extra: str) -> MissingExtraError:
+    return MissingExtraError(f'{purpose} needs {what}: pip install "st-llmpool[{extra}]"')
