@@ -138,6 +138,17 @@ def test_what_is_ours_to_mend_keeps_its_traceback(monkeypatch):
         main()
 
 
+def test_commands_silence_what_no_user_can_act_on(tmp_path):
+    code = (
+        "import logging, warnings; from typer.testing import CliRunner; from st_llmpool.cli import app\n"
+        f"CliRunner().invoke(app, ['train', {str(tmp_path / 'none.yaml')!r}])\n"
+        "logging.getLogger('bitsandbytes.backends.cpu.ops').warning('Failed to load CPU gemm_4bit_forward')\n"
+        "warnings.warn('Setting `save_embedding_layers` to `True` as embedding layers found')"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stderr == ""
+
+
 def test_help_groups_the_commands(capsys):
     text = CliRunner().invoke(app, ["--help"]).output
     panels = [text.index(title) for title in ("Build and train", "Evaluate", "Share")]

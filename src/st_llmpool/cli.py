@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -63,6 +65,10 @@ def _version(
     if version:
         typer.echo(__version__)
         raise typer.Exit
+    # What libraries print at import and at save that no user can act on: a kernel that is optional, and that peft saves
+    # the embeddings that were trained.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
 
 
 @app.command(rich_help_panel=_BUILD)
