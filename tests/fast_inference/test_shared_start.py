@@ -24,9 +24,10 @@ from transformers import (
 )
 
 from st_llmpool.fast_inference import optimize_inference
-from st_llmpool.fast_inference.shared_start import shared_start
+from st_llmpool.fast_inference.shared_start import shared_start, why_not_shared
 from st_llmpool.modules.attention import set_attention
 from st_llmpool.modules.llm_transformer import LLMTransformer
+from tests.architecture_zoo import build
 from tests.conftest import save_tiny_llm
 from tests.modules.token_batches import assert_same, computed_tokens, id_batch, plain, switch_on
 
@@ -220,10 +221,10 @@ def test_an_error_of_a_fast_path_is_an_error(tiny_llm):
     assert backbone.batch_runner is None
 
 
-def test_a_model_that_leaves_the_cache_empty_does_without(make_llm):
+def test_a_model_that_takes_no_cache_does_without(make_llm):
     config = OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=4, n_positions=128)
     backbone = LLMTransformer(make_llm(config), attention="causal").eval()
-    assert "not in the cache" in optimize_inference(backbone).reasons["shared start"]
+    assert "takes no keys and values" in optimize_inference(backbone).reasons["shared start"]
     features = id_batch(LENGTHS, shared=SHARED)
     assert_same(run(backbone, features)[0], plain(backbone, features))
 
@@ -234,3 +235,8 @@ def test_threads_share_a_model(llama):
     with ThreadPoolExecutor(4) as pool:
         for outputs, other in zip(pool.map(torch.no_grad()(functools.partial(llama)), batches), expected, strict=True):
             assert_same(outputs, other)
+
+
+def test_a_family_without_keys_and_values_is_known_in_advance():
+    assert "takes no keys and values" in why_not_shared(build("xlstm", "eager"))
+    assert why_not_shared(build("llama", "sdpa")) is None

@@ -8,6 +8,7 @@ rest is run. Positions go on counting and windows go on sliding, so the vectors 
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ def why_not_shared(model: nn.Module) -> str | None:
     """Return why the start of texts cannot be computed once for a backbone; None if it can."""
     if attention_of(model) != "causal":
         return "attention is bidirectional, so the first tokens depend on what follows"
+    if "past_key_values" not in inspect.signature(find_backbone(model).forward).parameters:
+        return "its forward takes no keys and values of earlier tokens"
     return other_state(model)
 
 
