@@ -8,9 +8,9 @@ from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
 from st_llmpool import build_embedder
+from st_llmpool.analysis import cost
 from st_llmpool.analysis.cost import Cost, _peak_of_tensors, measure_cost
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.stats import cost
 from tests.conftest import TINY_CONFIG
 
 
