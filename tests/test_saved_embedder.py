@@ -196,6 +196,9 @@ def test_a_module_list_that_cannot_be_read_is_refused_by_name(tiny_llm, tmp_path
             build_embedder(str(folder))
 
 
-def test_a_prompt_that_leaves_no_room_is_refused_at_once(tiny_llm):
+def test_a_prompt_that_leaves_no_room_is_named_at_once_and_refused_where_it_is_used(tiny_llm, caplog):
+    model = build_embedder(tiny_llm, max_seq_length=16, prompts={"query": "Q:" * 10})
+    assert "prompt 'query' cannot be used" in caplog.text
     with pytest.raises(ConfigurationError, match=r"prompt 'Q:Q:.*takes.*max_seq_length=16"):
-        build_embedder(tiny_llm, max_seq_length=16, prompts={"query": "Q:" * 10})
+        model.encode_query(TEXTS)
+    assert model.encode_document(TEXTS).shape == (2, 32)

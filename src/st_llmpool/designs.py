@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +31,9 @@ from .saved_embedder import SavedEmbedder, is_saved_embedder
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -189,8 +193,7 @@ def build_embedder(
         A plain ``SentenceTransformer`` of ``LLMTransformer``, the pooling and ``Normalize``.
 
     Raises:
-        ConfigurationError: If a setting is unknown, out of range or does not fit the base, or a prompt leaves no room
-            for a text.
+        ConfigurationError: If a setting is unknown, out of range or does not fit the base.
         AttentionError: If the proof fails.
 
     Example:
@@ -236,8 +239,11 @@ def build_embedder(
     model.model_card_data = EmbedderCardData()
     model.model_card_data.register_model(model)
     model._model_card_text = None  # of the saved embedder
-    for prompt in model.prompts.values():
-        model[0].check_prompt(prompt)
+    for name, prompt in model.prompts.items():
+        try:
+            model[0].check_prompt(prompt)
+        except ConfigurationError as error:  # other prompts of the model may do: refused where it is used
+            logger.warning("The prompt %r cannot be used: %s", name, error)
     if verify:
         _require_finite_weights(model)
         _prove_attention(model, allow_partial=allow_partial)

@@ -182,3 +182,20 @@ def test_a_plain_model_of_sentence_transformers_can_be_examined(tiny_llm, tmp_pa
     SentenceTransformer(tiny_llm).save_pretrained(str(tmp_path / "plain"))
     diagnosis = examine(tmp_path / "plain")
     assert "native" in next(found.detail for found in diagnosis.findings if found.check == "modules.json")
+
+
+@pytest.mark.parametrize("layers", [3, 5])
+def test_a_native_folder_whose_config_counts_other_layers_fails(tiny_llm, tmp_path, layers):
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    plain = SentenceTransformer(modules=[Transformer(tiny_llm), Pooling(32)])
+    plain.save_pretrained(str(tmp_path))
+    assert examine(tmp_path).ok
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_hidden_layers"] = layers
+    config.pop("layer_types", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = {finding.check: finding for finding in examine(tmp_path).findings}["weights of the config"]
+    assert found.status == "failed"
+    assert "layers." in found.detail

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
+from transformers import AutoModel
 
 from ..attention_proof import verify_attention
 from ..fast_inference import optimized_inference
@@ -122,6 +124,8 @@ def examine(
         except StLlmpoolError as error:
             findings.append(Finding("loading", "failed", str(error)))
         else:
+            if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+                findings.append(_weights_of_config(folder, trusted=trust_remote_code))
             findings.extend(_examine_loaded(loaded))
             if write is None:
                 findings.append(examine_probes(folder, loaded))
@@ -208,6 +212,26 @@ def _header_error(file: Path) -> str | None:
     except (SafetensorError, OSError) as error:
         return str(error)
     return None
+
+
+def _weights_of_config(folder: Path, *, trusted: bool) -> Finding:
+    """Compares names and shapes of the backbone's weights with the model that its config describes.
+
+    transformers fills what is missing with random values, and drops layers that the config does not count.
+    """
+    quantized = "quantization_config" in read_json_object(folder / "config.json")
+    options = {"device_map": "cpu" if quantized else "meta", "trust_remote_code": trusted}
+    loaded: Any = AutoModel.from_pretrained(
+        folder, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, **options
+    )
+    report = loaded[1]
+    wrong = [f"{name} has another shape" for name, *_ in report["mismatched_keys"]]
+    wrong += [f"{name} is missing" for name in report["missing_keys"] if "pooler" not in name]
+    wrong += [f"{name} has no place" for name in report["unexpected_keys"] if re.search(r"\.\d+\.", name)]
+    if wrong:
+        detail = f"{len(wrong)} weights differ from config.json, such as: {min(wrong)}. Save or download it again."
+        return Finding("weights of the config", "failed", detail)
+    return Finding("weights of the config", "ok", "names and shapes are those of the model in config.json")
 
 
 def _adapter_base(file: Path) -> Finding:

@@ -287,6 +287,8 @@ def _build_model(recipe: Recipe, base: str, arguments: SentenceTransformerTraini
         trust_remote_code=settings.trust_remote_code,
         revision=settings.revision if is_first else None,
     )
+    for prompt in model.prompts.values():
+        model[0].check_prompt(prompt)
     if settings.tune == "full" and has_adapter(model):
         raise ConfigurationError(
             f"model.base={base!r} carries an adapter, and model.tune=full trains the backbone under it. Use "
