@@ -59,7 +59,7 @@ bench: $(VENV)/.installed-dev ## ours beside the plain alternative, time and mem
 
 clean: ## remove environments, caches and build output
 	rm -rf $(VENV) $(VENV_LOWEST) $(VENV_NEWEST) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests examples scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp says that the environment holds what pyproject.toml and the constraints ask for, so the next call is immediate.
 $(VENV)/.installed: pyproject.toml constraints.txt

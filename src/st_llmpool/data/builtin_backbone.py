@@ -12,7 +12,7 @@ def builtin_backbone() -> str:
 
     A Llama-type causal language model of 3.9 million parameters (6 layers, hidden size 192, RoPE, RMSNorm,
     grouped-query attention, tied embeddings, byte-level BPE of 8,192 tokens), pretrained on English Wikipedia
-    paragraphs and docstrings by `examples/pretrain_backbone.py`. The weights are stored in float16 and load as
+    paragraphs and docstrings by `scripts/pretrain_backbone.py`. The weights are stored in float16 and load as
     float32. Its card, with data, loss curve and limits, is `model_cards/builtin-backbone`. It is a stand-in that
     shows that things work, not a model that embeds well.
 
@@ -28,6 +28,6 @@ def builtin_backbone() -> str:
     if not (folder / "model.safetensors").is_file():
         raise DataError(
             f"The built-in backbone is missing from {folder}: this installation of st-llmpool lacks its data files. "
-            "Reinstall it from a wheel, or write them with examples/pretrain_backbone.py."
+            "Reinstall it from a wheel, or write them with scripts/pretrain_backbone.py."
         )
     return str(folder)

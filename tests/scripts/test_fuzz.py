@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "fuzz.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "fuzz.py"
 
 
 def test_mutated_files_are_read_or_refused_by_errors_of_ours(tmp_path):

@@ -1,8 +1,8 @@
 """Pretrains the built-in backbone: a small Llama-type causal LM on Wikipedia paragraphs and docstrings.
 
-    python examples/pretrain_backbone.py train --text-dir DATA --out runs/backbone
-    python examples/pretrain_backbone.py export --model runs/backbone/final
-    python examples/evaluate_backbone.py --text-dir DATA --run runs/backbone
+    python scripts/pretrain_backbone.py train --text-dir DATA --out runs/backbone
+    python scripts/pretrain_backbone.py export --model runs/backbone/final
+    python scripts/evaluate_backbone.py --text-dir DATA --run runs/backbone
 
 `DATA` holds `squad_text/train.parquet` and `wikitext2/valid.parquet`, each with a column `text`. A run that was stopped
 goes on from its last checkpoint when the same command is given again; another number of steps stretches what is left

@@ -1,6 +1,6 @@
 """Measures the built-in backbone on held-out text beside a bigram model, and writes its card.
 
-    python examples/evaluate_backbone.py --text-dir DATA --run runs/backbone
+    python scripts/evaluate_backbone.py --text-dir DATA --run runs/backbone
 
 Bits per byte on wikitext-2's test file: the bits of every token, ends of documents included, over the bytes of the
 text. The bigram model has the same tokenizer and may count all of the training text, also what the backbone's steps
@@ -178,9 +178,9 @@ its text says. As an embedding model it does little before it is trained on pair
 ## To make it again
 
 ```
-python examples/pretrain_backbone.py train --text-dir DATA --out runs/backbone --steps {losses[-1]["step"]}
-python examples/pretrain_backbone.py export --model runs/backbone/final
-python examples/evaluate_backbone.py --text-dir DATA --run runs/backbone
+python scripts/pretrain_backbone.py train --text-dir DATA --out runs/backbone --steps {losses[-1]["step"]}
+python scripts/pretrain_backbone.py export --model runs/backbone/final
+python scripts/evaluate_backbone.py --text-dir DATA --run runs/backbone
 ```
 
 The docstrings are those of the environment that it runs in, so another environment gives a slightly different model.

@@ -1,6 +1,6 @@
 """One table of several studies: mean score and spread over seeds, and what each design gained.
 
-    python examples/table_of_studies.py STUDY... FILE...
+    python scripts/table_of_studies.py STUDY... FILE...
 
 STUDY are folders that `st-llmpool study` wrote, FILE tables with the scores of one more model each, named as a study
 would, such as "5 (soup)". The gain of an option is over its plain design, that of a design over mean-bidirectional:
