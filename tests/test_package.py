@@ -178,7 +178,8 @@ def imported_from_package(file: Path) -> set[str]:
 def test_no_file_names_a_path_of_the_machine_it_was_written_on():
     machine = re.compile(r"(?<![\w.}])/(work|root|home|Users|opt)/\w")
     kinds = {".py", ".toml", ".yaml", ".yml", ".md", ".txt", ".json", ".cfg", ""}
-    folders = [ROOT / name for name in ("src", "tests", "examples", "scripts", "docs", "benchmarks", "model_cards", ".ci", ".github")]
+    names = ("src", "tests", "examples", "scripts", "docs", "benchmarks", "model_cards", ".ci", ".github")
+    folders = [ROOT / name for name in names]
     files = [path for folder in folders for path in folder.rglob("*")] + list(ROOT.iterdir())
     found = [
         f"{named(path)}:{number}: {line.strip()[:80]}"

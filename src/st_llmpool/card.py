@@ -327,7 +327,7 @@ def without_folders(value: str) -> str:
     """Returns the last part of a local path, and any other text, such as a Hub id, as it is.
 
     Example:
-        >>> without_folders("/home/me/secret/pairs.jsonl"), without_folders("org/name")
+        >>> without_folders("/data/secret/pairs.jsonl"), without_folders("org/name")
         ('pairs.jsonl', 'org/name')
     """
     if "/" not in value or "\n" in value:
