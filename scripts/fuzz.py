@@ -177,13 +177,13 @@ class Outcome:
 
 def targets() -> dict[str, Target]:
     """Return what is fuzzed, by name; imports the package here, so that ``--help`` is quick."""
-    from st_llmpool import card
     from st_llmpool.data.texts import TextSettings, load_texts
     from st_llmpool.data.training_data import DatasetSettings, load_pairs
     from st_llmpool.designs import POOLINGS
     from st_llmpool.evaluation.suite import read_suite
     from st_llmpool.evaluation.tasks import make_task
     from st_llmpool.hub import doctor
+    from st_llmpool.model_card import card
     from st_llmpool.stats.mteb_files import find_models, read_models
     from st_llmpool.stats.results import read_results, read_task_types
     from st_llmpool.study.records import read_record

@@ -410,8 +410,8 @@ def layers(
     from rich.console import Console
 
     from .analysis.layers import examine_layers
-    from .loading import load_model
-    from .pictures import draw_layers
+    from .hub.loading import load_model
+    from .model_card.figures import draw_layers
 
     lines = None if texts is None else [line for line in texts.read_text(encoding="utf-8").splitlines() if line]
     report = examine_layers(None, load_model(model, trust_remote_code=trust_remote_code), lines)
@@ -437,7 +437,7 @@ def card(
     """Regenerate the model card of DIR: design, attention, cost, layer use, training, results."""
     from rich.console import Console
 
-    from .card import read_results, write_card
+    from .model_card.card import read_results, write_card
 
     file = write_card(
         model,
@@ -536,7 +536,7 @@ def soup(
     from rich.console import Console
 
     from .data.training_data import FORMATS, DatasetSettings
-    from .hub.soup import soup as run
+    from .tools.soup import soup as run
 
     is_pairs = greedy is not None and Path(greedy).suffix in FORMATS
     made = run(

@@ -15,8 +15,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 
 from .adapters import add_adapter, continue_adapter, has_adapter
 from .attention_proof import verify_attention
-from .card import EmbedderCardData
 from .data.builtin_backbone import builtin_backbone
+from .model_card.card import EmbedderCardData
 from .modules.errors import ConfigurationError, nearest
 from .modules.latent_attention_pooling import LatentAttentionPooling
 from .modules.llm_transformer import LLMTransformer

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
 from .attention_proof import config_attention
-from .loading import load_model
+from .hub.loading import load_model
 from .modules.errors import ConfigurationError
 from .modules.llm_transformer import LLMTransformer, resolve_layers
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..attention_proof import implementation_of
 from ..modules.errors import ConfigurationError
-from ..parameters import count_parameters
+from ..utils.parameters import count_parameters
 from ..utils.random_state import preserve_rng_state
 
 _MEBIBYTE = 2**20

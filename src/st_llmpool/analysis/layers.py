@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..layer_use import layer_use
+from ..model_card.layer_use import layer_use
 from ..modules.attention import decoder_layers
 from ..modules.errors import ConfigurationError
 from ..modules.layer_readout import TokenSpans

@@ -15,7 +15,7 @@ from mteb.results import TaskResult
 from sentence_transformers import SentenceTransformer
 
 from ..fast_inference import optimized_inference
-from ..loading import load_model
+from ..hub.loading import load_model
 from ..modules.errors import ConfigurationError, nearest
 from ..utils.files import write_atomically
 from ..utils.random_state import preserve_rng_state

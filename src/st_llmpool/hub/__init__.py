@@ -1,1 +1,1 @@
-"""Sharing: what a recipient of a model needs to know and to have."""
+"""Export, check and publish models, and load what is published."""

@@ -23,14 +23,14 @@ from transformers import AutoModel
 
 from ..attention_proof import verify_attention
 from ..fast_inference import optimized_inference
-from ..folder_code import find_code
-from ..loading import load_model
 from ..modules.eos import special_tokens_around
 from ..modules.errors import StLlmpoolError
 from ..modules.seal import UNFINISHED
-from ..parameters import count_parameters
+from ..utils.parameters import count_parameters
 from ..utils.reading import read_json, read_json_object
 from .finding import Finding, Status
+from .folder_code import find_code
+from .loading import load_model
 from .seal_checks import SEAL_CHECKS, examine_probes, examine_seal, sealing_again
 
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}

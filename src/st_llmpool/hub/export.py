@@ -12,13 +12,13 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from ..adapters import merge_adapter
-from ..card import write_card_of
-from ..folder_code import find_code
-from ..loading import foreign_code_error, load_model
+from ..model_card.card import write_card_of
 from ..modules.errors import ConfigurationError, InputError
 from ..modules.seal import write_seal
 from ..utils.files import atomic_folder, refuse_existing
+from .folder_code import find_code
 from .fresh_process import PROBES, embed_in_fresh_process
+from .loading import foreign_code_error, load_model
 
 NATIVE_BACKBONE = "sentence_transformers.base.modules.transformer.Transformer"
 _OUR_KEYS = ("attention", "layer_readout", "layers", "add_eos_token", "include_prompt", "causal_layers")

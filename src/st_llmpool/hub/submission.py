@@ -32,12 +32,12 @@ from sentence_transformers.util import load_file_path
 
 from ..evaluation.run import find_benchmark
 from ..evaluation.tasks import MTEB_TASKS
-from ..loading import load_model
 from ..modules.errors import ConfigurationError, DataError, InputError, nearest
 from ..modules.portable import fingerprint
-from ..parameters import count_weights
 from ..utils.files import atomic_folder, refuse_existing
+from ..utils.parameters import count_weights
 from ..utils.random_state import preserve_rng_state
+from .loading import load_model
 
 _SOURCE = '''"""{name}: see {reference}."""
 

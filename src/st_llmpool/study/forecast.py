@@ -20,10 +20,10 @@ from transformers import AutoModel
 from ..data.training_data import DatasetSettings, read_rows
 from ..designs import resolve_base
 from ..evaluation.suite import read_suite
-from ..parameters import count_weights
 from ..saved_embedder import read_architecture
 from ..stats.power import Plan
 from ..training.recipe import DEFAULT_LENGTH, TrainingSettings
+from ..utils.parameters import count_weights
 from ..utils.words import counted
 from .records import RunRecord
 from .settings import PlannedRun, Study

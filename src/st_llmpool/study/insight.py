@@ -14,7 +14,7 @@ from ..analysis.layer_probes import Probes, sample_probes
 from ..analysis.layers import examine_layers
 from ..designs import build_embedder, resolve_base
 from ..evaluation.tasks import SPLIT, LocalTask
-from ..loading import load_model
+from ..hub.loading import load_model
 from ..training.checks import design_arguments
 from ..training.recipe import DEFAULT_LENGTH, Recipe
 from ..utils.files import write_atomically

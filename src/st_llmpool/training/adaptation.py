@@ -25,9 +25,9 @@ from ..data.texts import load_texts
 from ..designs import resolve_base
 from ..modules.attention import set_attention
 from ..modules.errors import ConfigurationError, DataError
-from ..parameters import count_weights
 from ..saved_embedder import is_saved_embedder
 from ..utils.files import atomic_folder
+from ..utils.parameters import count_weights
 from ..utils.reading import read_json_object
 from .adapt_recipe import AdaptRecipe
 from .arguments import enable_gradient_checkpointing, precision_of, shared_arguments, use_one_gpu

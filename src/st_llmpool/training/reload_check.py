@@ -13,7 +13,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
-from ..loading import load_model
+from ..hub.loading import load_model
 from ..modules.errors import ConfigurationError
 from ..utils.files import reraise_as_write_error
 from ..utils.random_state import preserve_rng_state

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import TrainerState
 
+from ..model_card.figures import draw_curve
 from ..modules.errors import __version__
-from ..pictures import draw_curve
 from ..utils.files import write_atomically
 
 _LIBRARIES = ("torch", "transformers", "sentence-transformers", "accelerate", "datasets", "peft", "bitsandbytes")

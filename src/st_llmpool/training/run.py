@@ -19,15 +19,15 @@ from sentence_transformers.base.sampler import BatchSamplers
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from ..adapters import has_adapter
-from ..card import card_without_forwards, training_facts
 from ..data.texts import load_views
 from ..data.training_data import load_pairs
 from ..designs import build_embedder, resolve_base
-from ..loading import load_model
+from ..hub.loading import load_model
+from ..model_card.card import card_without_forwards, training_facts
 from ..modules.errors import ConfigurationError, StLlmpoolError
-from ..parameters import count_weights
 from ..saved_embedder import is_saved_embedder
 from ..utils.files import atomic_folder
+from ..utils.parameters import count_weights
 from ..utils.random_state import preserve_rng_state
 from ..utils.reading import read_json_object
 from .arguments import enable_gradient_checkpointing, precision_of, shared_arguments, use_one_gpu

@@ -24,7 +24,7 @@ from ..data.round_robin import Shares, round_robin
 from ..data.training_data import DatasetSettings, read_rows
 from ..designs import build_embedder, resolve_base
 from ..fast_inference import optimize_inference
-from ..loading import load_model
+from ..hub.loading import load_model
 from ..modules.errors import ConfigurationError, DataError, InputError, StLlmpoolError, nearest
 from ..utils.files import atomic_file, write_atomically
 from ..utils.reading import shown

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..adapters import has_adapter
-from ..card import card_without_forwards
+from ..model_card.card import card_without_forwards
 from ..modules.errors import InputError
 from ..utils.random_state import preserve_rng_state
 from .checkpoint_seal import fault_of

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ...analysis.layers import LayerLook, LayerReport
-from ...pictures import draw_layers
+from ...model_card.figures import draw_layers
 from ...stats.compare import label
 from ...stats.tables import Sheet, file_name
 from ..records import RunRecord

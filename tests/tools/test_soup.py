@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from st_llmpool import build_embedder
 from st_llmpool.cli import app
 from st_llmpool.data.training_data import DatasetSettings
-from st_llmpool.hub import soup as soup_file
-from st_llmpool.hub.soup import average, soup
 from st_llmpool.modules.errors import ConfigurationError
+from st_llmpool.tools import soup as soup_file
+from st_llmpool.tools.soup import average, soup
 
 TEXTS = ["the quick brown fox", "a lazy dog"]
 

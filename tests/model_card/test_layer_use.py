@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cosine_similarity, layer_norm
 
 from st_llmpool import build_embedder
-from st_llmpool.layer_use import SAMPLE_TEXTS, layer_use
+from st_llmpool.model_card.layer_use import SAMPLE_TEXTS, layer_use
 from st_llmpool.modules.errors import ConfigurationError
 
 

@@ -11,7 +11,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from st_llmpool import build_embedder
-from st_llmpool.loading import load_model
+from st_llmpool.hub.loading import load_model
 from st_llmpool.modules import LLMTransformer, MultiLayerPooling
 from st_llmpool.modules.errors import ConfigurationError, DataError
 from st_llmpool.poolings import HopfieldPooling

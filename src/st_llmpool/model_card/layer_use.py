@@ -10,7 +10,7 @@ from rich.table import Table
 from sentence_transformers import SentenceTransformer
 from torch.nn.functional import cosine_similarity
 
-from .modules.errors import ConfigurationError
+from ..modules.errors import ConfigurationError
 
 #: Texts of several kinds, for models that nobody gave texts for.
 SAMPLE_TEXTS = (

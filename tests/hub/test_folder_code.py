@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from st_llmpool import build_embedder
-from st_llmpool.folder_code import find_code
+from st_llmpool.hub.folder_code import find_code
 from st_llmpool.modules import portable
 
 

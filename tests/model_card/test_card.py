@@ -14,8 +14,8 @@ from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
 from st_llmpool import build_embedder
-from st_llmpool.card import EmbedderCardData, read_results, training_facts, write_card
 from st_llmpool.hub.export import export
+from st_llmpool.model_card.card import EmbedderCardData, read_results, training_facts, write_card
 from st_llmpool.modules.errors import ConfigurationError, DataError, StLlmpoolError
 
 RESULTS = [

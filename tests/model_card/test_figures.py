@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from st_llmpool import build_embedder
 from st_llmpool.analysis.layers import examine_layers
-from st_llmpool.layer_use import LayerUse, layer_use
-from st_llmpool.pictures import draw_curve, draw_layer_use, draw_layers
+from st_llmpool.model_card.figures import draw_curve, draw_layer_use, draw_layers
+from st_llmpool.model_card.layer_use import LayerUse, layer_use
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from st_llmpool import build_embedder
-from st_llmpool.parameters import count_parameters, count_weights
+from st_llmpool.utils.parameters import count_parameters, count_weights
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

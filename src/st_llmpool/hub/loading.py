@@ -13,9 +13,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Incomplete
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import ORIGINAL_TRANSFORMER_MODELS, import_from_string
 
+from ..modules.errors import ConfigurationError, DataError, StLlmpoolError
+from ..modules.seal import check_seal
 from .folder_code import FolderCode, find_code
-from .modules.errors import ConfigurationError, DataError, StLlmpoolError
-from .modules.seal import check_seal
 
 
 def load_model(

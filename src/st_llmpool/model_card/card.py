@@ -16,20 +16,20 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.model_card import generate_model_card
 
-from .attention_proof import verify_attention
-from .data.texts import TextSettings
-from .data.training_data import FORMATS, DatasetSettings
+from ..attention_proof import verify_attention
+from ..data.texts import TextSettings
+from ..data.training_data import FORMATS, DatasetSettings
+from ..hub.loading import load_model
+from ..modules.errors import ConfigurationError, DataError, StLlmpoolError, __version__
+from ..modules.portable import IdentifiedCardData, code_files_of
+from ..utils.files import write_atomically
+from ..utils.parameters import count_parameters
+from ..utils.random_state import preserve_rng_state
+from ..utils.reading import read_json_object, read_text, read_yaml
+from .figures import draw_curve, draw_design, draw_layer_use
 from .layer_use import SAMPLE_TEXTS, layer_use
-from .loading import load_model
-from .modules.errors import ConfigurationError, DataError, StLlmpoolError, __version__
-from .modules.portable import IdentifiedCardData, code_files_of
-from .parameters import count_parameters
-from .pictures import draw_curve, draw_design, draw_layer_use
-from .utils.files import write_atomically
-from .utils.random_state import preserve_rng_state
-from .utils.reading import read_json_object, read_text, read_yaml
 
-TEMPLATE = Path(__file__).with_name("card_template.md")
+TEMPLATE = Path(__file__).with_name("template.md")
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _SERVING = {

@@ -14,10 +14,10 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from ..adapters import merge_adapter
-from ..card import EmbedderCardData
 from ..data.training_data import DatasetSettings, load_pairs
 from ..evaluation import SuiteEvaluator
-from ..loading import checked_code, load_model
+from ..hub.loading import checked_code, load_model
+from ..model_card.card import EmbedderCardData
 from ..modules.attention import set_attention
 from ..modules.errors import ConfigurationError
 from ..training.held_out import held_out_evaluator

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .modules.errors import __version__
-from .modules.portable import CODE_HEADER, saved_code
-from .modules.seal import MANIFEST
+from ..modules.errors import __version__
+from ..modules.portable import CODE_HEADER, saved_code
+from ..modules.seal import MANIFEST
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 _HEADER = re.compile(re.escape(CODE_HEADER).replace(re.escape(__version__), r"(\d[\w.+-]*)"))
 
 #: Keys under which sentence-transformers looks up a class by its dotted name.
@@ -95,7 +95,7 @@ def find_code(folder: Path, *, follow_base: bool = True) -> FolderCode:
                 stem, _, attribute = value.partition(".")
                 source = f"{stem}.py"
                 if source in same and "." not in attribute:
-                    own[value] = f"{__package__}.{same[source]}.{value}"
+                    own[value] = f"{_PACKAGE.name}.{same[source]}.{value}"
                 elif source not in changed:  # which is listed already
                     foreign.append(said)
                 read.add(source)

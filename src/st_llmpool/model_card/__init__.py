@@ -1,0 +1,1 @@
+"""Model cards: their text, their figures and what is measured for them."""
