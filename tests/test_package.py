@@ -168,7 +168,7 @@ def storey(path: tuple[str, ...]) -> int:
 
 
 def imported_from_package(file: Path) -> set[tuple[str, ...]]:
-    """Imports of `file` from the package, inside functions too, such as ``("modules", "attention", "set_attention")``."""
+    """Imports of `file` from the package, inside functions too, such as ``("modules", "attention", "name")``."""
     package = ("st_llmpool", *file.relative_to(PACKAGE).parent.parts)
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
