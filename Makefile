@@ -13,7 +13,8 @@ WORKERS ?= 2
 TORCH_INDEX ?=
 OUT ?= runs
 # A comma would end an argument of $(call).
-EVERYTHING := all,dev
+EVERYTHING := all,dev,docs
+FOR_TESTS := all,dev
 
 # One thread in each test process: two processes with two threads each are slower on two cores.
 PYTEST = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
@@ -21,7 +22,7 @@ PYTEST = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-all lint format lowest newest architectures bench clean
+.PHONY: help quickstart test test-all lint format docs lowest newest upgrade architectures bench clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|' 2>/dev/null \
@@ -45,11 +46,24 @@ format: $(VENV)/.installed-dev ## let ruff fix and format what it can
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
+docs: $(VENV)/.installed-dev ## build the documentation into build/site; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+# PyPI's torch 2.11 brings 6 GB of CUDA libraries, so the first call takes long; a CPU build from TORCH_INDEX does not.
 lowest: $(VENV_LOWEST)/.installed-dev ## the tests on the lowest versions that pyproject.toml claims
 	$(call PYTEST,$(VENV_LOWEST)) $(TESTS)
 
 newest: $(VENV_NEWEST)/.installed-dev ## the tests on the newest versions that pip resolves today (TESTS= for some)
 	$(call PYTEST,$(VENV_NEWEST)) $(TESTS)
+
+# CUDA libraries and build tags (+cpu) are left out: the pins have to serve every build of torch.
+upgrade: ## regenerate constraints.txt from the newest versions that pip resolves today; then run make test
+	rm -rf $(VENV_NEWEST)
+	$(MAKE) $(VENV_NEWEST)/.installed-dev
+	{ head -n 1 constraints.txt; $(VENV_NEWEST)/bin/python -m pip freeze --all --exclude-editable --exclude pip \
+		| sed 's/+[a-z0-9.]*$$//' | grep -viE '^(nvidia|cuda|triton)'; } > constraints.new
+	mv constraints.new constraints.txt
+	@git diff --stat constraints.txt
 
 architectures: $(VENV)/.installed-dev ## prove the attention of every decoder in transformers; writes the table
 	$(VENV)/bin/python -m tests.architectures
@@ -70,7 +84,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt
 	@touch $(VENV)/.installed
 
 $(VENV_LOWEST)/.installed-dev: pyproject.toml constraints-lowest.txt
-	$(call install,$(VENV_LOWEST),constraints-lowest.txt,$(EVERYTHING))
+	$(call install,$(VENV_LOWEST),constraints-lowest.txt,$(FOR_TESTS))
 
 # Run at every call: the newest versions change without a change here.
 .PHONY: $(VENV_NEWEST)/.installed-dev

@@ -16,10 +16,10 @@ class LatentAttentionPooling(CrossAttentionPooling):
     latents query the tokens (Tang & Yang 2024, arXiv 2409.02727 §3.1), with ``queries="inputs"`` the tokens query
     the latents, a dictionary (NV-Embed, Lee et al. 2024, arXiv 2405.17428 §3.1). Then, by default, embedding =
     r + U · pooled with the plain readout r of the last layer. U starts at zero: an untrained module gives exactly r.
+    Sizes, ``queries`` and ``readout_skip`` are those of :class:`CrossAttentionPooling`.
 
     Args:
         embedding_dimension: Hidden size D of the backbone.
-        **settings: Sizes, ``queries`` and ``readout_skip``, as :class:`CrossAttentionPooling` takes them.
 
     Raises:
         ConfigurationError: If a setting is unknown, missing or out of range, or the features do not fit.
