@@ -185,7 +185,7 @@ def targets() -> dict[str, Target]:
     from st_llmpool.hub import doctor
     from st_llmpool.model_card import card
     from st_llmpool.stats.mteb_files import find_models, read_models
-    from st_llmpool.stats.results import read_results, read_task_types
+    from st_llmpool.stats.readers import read_results, read_task_types
     from st_llmpool.study.records import read_record
     from st_llmpool.study.settings import Study
     from st_llmpool.training import AdaptRecipe, Recipe

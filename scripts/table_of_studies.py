@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from st_llmpool.stats.results import read_results
+from st_llmpool.stats.readers import read_results
 
 KEY = ["design", "option", "seed", "task_type", "task"]
 BASELINE = "mean-bidirectional"

@@ -267,7 +267,7 @@ def study(
         runner.run()
     if int(os.environ.get("RANK", 0)) == 0:
         if not report_only:
-            runner.examine()
+            runner.measure()
         console.print(f"Written: {runner.report()}", highlight=False, soft_wrap=True)
 
 
@@ -409,12 +409,12 @@ def layers(
 
     from rich.console import Console
 
-    from .analysis.layers import examine_layers
+    from .analysis.layers import analyze_layers
     from .hub.loading import load_model
     from .model_card.figures import draw_layers
 
     lines = None if texts is None else [line for line in texts.read_text(encoding="utf-8").splitlines() if line]
-    report = examine_layers(None, load_model(model, trust_remote_code=trust_remote_code), lines)
+    report = analyze_layers(None, load_model(model, trust_remote_code=trust_remote_code), lines)
     Console().print(report.to_table())
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")

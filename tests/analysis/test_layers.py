@@ -11,8 +11,8 @@ from scipy.stats import spearmanr
 from st_llmpool import build_embedder
 from st_llmpool.analysis.layer_probes import Probes, sample_probes, search_score
 from st_llmpool.analysis.layers import (
-    LayerReport,
-    examine_layers,
+    LayerAnalysis,
+    analyze_layers,
     layer_embeddings,
     linear_cka,
     similarity_correlation,
@@ -94,7 +94,7 @@ def test_attention_to_layers_is_that_of_the_formula(model):
             for query in queries:
                 shares += torch.softmax(keys_of_text[:, part] @ query[part] / math.sqrt(block.sizes.head_dim), dim=0)
     shares /= shares.sum()
-    report = examine_layers(None, model, TEXTS)
+    report = analyze_layers(None, model, TEXTS)
     assert report.attention == pytest.approx(shares.tolist(), abs=1e-5)
     assert max(report.attention) - min(report.attention) > 1e-3
     assert report.weight_norms == pytest.approx(np.linalg.norm(model[1].layer_table.detach().numpy(), axis=1))
@@ -109,20 +109,20 @@ def test_search_score_of_one_answer_is_the_discount_of_its_rank():
 
 
 def test_the_same_model_before_and_after_has_not_changed(model):
-    report = examine_layers(model, model, TEXTS)
+    report = analyze_layers(model, model, TEXTS)
     assert report.change == pytest.approx([1.0] * 4)
     assert report.before == report.after
-    assert LayerReport.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == report
+    assert LayerAnalysis.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == report
 
 
 def test_design_that_reads_no_layers_has_no_shares(tiny_llm):
-    report = examine_layers(None, build_embedder(tiny_llm, pooling="mean", verify=False))
+    report = analyze_layers(None, build_embedder(tiny_llm, pooling="mean", verify=False))
     assert (report.read, report.attention, report.weight_norms, report.moved) == ([], None, None, None)
     assert len(report.after.similarity) == len(report.after.search) == 4
 
 
 def test_what_cannot_be_examined_is_refused(model):
     with pytest.raises(ConfigurationError, match="at least 3"):
-        examine_layers(None, model, TEXTS[:2])
+        analyze_layers(None, model, TEXTS[:2])
     with pytest.raises(DataError, match="a document for each query"):
         Probes(sample_probes().pairs, ("a", "b"), ("a",))

@@ -11,7 +11,7 @@ import pytest
 from st_llmpool.evaluation import evaluate, load_suite, read_suite
 from st_llmpool.evaluation.slices import cut
 from st_llmpool.modules.errors import ConfigurationError, DataError
-from st_llmpool.stats.results import read_results
+from st_llmpool.stats.readers import read_results
 from tests.evaluation.tiny_suite import CORPUS, QRELS, TEST, TRAIN, texts
 
 SEARCH = {"name": "TinySearch", "type": "Retrieval", "folder": "search"}

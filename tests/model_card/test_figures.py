@@ -9,7 +9,7 @@ pytest.importorskip("matplotlib", reason="the extra 'plots' is not installed")
 from matplotlib.figure import Figure
 
 from st_llmpool import build_embedder
-from st_llmpool.analysis.layers import examine_layers
+from st_llmpool.analysis.layers import analyze_layers
 from st_llmpool.model_card.figures import draw_curve, draw_layer_use, draw_layers
 from st_llmpool.model_card.layer_use import LayerUse, layer_use
 
@@ -33,7 +33,7 @@ def untrained(tiny_llm):
 
 
 def test_rounding_errors_of_an_untrained_pooling_are_not_drawn_as_fractions(untrained, tmp_path, drawn):
-    report = examine_layers(None, untrained)
+    report = analyze_layers(None, untrained)
     assert report.moved == [0.0] * len(report.read)
     assert draw_layers(tmp_path / "layers.png", report.to_dict())
     *_, alone, read = [axes for axes in drawn[0].axes if axes.get_title()]
@@ -45,13 +45,13 @@ def test_rounding_errors_of_an_untrained_pooling_are_not_drawn_as_fractions(untr
 
 
 def test_before_and_after_are_told_apart(untrained, tmp_path, drawn):
-    draw_layers(tmp_path / "layers.png", examine_layers(untrained, untrained).to_dict())
+    draw_layers(tmp_path / "layers.png", analyze_layers(untrained, untrained).to_dict())
     assert {"similarity, before", "similarity, after"} <= {name for axes in drawn[0].axes for name in legend(axes)}
 
 
 def test_a_pooling_that_reads_no_layers_says_so(tiny_llm, tmp_path, drawn):
     model = build_embedder(tiny_llm, pooling="mean", verify=False)
-    draw_layers(tmp_path / "layers.png", examine_layers(None, model).to_dict())
+    draw_layers(tmp_path / "layers.png", analyze_layers(None, model).to_dict())
     assert any("reads only the last layer" in text.get_text() for axes in drawn[0].axes for text in axes.texts)
 
 

@@ -4,14 +4,19 @@ import itertools
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
+import statsmodels.api as sm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from st_llmpool.stats.statistics import holm, paired_test, signed_rank_p, smallest_p
+from st_llmpool.stats.statistics import holm, item_test, paired_test, rank_test, seed_noise, signed_rank_p, smallest_p
 from tests.stats.closed_testing import closed_bonferroni
-from tests.stats.demsar import AUC
+from tests.stats.demsar import AUC, MEAN_RANKS, TIE_CORRECTION
+from tests.stats.validation import item_rates
+
+RUNS = {"a": [0.50, 0.53, 0.51], "b": [0.55, 0.52], "c": [0.60, 0.58, 0.61, 0.59]}
 
 
 def enumerated(differences: list[float]) -> tuple[float, float, float]:
@@ -144,3 +149,200 @@ def test_holm_is_closed_testing_with_bonferroni(p_values):
 @pytest.mark.parametrize("n", [1, 4, 6, 9])
 def test_smallest_p_is_reached_when_all_signs_agree_and_never_undercut(n):
     assert smallest_p(n) == paired_test(range(1, n + 1)).p == signed_rank_p(range(1, n + 1)).min() == 2.0 ** (1 - n)
+
+
+@pytest.fixture
+def differences():
+    rng = np.random.default_rng(3)
+    sizes = {"a": 40, "b": 5, "c": 100, "d": 17}
+    return {task: rng.normal(0.03 * place, 0.2, size=n) for place, (task, n) in enumerate(sizes.items())}
+
+
+def test_tasks_like_these_is_the_clustered_regression_of_statsmodels(differences):
+    values = np.concatenate(list(differences.values()))
+    tasks = np.repeat(list(differences), [len(d) for d in differences.values()])
+    weights = np.concatenate([np.full(len(d), 1 / len(d)) for d in differences.values()])
+    groups = np.unique(tasks, return_inverse=True)[1]
+    fit = sm.WLS(values, np.ones_like(values), weights=weights).fit(
+        cov_type="cluster", cov_kwds={"groups": groups, "df_correction": True}, use_t=True
+    )
+    # statsmodels also corrects for (N - 1) / (N - parameters), which is 1 for a constant alone.
+    test = item_test(differences)
+    assert (test.tasks, test.items) == (4, 162)
+    assert test.mean_difference == pytest.approx(fit.params[0])
+    assert test.p == pytest.approx(fit.pvalues[0])
+    assert [test.low, test.high] == pytest.approx(list(fit.conf_int()[0]))
+
+
+def test_these_tasks_only_for_two_tasks_is_welch_of_two_samples(differences):
+    """(m1 + m2) / 2 is half the difference between one sample and the other with its sign turned."""
+    first, second = differences["a"], differences["b"]
+    welch = stats.ttest_ind(first, -second, equal_var=False)
+    test = item_test({"a": first, "b": second})
+    assert test.p_here == pytest.approx(welch.pvalue)
+    interval = welch.confidence_interval()
+    assert [test.low_here, test.high_here] == pytest.approx([interval.low / 2, interval.high / 2])
+
+
+def test_one_task_says_nothing_about_others(differences):
+    test = item_test({"c": differences["c"]})
+    assert math.isnan(test.p)
+    assert test.p_here == pytest.approx(stats.ttest_1samp(differences["c"], 0).pvalue)
+
+
+def test_spread_is_split_between_tasks_and_items():
+    rng = np.random.default_rng(0)
+    test = item_test({str(t): rng.normal(mean, 0.5, size=10) for t, mean in enumerate(rng.normal(0, 0.2, size=500))})
+    assert (test.sd_tasks, test.sd_items) == (pytest.approx(0.2, abs=0.03), pytest.approx(0.5, abs=0.02))
+
+
+def test_equal_scores_do_not_differ_and_constant_ones_do():
+    same = item_test({"a": [0.0, 0.0], "b": [0.0, 0.0]})
+    assert (same.p, same.p_here, same.low, same.high) == (1.0, 1.0, 0.0, 0.0)
+    assert item_test({"a": [0.1, 0.1], "b": [0.1, 0.1]}).p == 0.0
+
+
+@pytest.mark.parametrize("sd_tasks", [0.0, 0.3])
+@pytest.mark.parametrize("tasks", [3, 12])
+def test_equal_designs_are_called_different_no_more_often_than_stated(tasks, sd_tasks):
+    like, only = item_rates(1000, tasks=tasks, items=20, sd_tasks=sd_tasks, planted=False)
+    assert like == pytest.approx(0.05, abs=0.025)
+    if sd_tasks:
+        assert only > 0.3  # it must not be read as saying anything about other tasks
+    else:
+        assert only == pytest.approx(0.05, abs=0.025)
+
+
+def test_planted_effect_is_found_at_the_promised_rate():
+    assert item_rates(1000, tasks=8, items=30, sd_tasks=0.1, planted=True)[0] == pytest.approx(0.8, abs=0.04)
+
+
+@pytest.mark.parametrize("differences", [{}, {"a": [1.0]}, {"a": [1.0, math.nan]}])
+def test_items_that_cannot_be_tested_are_refused(differences):
+    with pytest.raises(ValueError, match=r"there is no task|at least two differences"):
+        item_test(differences)
+
+
+def test_published_example_is_reproduced():
+    """Demšar 2006: χ²_F = 9.28 (without correction for ties), F_F = 3.69, CD = 1.25 at 0.05 and 1.12 at 0.10."""
+    result = rank_test(AUC)
+    assert list(result.mean_ranks) == list(MEAN_RANKS)
+    assert list(result.mean_ranks.values()) == pytest.approx(list(MEAN_RANKS.values()), abs=5e-4)
+    uncorrected = result.chi_square * TIE_CORRECTION
+    assert uncorrected == pytest.approx(9.28, abs=0.005)
+    assert 13 * uncorrected / (14 * 3 - uncorrected) == pytest.approx(3.69, abs=0.005)
+    assert result.critical_difference == pytest.approx(1.25, abs=0.005)
+    assert rank_test(AUC, alpha=0.10).critical_difference == pytest.approx(1.12, abs=0.005)
+
+
+def test_published_conclusion_is_reproduced():
+    """At 0.05 no two differ; at 0.10 C4.5 is worse than both variants with m, and with cf than none."""
+    p = rank_test(AUC).p_nemenyi
+    assert (p.to_numpy() > 0.05).all()
+    below = {(a, b) for a in p for b in p if p.loc[a, b] < 0.10}
+    assert below == {("C4.5", "C4.5+m"), ("C4.5+m", "C4.5"), ("C4.5", "C4.5+m+cf"), ("C4.5+m+cf", "C4.5")}
+
+
+@pytest.mark.parametrize(
+    ("designs", "q"), [(3, 2.343), (4, 2.569), (5, 2.728), (6, 2.850), (7, 2.949), (8, 3.031), (9, 3.102), (10, 3.164)]
+)
+def test_critical_difference_uses_the_published_quantiles(designs, q):
+    scores = pd.DataFrame(np.random.default_rng(0).normal(size=(11, designs)))
+    expected = q * math.sqrt(designs * (designs + 1) / (6 * 11))
+    assert rank_test(scores).critical_difference == pytest.approx(expected, rel=5e-4)
+
+
+def test_friedman_is_that_of_the_textbook_and_of_scipy():
+    scores = pd.DataFrame(
+        np.random.default_rng(1).normal([0, 0.3, 0.6, 1.5, 0], 1, size=(12, 5)), columns=list("abcde")
+    )
+    result = rank_test(scores)
+    ranks = [
+        sum(sum(row >= value for row in scores.loc[task]) for task in scores.index for value in [scores.loc[task, d]])
+        for d in scores
+    ]
+    by_hand = 12 / (12 * 5 * 6) * sum(total**2 for total in ranks) - 3 * 12 * 6
+    assert result.chi_square == pytest.approx(by_hand)
+    assert result.p_chi_square == pytest.approx(stats.chi2.sf(by_hand, 4))
+    f = 11 * by_hand / (12 * 4 - by_hand)
+    assert (result.f, result.p) == pytest.approx((f, stats.f.sf(f, 4, 44)))
+
+
+def test_pairs_of_nemenyi_are_significant_exactly_beyond_the_critical_difference():
+    scores = pd.DataFrame(np.random.default_rng(2).normal([0, 0.5, 1, 1.5], 1, size=(10, 4)), columns=list("abcd"))
+    result = rank_test(scores)
+    apart = [
+        (abs(result.mean_ranks[a] - result.mean_ranks[b]), result.p_nemenyi.loc[a, b]) for a in "abcd" for b in "abcd"
+    ]
+    assert any(distance > result.critical_difference for distance, _ in apart)
+    assert all((distance >= result.critical_difference) == (p <= 0.05) for distance, p in apart)
+
+
+def test_nemenyi_is_that_of_scikit_posthocs():
+    posthocs = pytest.importorskip("scikit_posthocs", reason="the extra 'plots' is not installed")
+    expected = posthocs.posthoc_nemenyi_friedman(AUC)
+    found = rank_test(AUC).p_nemenyi.loc[expected.index, expected.columns]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_few_tasks_are_known_not_to_reach_the_critical_difference():
+    scores = pd.DataFrame([[3.0, 2.0, 1.0]] * 3)
+    assert not rank_test(scores.iloc[:2]).reachable
+    assert rank_test(scores.iloc[:2]).p_nemenyi.to_numpy().min() > 0.05  # although the order is the same everywhere
+    assert rank_test(scores).reachable
+
+
+def test_designs_that_always_tie_do_not_differ():
+    result = rank_test(pd.DataFrame([[1.0, 1.0, 1.0]] * 4))
+    assert (result.chi_square, result.p, set(result.mean_ranks.values())) == (0.0, 1.0, {2.0})
+
+
+def test_complete_agreement_is_no_division_by_zero():
+    assert rank_test(pd.DataFrame([[3.0, 2.0, 1.0]] * 6)).p == 0.0
+
+
+@pytest.mark.parametrize("scores", [[[1.0, 2.0]] * 5, [[1.0, 2.0, 3.0]], [[1.0, 2.0, math.nan]] * 5])
+def test_what_cannot_be_ranked_is_refused(scores):
+    with pytest.raises(ValueError, match="needed are 2 and 3 at least"):
+        rank_test(pd.DataFrame(scores))
+
+
+def test_p_is_that_of_the_one_way_analysis_of_variance():
+    assert seed_noise(RUNS).p == pytest.approx(stats.f_oneway(*RUNS.values()).pvalue)
+
+
+def test_noise_of_seeds_is_the_pooled_deviation_from_the_mean_of_the_own_design():
+    noise = seed_noise(RUNS)
+    squares = sum((score - sum(own) / len(own)) ** 2 for own in RUNS.values() for score in own)
+    assert (noise.dof, noise.sd_seeds) == (6, pytest.approx(math.sqrt(squares / 6)))
+
+
+def test_least_difference_is_half_the_interval_of_two_means():
+    """With two designs that is the usual t interval of two samples."""
+    two = {name: RUNS[name] for name in "ab"}
+    interval = stats.ttest_ind(two["a"], two["b"]).confidence_interval()
+    assert seed_noise(two).least_difference("a", "b") == pytest.approx((interval.high - interval.low) / 2)
+
+
+def test_variance_of_designs_is_found_beside_that_of_seeds():
+    rng = np.random.default_rng(0)
+    noise = seed_noise({str(d): rng.normal(mean, 0.01, size=3) for d, mean in enumerate(rng.normal(0, 0.03, size=500))})
+    assert (noise.sd_seeds, noise.sd_designs) == (pytest.approx(0.01, rel=0.05), pytest.approx(0.03, rel=0.1))
+
+
+def test_designs_that_differ_as_seeds_do_have_no_variance_of_their_own():
+    assert seed_noise({"a": [0.1, 0.3], "b": [0.3, 0.1]}).sd_designs == 0.0
+
+
+def test_unequal_numbers_of_runs_keep_the_estimate_unbiased():
+    rng = np.random.default_rng(1)
+    estimates = []
+    for _ in range(300):
+        means = rng.normal(0, 0.03, size=6)
+        runs = {str(d): rng.normal(m, 0.01, size=1 + 2 * (d % 3)) for d, m in enumerate(means)}
+        estimates.append(seed_noise(runs).sd_designs ** 2)
+    assert math.sqrt(np.mean(estimates)) == pytest.approx(0.03, rel=0.08)
+
+
+def test_single_runs_leave_the_noise_unknown():
+    assert seed_noise({"a": [0.5], "b": [0.6]}) is None

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from st_llmpool.analysis.layers import LayerLook, LayerReport
+from st_llmpool.analysis.layers import LayerAnalysis, LayerProfile
 from st_llmpool.stats.results import COLUMNS, ITEM_COLUMNS, Results
 from st_llmpool.study.records import RunRecord
 from st_llmpool.study.settings import DesignSettings, PlannedRun, Study
@@ -144,12 +144,12 @@ def _layers(run: PlannedRun) -> dict:
     apart = abs(np.subtract.outer(numbers, numbers))
     values = np.linspace(0.1, 1.0, _LAYERS)
 
-    def look(reach: float) -> LayerLook:
+    def look(reach: float) -> LayerProfile:
         alone = {"similarity": (0.4 + 0.3 * values).tolist(), "search": (0.5 + 0.2 * values**2).tolist()}
         similar = {"cka": np.exp(-apart / reach).tolist(), "correlation": np.exp(-apart / (reach + 1)).tolist()}
-        return LayerLook(**similar, **alone, norms=values.tolist())
+        return LayerProfile(**similar, **alone, norms=values.tolist())
 
-    report = LayerReport(
+    report = LayerAnalysis(
         texts=40,
         readout="mean",
         after=look(2.0),

@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 from st_llmpool.modules.errors import DataError
-from st_llmpool.stats.results import SOURCE_COLUMNS, Results, read_results
-from st_llmpool.study.records import RunStore, finished, read_scores, take_over, write_record, write_results
+from st_llmpool.stats.readers import read_results
+from st_llmpool.stats.results import SOURCE_COLUMNS, Results
+from st_llmpool.study.records import RunStore, finished, read_scores, reuse_runs, write_record, write_results
 from st_llmpool.study.runner import StudyRunner
 from tests.study.synthetic_study import synthetic_records, synthetic_results, synthetic_study
 
@@ -66,7 +67,7 @@ def test_runs_are_taken_over_from_run_folders_and_from_a_results_file(kept, tmp_
     other = {"runs": folders, "folder with results": file, "file": file / "results.parquet"}[source]
     wanted = synthetic_study(seeds=[1]).runs()[:2]
     changed = dataclasses.replace(wanted[1], recipe={**wanted[1].recipe, "model": {"tune": "lora"}})
-    assert take_over([wanted[0], changed], other, tmp_path) == [wanted[0].id]
+    assert reuse_runs([wanted[0], changed], other, tmp_path) == [wanted[0].id]
     (record,) = finished(wanted, tmp_path)
     (original,) = finished(wanted[:1], folders)
     assert record == original
@@ -77,7 +78,7 @@ def test_runs_are_taken_over_from_run_folders_and_from_a_results_file(kept, tmp_
 
 def test_a_folder_without_runs_is_refused_and_not_taken_for_an_empty_study(tmp_path):
     with pytest.raises(DataError, match=r"holds no runs of a study: neither a folder 'runs' nor a results.parquet"):
-        take_over(STUDY.runs(), tmp_path / "none", tmp_path)
+        reuse_runs(STUDY.runs(), tmp_path / "none", tmp_path)
 
 
 def test_damaged_results_are_named(tmp_path):

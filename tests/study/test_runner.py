@@ -16,11 +16,11 @@ from st_llmpool.modules.errors import ConfigurationError
 from st_llmpool.stats import compare
 from st_llmpool.stats.results import Results
 from st_llmpool.study import worker
-from st_llmpool.study.insight import examine_run
-from st_llmpool.study.records import RunRecord, finished, read_scores, take_over, write_record
+from st_llmpool.study.measurements import measure_run
+from st_llmpool.study.records import RunRecord, finished, read_scores, reuse_runs, write_record
 from st_llmpool.study.runner import StudyError, StudyRunner, environment_of_run
 from st_llmpool.study.settings import Study
-from st_llmpool.study.worker import TAKEN, carry_out, lock_of
+from st_llmpool.study.worker import LOCKED, carry_out, lock_of
 
 
 def runner_of(study, data, out, **options) -> StudyRunner:
@@ -68,7 +68,7 @@ def test_a_stopped_run_goes_on_and_gives_the_numbers_of_one_that_was_not(tiny_st
         carry_out(tiny_study, run, out=tmp_path / "stopped", work=tmp_path / "work-2", data_dir=study_data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "tell", stop)
+        patch.setattr(worker, "write_progress", stop)
         with pytest.raises(KeyboardInterrupt):
             start()
     assert not finished([run], tmp_path / "stopped")
@@ -109,8 +109,8 @@ def test_a_run_that_another_process_has_is_left_to_it(tiny_study, study_data, tm
     run = tiny_study.runs()[0]
     arguments = {"study": runner.out / "study.yaml", "run": run.id, "out": runner.out, "work": runner.work}
     with FileLock(lock_of(run.id, runner.out).lock_file):
-        assert runner._carry_out(run, slot=0) == TAKEN
-        assert worker.main([f"--{name}={value}" for name, value in arguments.items()]) == TAKEN
+        assert runner._carry_out(run, slot=0) == LOCKED
+        assert worker.main([f"--{name}={value}" for name, value in arguments.items()]) == LOCKED
     assert not runner.work.exists()
 
 
@@ -154,7 +154,7 @@ def test_equal_runs_of_another_study_are_taken_over_and_no_others(tiny_study, st
     first, second = tiny_study.runs()
     record_of(first, tmp_path / "other")
     record_of(dataclasses.replace(second, seed=8), tmp_path / "other")  # another run under this one's name
-    assert take_over([first, second], tmp_path / "other", tmp_path / "out") == [first.id]
+    assert reuse_runs([first, second], tmp_path / "other", tmp_path / "out") == [first.id]
     assert [record.key for record in finished([first, second], tmp_path / "out")] == [first.key]
 
 
@@ -188,5 +188,5 @@ def test_a_planted_model_in_a_studys_folder_is_not_run(tiny_study, study_data, t
     with pytest.raises(ConfigurationError, match=r"errors\.py .*trust_remote_code"):
         carry_out(tiny_study, run, out=tmp_path / "out", work=tmp_path / "work", data_dir=study_data)
     with pytest.raises(ConfigurationError, match=r"errors\.py .*trust_remote_code"):
-        examine_run(training / "model", recipe, tmp_path / "out", [], layers=False)
+        measure_run(training / "model", recipe, tmp_path / "out", [], layers=False)
     assert not (tmp_path / "it_ran").exists()

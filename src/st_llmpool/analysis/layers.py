@@ -24,7 +24,7 @@ Matrix = list[list[float | None]]
 
 
 @dataclass(frozen=True)
-class LayerLook:
+class LayerProfile:
     """The layers of one model, by the embeddings that its layer readout gives of each alone.
 
     Args:
@@ -43,7 +43,7 @@ class LayerLook:
 
 
 @dataclass(frozen=True)
-class LayerReport:
+class LayerAnalysis:
     """The layers of a model. What is not defined, or does not exist in its design, is None.
 
     Args:
@@ -60,8 +60,8 @@ class LayerReport:
 
     texts: int
     readout: str
-    after: LayerLook
-    before: LayerLook | None
+    after: LayerProfile
+    before: LayerProfile | None
     change: list[float | None] | None
     read: list[int]
     attention: list[float] | None
@@ -73,9 +73,9 @@ class LayerReport:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> LayerReport:
+    def from_dict(cls, content: Mapping[str, Any]) -> LayerAnalysis:
         """Reads what `to_dict` gave."""
-        looks = {name: content[name] and LayerLook(**content[name]) for name in ("after", "before")}
+        looks = {name: content[name] and LayerProfile(**content[name]) for name in ("after", "before")}
         return cls(**{**content, **looks})
 
     def to_table(self) -> Table:
@@ -94,14 +94,14 @@ class LayerReport:
 _OF_READ_LAYERS = {"attention": "attention", "weight_norms": "|W|", "moved": "moves by"}
 
 
-def examine_layers(
+def analyze_layers(
     before: SentenceTransformer | None,
     after: SentenceTransformer,
     texts: Sequence[str] | None = None,
     *,
     probes: Probes | None = None,
     batch_size: int = 32,
-) -> LayerReport:
+) -> LayerAnalysis:
     """Looks at every layer of a model, whatever layers its design reads; one forward of each text.
 
     Args:
@@ -117,7 +117,7 @@ def examine_layers(
     Example:
         >>> from st_llmpool import build_embedder
         >>> from st_llmpool.data import builtin_backbone
-        >>> report = examine_layers(None, build_embedder(builtin_backbone(), verify=False))
+        >>> report = analyze_layers(None, build_embedder(builtin_backbone(), verify=False))
         >>> len(report.after.cka), round(sum(report.attention), 6)
         (6, 1.0)
     """
@@ -139,7 +139,7 @@ def examine_layers(
         earlier = _look(first, chosen, row, probes)
         change = _numbers(linear_cka(first[chosen], embeddings[chosen]).diagonal())
     read = list(after[0].layers)
-    return LayerReport(
+    return LayerAnalysis(
         texts=len(texts),
         readout=after[0].layer_readout,
         after=look,
@@ -238,12 +238,12 @@ def similarity_correlation(embeddings: Tensor) -> Tensor:
     return centred @ centred.T
 
 
-def _look(embeddings: Tensor, chosen: list[int], row: Mapping[str, int], probes: Probes) -> LayerLook:
+def _look(embeddings: Tensor, chosen: list[int], row: Mapping[str, int], probes: Probes) -> LayerProfile:
     first, second, scores = zip(*probes.pairs, strict=True)
     pairs = [embeddings[[row[text] for text in side]] for side in (first, second)]
     search = [embeddings[[row[text] for text in side]] for side in (probes.queries, probes.documents)]
     layers = range(embeddings.shape[1])
-    return LayerLook(
+    return LayerProfile(
         cka=[_numbers(line) for line in linear_cka(embeddings[chosen], embeddings[chosen])],
         correlation=[_numbers(line) for line in similarity_correlation(embeddings[chosen])],
         similarity=_numbers(similarity_score(pairs[0][:, n], pairs[1][:, n], scores) for n in layers),

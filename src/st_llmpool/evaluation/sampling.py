@@ -27,7 +27,7 @@ def sample(keys: Sequence[str], limit: int | None) -> list[int]:
     return sorted(_by_hash(keys)[:limit])
 
 
-def take(table: Mapping[str, Sequence[T]], rows: Sequence[int]) -> dict[str, list[T]]:
+def select_rows(table: Mapping[str, Sequence[T]], rows: Sequence[int]) -> dict[str, list[T]]:
     """Returns some rows of a table of columns."""
     return {name: [column[row] for row in rows] for name, column in table.items()}
 

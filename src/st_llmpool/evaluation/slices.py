@@ -22,8 +22,8 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from ..modules.errors import ConfigurationError, DataError, nearest
-from .sampling import take
-from .tables import Column, Kind
+from .sampling import select_rows
+from .task_files import Column, Kind
 
 #: Role to column to condition to its argument.
 Where: TypeAlias = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -82,7 +82,7 @@ def cut(task: str, where: Where, tables: Mapping[str, Mapping[str, list[Any]]]) 
         rows = [row for row, held in enumerate(zip(*holds, strict=True)) if all(held)]
         if not rows:
             raise DataError(f"Task {task}: where keeps no row of {role}: {dict(columns)} never holds together.")
-        kept[role] = take(tables[role], rows)
+        kept[role] = select_rows(tables[role], rows)
     return kept
 
 

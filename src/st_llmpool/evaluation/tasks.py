@@ -31,9 +31,9 @@ from mteb.types import PromptType
 
 from ..data import docstring_pairs
 from ..modules.errors import ConfigurationError, DataError, nearest
-from .sampling import sample, sample_retrieval, take
+from .sampling import sample, sample_retrieval, select_rows
 from .slices import Where, check_where, cut
-from .tables import Column, file_digest, find_table, read_table
+from .task_files import Column, file_digest, find_table, read_table
 
 SPLIT = "test"
 
@@ -102,7 +102,7 @@ class LocalTask(AbsTask):
         """Returns the data set in the shape that mteb's class of this type reads."""
         table = tables[SPLIT]
         keys = ["\n".join(str(value) for value in row) for row in zip(*table.values(), strict=True)]
-        return DatasetDict({SPLIT: Dataset.from_dict(take(table, sample(keys, self.limit)))})
+        return DatasetDict({SPLIT: Dataset.from_dict(select_rows(table, sample(keys, self.limit)))})
 
 
 class LocalSTS(LocalTask, AbsTaskSTS):
@@ -156,7 +156,7 @@ class LocalClassification(LocalTask, AbsTaskClassification):
         tables = super().select(tables)
         if self.where:
             train, wanted = tables["train"], set(tables[SPLIT]["label"])
-            tables["train"] = take(train, [row for row, label in enumerate(train["label"]) if label in wanted])
+            tables["train"] = select_rows(train, [row for row, label in enumerate(train["label"]) if label in wanted])
         return tables
 
     def build(self, tables: dict[str, Table]) -> DatasetDict:
@@ -169,7 +169,7 @@ class LocalClassification(LocalTask, AbsTaskClassification):
             )
         names = sorted(set(train["label"]), key=lambda label: (str(type(label)), label))
         number = {name: position for position, name in enumerate(names)}
-        splits = {"train": train, SPLIT: take(test, sample(test["text"], self.limit))}
+        splits = {"train": train, SPLIT: select_rows(test, sample(test["text"], self.limit))}
         return DatasetDict(
             {
                 split: Dataset.from_dict({"text": table["text"], "label": [number[name] for name in table["label"]]})
@@ -282,7 +282,7 @@ class LocalReranking(LocalRetrieval):
 
     def build(self, tables: dict[str, Table]) -> dict[str, dict[str, RetrievalSplitData]]:
         """Returns all candidates as the corpus, and for every query which of them are its own."""
-        rows = take(tables[SPLIT], sample(tables[SPLIT]["query"], self.limit))
+        rows = select_rows(tables[SPLIT], sample(tables[SPLIT]["query"], self.limit))
         grades: dict[str, dict[str, int]] = {}
         for query, positives, negatives in zip(rows["query"], rows["positive"], rows["negative"], strict=True):
             own = grades.setdefault(_text_id(query), {})
@@ -430,12 +430,12 @@ def _connected(tables: dict[str, Table]) -> dict[str, Table]:
     queries, corpus, qrels = tables["queries"], set(tables["corpus"]["id"]), tables["qrels"]
     asked = set(queries["id"])
     pairs = zip(qrels["query-id"], qrels["corpus-id"], strict=True)
-    qrels = take(qrels, [row for row, (query, text) in enumerate(pairs) if query in asked and text in corpus])
+    qrels = select_rows(qrels, [row for row, (query, text) in enumerate(pairs) if query in asked and text in corpus])
     graded = zip(qrels["query-id"], qrels["score"], strict=True)
     answered = {query for query, grade in graded if grade > 0}
     rows = [row for row, query in enumerate(queries["id"]) if query in answered]
-    return tables | {"queries": take(queries, rows), "qrels": qrels}
+    return tables | {"queries": select_rows(queries, rows), "qrels": qrels}
 
 
 def _rows_with_ids(table: Table, ids: set[str]) -> Dataset:
-    return Dataset.from_dict(take(table, [row for row, key in enumerate(table["id"]) if key in ids]))
+    return Dataset.from_dict(select_rows(table, [row for row, key in enumerate(table["id"]) if key in ids]))

@@ -57,7 +57,7 @@ def draw_layers(file: Path, report: Mapping[str, Any]) -> bool:
 
     Args:
         file: PNG to write.
-        report: A `st_llmpool.analysis.layers.LayerReport` as `to_dict` gives it.
+        report: A `st_llmpool.analysis.layers.LayerAnalysis` as `to_dict` gives it.
 
     Returns:
         Whether the file was written.

@@ -6,12 +6,20 @@ from ..utils.extras import needs
 
 with needs("eval", "Comparing results"):
     from .compare import Comparison, Family, Pair, TypeComparison, compare
-    from .items import ItemTest, item_test
     from .power import Plan, detectable_effect, detectable_item_effect, power
-    from .ranks import RankTest, rank_test
-    from .results import COLUMNS, ITEM_COLUMNS, Results, read_results, read_task_types
-    from .seeds import SeedNoise, seed_noise
-    from .statistics import PairedTest, holm, paired_test
+    from .readers import read_results, read_task_types
+    from .results import COLUMNS, ITEM_COLUMNS, Results
+    from .statistics import (
+        ItemTest,
+        PairedTest,
+        RankTest,
+        SeedNoise,
+        holm,
+        item_test,
+        paired_test,
+        rank_test,
+        seed_noise,
+    )
 
 __all__ = [
     "COLUMNS",

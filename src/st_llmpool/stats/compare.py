@@ -14,12 +14,21 @@ from scipy import stats
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..utils.words import counted
 from .comparability import check_main_metrics, check_scores, constant_scores, source_differences, unknown_sources
-from .items import ItemTest, item_test
 from .power import ALPHA, POWER, Plan
-from .ranks import RankTest, rank_test
 from .results import MAIN_SCORE, SOURCE_COLUMNS, Results
-from .seeds import SeedNoise, seed_noise
-from .statistics import DECIMALS, PairedTest, holm, paired_test, smallest_p
+from .statistics import (
+    DECIMALS,
+    ItemTest,
+    PairedTest,
+    RankTest,
+    SeedNoise,
+    holm,
+    item_test,
+    paired_test,
+    rank_test,
+    seed_noise,
+    smallest_p,
+)
 
 MAX_CONTRASTS = 6
 MAX_MODELS = 30

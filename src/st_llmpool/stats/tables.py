@@ -19,10 +19,9 @@ from rich.text import Text
 
 from ..utils.words import counted
 from .compare import Comparison, Family, Pair, TypeComparison
-from .items import ItemTest
 from .plots import draw, require_libraries
 from .results import MAIN_SCORE
-from .statistics import PairedTest
+from .statistics import ItemTest, PairedTest
 
 INDEPENDENCE = (
     "The tests take tasks as independent. Slices of one corpus are not: then p-values are too small, and whatever is "

@@ -49,7 +49,7 @@ class RunRecord:
         data: Training file to the hash of its content.
         machine: Processor or GPU, threads.
         cost: `Cost.to_dict`, which is measured when all runs are done; None before.
-        layers: `LayerReport.to_dict`, likewise.
+        layers: `LayerAnalysis.to_dict`, likewise.
     """
 
     id: str
@@ -210,7 +210,7 @@ class RunStore:
         return (self._folder / record.id / _FACTS).is_file()
 
 
-def take_over(runs: Iterable[PlannedRun], other: Path, out: Path) -> list[str]:
+def reuse_runs(runs: Iterable[PlannedRun], other: Path, out: Path) -> list[str]:
     """Copy those runs of another study that are the same to the last setting, and return their ids.
 
     Args:

@@ -30,9 +30,9 @@ from ..training.checks import check_names
 from ..utils.extras import require
 from ..utils.files import write_atomically
 from ..utils.words import counted
-from .records import RunRecord, finished, read_record, read_scores, take_over, write_results
+from .records import RunRecord, finished, read_record, read_scores, reuse_runs, write_results
 from .settings import PlannedRun, Study
-from .worker import PROGRESS, TAKEN, lock_of
+from .worker import LOCKED, PROGRESS, lock_of
 
 _PATIENCE = 10.0  # seconds until a run that another process has is looked at again
 _LOG_LINES = 15
@@ -127,7 +127,7 @@ class StudyRunner:
         self._write_study(self.out / "study.yaml")
         for other in self.take_from:
             with lock_of("take_from", self.out).acquire(timeout=-1):  # one of several processes copies
-                taken = take_over(self.runs, other, self.out)
+                taken = reuse_runs(self.runs, other, self.out)
             self.console.print(f"{counted(len(taken), 'run')} reused from {other}", highlight=False)
         states = {run.id: _State(run) for run in self.runs}
         for record in self.records:
@@ -158,12 +158,12 @@ class StudyRunner:
             )
         return self.records
 
-    def examine(self) -> None:
+    def measure(self) -> None:
         """Measures cost and layers of the designs whose models are here, in the first seed, one after the other.
 
         Another study that finishes in the same folder waits, and finds them measured.
         """
-        from .insight import examine_run
+        from .measurements import measure_run
 
         with lock_of("examine", self.out).acquire(timeout=-1):
             measured = {r.id for r in self.records if r.cost and (r.layers or not self.study.layers)}
@@ -176,7 +176,7 @@ class StudyRunner:
             here = [(run, model) for run, model in models if model.is_dir()]
             for run, model in track(here, "cost and layers", console=self.console):
                 recipe = run.to_recipe(self.data_dir, self.work / run.id / "training")
-                examine_run(model, recipe, self.out / "runs" / run.id, self.tasks, layers=self.study.layers)
+                measure_run(model, recipe, self.out / "runs" / run.id, self.tasks, layers=self.study.layers)
 
     @property
     def results(self) -> Results:
@@ -225,7 +225,7 @@ class StudyRunner:
             state.stage, state.started = "starting", time.monotonic()
             returned = self._carry_out(run, slot)
             state.seconds = time.monotonic() - state.started
-            if returned == TAKEN:
+            if returned == LOCKED:
                 state.stage, state.started = "elsewhere", None
                 waiting.put(run)
                 self._stop.wait(_PATIENCE)
@@ -242,7 +242,7 @@ class StudyRunner:
                 if read_record(self.out / "runs" / run.id) is not None:
                     return 0
         except Timeout:
-            return TAKEN
+            return LOCKED
         self.log(run.id).parent.mkdir(parents=True, exist_ok=True)
         study = self.log(run.id).with_name("study.yaml")  # that of the folder may be another study's by now
         self._write_study(study)

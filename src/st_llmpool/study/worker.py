@@ -24,7 +24,7 @@ from .records import RunRecord, finished, write_record
 from .settings import PlannedRun, Study
 
 #: What the process returns if another one is at this run.
-TAKEN = 75
+LOCKED = 75
 
 PROGRESS = "progress.json"
 
@@ -54,10 +54,10 @@ class ProgressFile(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes the step."""
         if state.is_world_process_zero:
-            tell(self.folder, "training", step=state.global_step, steps=state.max_steps, loss=self._loss)
+            write_progress(self.folder, "training", step=state.global_step, steps=state.max_steps, loss=self._loss)
 
 
-def tell(folder: Path, stage: str, **facts: Any) -> None:
+def write_progress(folder: Path, stage: str, **facts: Any) -> None:
     """Notes how far a run is."""
     write_atomically(folder / PROGRESS, json.dumps({"stage": stage, **facts}), durable=False)
 
@@ -73,14 +73,14 @@ def carry_out(study: Study, run: PlannedRun, *, out: Path, work: Path, data_dir:
         data_dir: What ``{data}`` stands for.
     """
     from ..evaluation import evaluate
-    from ..stats.results import read_results
+    from ..stats.readers import read_results
     from ..training import train
 
     folder = work / run.id
     folder.mkdir(parents=True, exist_ok=True)
     recipe = run.to_recipe(data_dir, folder / "training")
     result = train(recipe, resume=True, callbacks=[ProgressFile(folder)])
-    tell(folder, "evaluating")
+    write_progress(folder, "evaluating")
     started = time.monotonic()
     scores = evaluate(
         result.model,
@@ -91,7 +91,7 @@ def carry_out(study: Study, run: PlannedRun, *, out: Path, work: Path, data_dir:
         batch_size=study.batch_size,
         show_progress=False,
     )
-    tell(folder, f"evaluated by {scores.inference}")
+    write_progress(folder, f"evaluated by {scores.inference}")
     record = RunRecord(
         id=run.id,
         key=run.key,
@@ -127,7 +127,7 @@ def lock_of(run_id: str, out: Path) -> FileLock:
 
 
 def main(arguments: list[str]) -> int:
-    """Takes the run's lock and carries it out; returns `TAKEN` if another process has it."""
+    """Takes the run's lock and carries it out; returns `LOCKED` if another process has it."""
     parser = argparse.ArgumentParser(prog="python -m st_llmpool.study.worker")
     for name in ("study", "run", "out", "work", "data"):
         parser.add_argument(f"--{name}", required=name != "data")
@@ -140,12 +140,12 @@ def main(arguments: list[str]) -> int:
                 data_dir = None if given.data is None else Path(given.data)
                 carry_out(study, run, out=out, work=Path(given.work), data_dir=data_dir)
     except Timeout:
-        return TAKEN
+        return LOCKED
     return 0
 
 
 def _digests(recipe: Any) -> dict[str, str]:
-    from ..evaluation.tables import file_digest
+    from ..evaluation.task_files import file_digest
 
     sources = [Path(item.source) for item in recipe.data]
     return {f"{path.parent.name}/{path.name}": file_digest(path) for path in sources if path.is_file()}

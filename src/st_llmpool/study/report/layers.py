@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...analysis.layers import LayerLook, LayerReport
+from ...analysis.layers import LayerAnalysis, LayerProfile
 from ...model_card.figures import draw_layers
 from ...stats.compare import label
 from ...stats.tables import Sheet, file_name
@@ -24,7 +24,7 @@ def layers(records: Sequence[RunRecord], folder: Path) -> list[Block]:
         records: Finished runs; those without examined layers are passed over.
         folder: Of the report.
     """
-    examined = [(record, LayerReport.from_dict(record.layers)) for record in records if record.layers]
+    examined = [(record, LayerAnalysis.from_dict(record.layers)) for record in records if record.layers]
     if not examined:
         return [Text("The layers of these runs were not examined.")] if records else []
     several = len({record.base for record, _ in examined}) > 1
@@ -49,7 +49,7 @@ def layers(records: Sequence[RunRecord], folder: Path) -> list[Block]:
     return blocks
 
 
-def _similar(names: Sequence[str], reports: Sequence[LayerReport]) -> Sheet:
+def _similar(names: Sequence[str], reports: Sequence[LayerAnalysis]) -> Sheet:
     columns = [f"{words}\n{when}" for words in _SIMILARITIES.values() for when in ("before", "after")]
     rows = [
         (
@@ -62,7 +62,7 @@ def _similar(names: Sequence[str], reports: Sequence[LayerReport]) -> Sheet:
     return Sheet("Similarity between layers, before and after training", ("Run", *columns), tuple(rows), (below,))
 
 
-def _alone(names: Sequence[str], reports: Sequence[LayerReport]) -> Sheet:
+def _alone(names: Sequence[str], reports: Sequence[LayerAnalysis]) -> Sheet:
     depth = max(len(report.after.search) for report in reports)
     rows = [
         (f"{name}: {probe}", *(_figure(value) for value in getattr(report.after, probe)))
@@ -75,14 +75,14 @@ def _alone(names: Sequence[str], reports: Sequence[LayerReport]) -> Sheet:
     return Sheet("Each layer alone, after training", columns, filled, (below,))
 
 
-def _between(look: LayerLook | None, what: str) -> float | None:
+def _between(look: LayerProfile | None, what: str) -> float | None:
     if look is None:
         return None
     matrix = np.asarray(getattr(look, what), dtype=float)
     return float(np.nanmean(matrix[~np.eye(len(matrix), dtype=bool)]))
 
 
-def _in_words(report: LayerReport) -> str:
+def _in_words(report: LayerAnalysis) -> str:
     """Says which layer is best alone and which the pooling reads most."""
     search = np.asarray(report.after.search, dtype=float)
     said = [f"alone, layer {1 + int(np.nanargmax(search))} searches best"]

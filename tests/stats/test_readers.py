@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 from st_llmpool.modules.errors import ConfigurationError, DataError
-from st_llmpool.stats.results import COLUMNS, ITEM_COLUMNS, SOURCE_COLUMNS, read_results, read_task_types
+from st_llmpool.stats.readers import read_results, read_task_types
+from st_llmpool.stats.results import COLUMNS, ITEM_COLUMNS, SOURCE_COLUMNS
 from tests.stats.tiny_results import REVISION, task_result, write_csv, write_json, write_model
 
 SCORES = {"SciFact": 0.5, "STS12": 0.7}

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from st_llmpool.evaluation.tables import Column, find_table, read_table
+from st_llmpool.evaluation.task_files import Column, find_table, read_table
 from st_llmpool.modules.errors import DataError
 from tests.evaluation.tiny_suite import write_table
 

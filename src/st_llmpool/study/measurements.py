@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from ..analysis.cost import measure_cost
 from ..analysis.layer_probes import Probes, sample_probes
-from ..analysis.layers import examine_layers
+from ..analysis.layers import analyze_layers
 from ..designs import build_embedder, resolve_base
 from ..evaluation.tasks import SPLIT, LocalTask
 from ..hub.loading import load_model
@@ -23,7 +23,7 @@ from .records import COST, LAYERS
 _PAIRS, _SEARCHES = 300, 150  # of the suite, to probe single layers with
 
 
-def examine_run(model_dir: Path, recipe: Recipe, folder: Path, tasks: Sequence[LocalTask], *, layers: bool) -> None:
+def measure_run(model_dir: Path, recipe: Recipe, folder: Path, tasks: Sequence[LocalTask], *, layers: bool) -> None:
     """Measures cost and layers of a run's model and writes them beside its record; what is there stays.
 
     Args:
@@ -38,7 +38,7 @@ def examine_run(model_dir: Path, recipe: Recipe, folder: Path, tasks: Sequence[L
         return
     model = load_model(model_dir, trust_remote_code=recipe.model.trust_remote_code)
     if LAYERS in wanted:
-        report = examine_layers(_untrained(recipe), model, probes=suite_probes(tasks))
+        report = analyze_layers(_untrained(recipe), model, probes=suite_probes(tasks))
         _write(folder / LAYERS, report.to_dict())
     if COST in wanted:
         model.max_seq_length = None  # the cost of longer texts than it was trained on is asked for too

@@ -1,0 +1,254 @@
+"""Reads scores into one tidy table: mteb's result folders, a study's results, or a CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from ..modules.errors import ConfigurationError, DataError, nearest
+from ..utils.reading import check_file, check_rows, read_yaml
+from .results import COLUMNS, ITEM_COLUMNS, MAIN_SCORE, SOURCE_COLUMNS, Results
+
+if TYPE_CHECKING:
+    from .mteb_files import ModelFiles
+
+_NO_SCORE = ("", "na", "none", "null")  # what a table may hold where there is no score
+
+_DEFAULTS = {"base": "", "option": "", "seed": "0", "split": "test", "subset": "default", "metric": MAIN_SCORE}
+_DEFAULTS |= {"task_type": "", "item": "", "dataset_revision": "", "mteb_version": "", "languages": ""}
+
+
+def read_results(
+    paths: Sequence[str | Path],
+    *,
+    task_types: Mapping[str, str] | None = None,
+    models: Sequence[str] | None = None,
+) -> Results:
+    r"""Reads results of one or several models and checks them.
+
+    Args:
+        paths: Each is a folder of mteb's result files (of one model, of several, an mteb cache, a clone of a results
+            repository) or a table, `.csv` or `.parquet`, with the columns task, model (or design) and score, and
+            where wanted task_type, base, option, seed, split, subset, metric and item. ``NAME=PATH`` gives the one
+            model in PATH that name.
+        task_types: Task to type, for tasks that neither the table nor mteb nor a shipped suite knows, or to overrule
+            them.
+        models: Names of the models to read; by default all.
+
+    Raises:
+        DataError: If a path or a column is missing, a value is not what it should be, a task has no type, or a score
+            is there twice. The message names the file.
+        ConfigurationError: If `models` or ``NAME=PATH`` does not fit what is there.
+
+    Example:
+        >>> _ = Path("scores.csv").write_text("task,task_type,model,score\nSts12,STS,a,0.5\nSts12,STS,b,0.6\n")
+        >>> read_results(["scores.csv"]).scores[["design", "task", "task_type", "score"]]
+          design   task task_type  score
+        0      a  Sts12       STS    0.5
+        1      b  Sts12       STS    0.6
+    """
+    tables: list[pd.DataFrame] = []
+    files: list[tuple[str, Path, ModelFiles]] = []
+    notes: list[str] = []
+    for given in paths:
+        name, path = _split_name(str(given))
+        if path.is_dir():
+            from .mteb_files import find_models  # imports mteb, which takes seconds
+
+            files += [(name, path, model) for model in find_models(path)]
+        else:
+            tables.append(_renamed(_read_table(path), name, path))
+    known = {design for table in tables for design in table["design"]} | {model.name for _, _, model in files}
+    for model in models or ():
+        if model not in known:
+            raise ConfigurationError(f"no result is of {model!r}; there are {_list(known)}.{nearest(model, known)}")
+    if models:
+        tables = [table[table["design"].isin(models)] for table in tables]
+        files = [entry for entry in files if entry[2].name in models]
+    if files:
+        from .mteb_files import read_models
+
+        table, notes = read_models([model for _, _, model in files], _designs(files))
+        tables.append(table)
+    everything = (
+        pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[*ITEM_COLUMNS, *SOURCE_COLUMNS])
+    )
+    if everything.empty:
+        raise DataError(f"{', '.join(map(str, paths)) or 'no path'}: there are no results.")
+    everything["task_type"] = everything["task"].map(_types_of_tasks(everything, task_types or {}))
+    everything = _without_repeats(everything)
+    is_item = everything["item"] != ""
+    return Results(
+        scores=everything.loc[~is_item, [*COLUMNS, *SOURCE_COLUMNS]].reset_index(drop=True),
+        items=everything.loc[is_item, ITEM_COLUMNS].reset_index(drop=True),
+        notes=tuple(notes),
+    )
+
+
+def read_task_types(path: Path) -> dict[str, str]:
+    """Reads the types of tasks from a YAML file: a suite (see `st_llmpool.evaluation.suite`), or task to type.
+
+    Raises:
+        DataError: If there is no such file.
+        ConfigurationError: If it holds something else.
+
+    Example:
+        >>> file = Path("types.yaml")
+        >>> _ = file.write_text("OurSearch: Retrieval")
+        >>> read_task_types(file)
+        {'OurSearch': 'Retrieval'}
+    """
+    content = read_yaml(check_file(path))
+    if isinstance(content, dict) and isinstance(content.get("tasks"), list):
+        from ..evaluation.suite import read_suite  # takes seconds
+
+        return {task.name: task.type for task in read_suite(path).tasks}
+    if not isinstance(content, dict) or not all(isinstance(kind, str) for kind in content.values()):
+        raise ConfigurationError(f"{path} must be a suite file, or have lines such as MyTask: Retrieval.")
+    return {str(task): kind for task, kind in content.items()}
+
+
+def _split_name(given: str) -> tuple[str, Path]:
+    """Splits ``NAME=PATH``; a path that holds an equals sign and exists is a path."""
+    name, equals, path = given.partition("=")
+    if equals and name and not Path(given).exists():
+        given = path
+    else:
+        name = ""
+    if not Path(given).exists():
+        folder = Path(given).parent
+        siblings = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        raise DataError(f"{given} does not exist.{nearest(Path(given).name, siblings)}")
+    return name, Path(given)
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    """Returns the rows of a table with all of `ITEM_COLUMNS` and the file that they are from."""
+    check_file(path)
+    try:
+        if path.suffix == ".csv":
+            check_rows(path)
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        elif path.suffix == ".parquet":
+            table = pd.read_parquet(path)
+        else:
+            raise DataError(f"{path} is neither a folder nor a .csv or .parquet table.")
+    except (OSError, ValueError) as error:  # pandas' and Arrow's own errors are among them
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} cannot be read as a table: {' '.join(str(error).split())[:300]}") from error
+    if "model" in table and "design" in table:
+        raise DataError(f"{path} has both a column 'model' and a column 'design'; they are the same here, keep one.")
+    for column, other in (("task", ""), ("model", "design"), ("score", "")):
+        if column not in table and other not in table:
+            names = f"{column!r} (or {other!r})" if other else repr(column)
+            known = ", ".join(map(str, table.columns))
+            raise DataError(f"{path} has no column {names}; it has {known}.{nearest(column, table.columns)}")
+    table = table.rename(columns={"model": "design"})
+    if table.empty:
+        raise DataError(f"{path} has no rows.")
+    for column, default in _DEFAULTS.items():
+        values = table[column] if column in table else pd.Series(default, index=table.index)
+        table[column] = values.fillna(default).astype(str).replace("", default)
+    for column in ("task", "design"):
+        table[column] = table[column].fillna("").astype(str)
+        empty = table.index[table[column] == ""]
+        if len(empty):
+            raise DataError(f"{path}: column {column!r} is empty in row {empty[0] + 1}.")
+    empty = table["score"].astype(str).str.strip().str.lower().isin(_NO_SCORE)
+    table["score"] = _numbers(table["score"].mask(empty), path)
+    table = table.assign(file=str(path))
+    return table.loc[table["score"].notna() | ~empty, [*ITEM_COLUMNS, *SOURCE_COLUMNS]]
+
+
+def _numbers(values: pd.Series, path: Path) -> pd.Series:
+    """Returns scores as floats."""
+    numbers = pd.to_numeric(values, errors="coerce").astype(float)
+    wrong = values.index[(numbers.isna() & values.notna()) | numbers.isin([float("inf"), float("-inf")])]
+    if len(wrong):
+        raise DataError(
+            f"{path}: column 'score' holds {values[wrong[0]]!r} in row {wrong[0] + 1}, expected a finite number, or "
+            f"nothing where there is no score."
+        )
+    return numbers
+
+
+def _renamed(table: pd.DataFrame, name: str, path: Path) -> pd.DataFrame:
+    if not name:
+        return table
+    designs = table["design"].unique()
+    if len(designs) > 1:
+        raise ConfigurationError(f"{name}={path}: the name must be of one model, there are {_list(designs)}.")
+    return table.assign(design=name)
+
+
+def _designs(files: Sequence[tuple[str, Path, ModelFiles]]) -> list[tuple[str, str]]:
+    """Returns design and option of each model: its name and, where two have the same one, what tells them apart."""
+    for name, path, _ in files:
+        models = [model for other, other_path, model in files if (other, other_path) == (name, path)]
+        if name and len(models) > 1:
+            found = _list(f"{model.name} @ {model.variant}" for model in models)
+            raise ConfigurationError(f"{name}={path}: the name must be of one model, there are {found}.")
+    names = [name or model.name for name, _, model in files]
+    variants = {
+        name: {model.variant for n, (_, _, model) in zip(names, files, strict=True) if n == name} for name in names
+    }
+    places = {
+        name: {path for n, (_, path, model) in zip(names, files, strict=True) if n == name and not model.variant}
+        for name in names
+    }
+    designs = []
+    for name, (_, path, model) in zip(names, files, strict=True):
+        unknown = not model.variant and len(places[name]) > 1  # without a revision nothing says that they are one model
+        designs.append((name, str(path) if unknown else model.variant if len(variants[name]) > 1 else ""))
+    return designs
+
+
+def _types_of_tasks(table: pd.DataFrame, given: Mapping[str, str]) -> dict[str, str]:
+    """Returns the type of every task: as given, else as in the table, else as in mteb or a shipped suite."""
+    types: dict[str, str] = {}
+    for task, rows in table.groupby("task", sort=False):
+        found = sorted(set(rows["task_type"]) - {""})
+        if len(found) > 1 and task not in given:
+            files = _list(rows["file"])
+            raise DataError(f"task {task} has several types, {', '.join(found)}, in {files}; it must have one.")
+        types[str(task)] = given.get(str(task), found[0] if found else "")
+    unknown = [task for task, kind in types.items() if not kind]
+    if unknown:
+        from .mteb_files import known_task_types
+
+        types |= known_task_types(unknown)
+    unknown = [task for task, kind in types.items() if not kind]
+    if unknown:
+        files = _list(table.loc[table["task"].isin(unknown), "file"])
+        raise DataError(
+            f"the type of {_list(unknown)} is not known ({files}): no column 'task_type' gives it, and neither mteb "
+            f"nor a shipped suite has such a task. Say it: task_types, or --task-types FILE."
+        )
+    return types
+
+
+def _without_repeats(table: pd.DataFrame) -> pd.DataFrame:
+    """Drops rows that are there twice; the same score with two values is an error."""
+    keys = ITEM_COLUMNS[:-1]
+    table = table.drop_duplicates([*keys, "score"])
+    repeated = table.duplicated(keys, keep=False)
+    if repeated.any():
+        first = table[repeated].iloc[0]
+        same = table[(table[keys] == first[keys]).all(axis=1)]
+        key = ", ".join(f"{name} {first[name]}" for name in keys if first[name] not in ("", _DEFAULTS.get(name)))
+        raise DataError(
+            f"{_list(same['file'])}: there are several scores ({_list(same['score'])}) of {key}. If they are of "
+            f"several seeds, splits or subsets, say so in columns of these names; if they are of several models, name "
+            f"each: NAME=PATH."
+        )
+    return table
+
+
+def _list(values: object) -> str:
+    """Names the first few of some values, each once."""
+    different = list(dict.fromkeys(str(value) for value in values))  # type: ignore[attr-defined]
+    return ", ".join(different[:10]) + (f" and {len(different) - 10} more" if len(different) > 10 else "")
