@@ -114,8 +114,8 @@ def batch_size(
     """Find the largest batch that RECIPE can train with in a given memory, by two trial steps of each size."""
     from rich.console import Console
 
+    from .tools.batch_size import batch_table, free_memory, largest_batch
     from .training import Recipe
-    from .training.batch_search import batch_table, free_memory, largest_batch
 
     console, memory = Console(), free_memory() if memory is None else memory
     chosen = Recipe.from_yaml(recipe, overrides=overrides or [])
@@ -165,7 +165,7 @@ def adapt(
 
     from .training import AdaptRecipe
     from .training import adapt as run
-    from .training.masked_accuracy import accuracy_table
+    from .training.mntp.masked_accuracy import accuracy_table
 
     values = {
         "output_dir": str(out),
@@ -352,7 +352,7 @@ def select(
     """Select the K rows of POOL that are most similar to the rows of SET."""
     from rich.console import Console
 
-    from .training.selection import select_rows
+    from .tools.select import select_rows
 
     out = out or Path(f"{Path(pool[0]).absolute().stem}_selected.parquet")
     selection = select_rows(

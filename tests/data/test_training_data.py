@@ -24,15 +24,6 @@ ROWS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="session")
-def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keeps the Arrow copies that `datasets` makes of files out of the user's cache."""
-    import datasets
-
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets_cache")
-    datasets.disable_progress_bars()
-
-
 WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
     ".parquet": lambda frame, path: frame.to_parquet(path),
     ".jsonl": lambda frame, path: frame.to_json(path, orient="records", lines=True),

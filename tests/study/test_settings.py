@@ -10,7 +10,7 @@ import yaml
 from st_llmpool.modules.errors import ConfigurationError, DataError
 from st_llmpool.study.settings import Study, presets
 from st_llmpool.training.checks import check_names
-from st_llmpool.training.settings import differences
+from st_llmpool.utils.settings import differences
 
 VALUES = {
     "designs": [

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from st_llmpool.training import Recipe, train
-from st_llmpool.training.adaptation import adapt
 from st_llmpool.training.guarded_trainer import TrainingError
-from st_llmpool.training.masked_trainer import MaskedTokenTrainer
+from st_llmpool.training.mntp.adaptation import adapt
+from st_llmpool.training.mntp.masked_trainer import MaskedTokenTrainer
 from st_llmpool.training.trainer import EmbedderTrainer
 from st_llmpool.utils.files import WriteError
 

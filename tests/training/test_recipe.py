@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from st_llmpool.data.training_data import DatasetSettings
+from st_llmpool.losses.settings import MixingSettings
 from st_llmpool.modules.errors import ConfigurationError, DataError
-from st_llmpool.training.recipe import MixingSettings, ModelSettings, Recipe, TrainingSettings
+from st_llmpool.training.recipe import ModelSettings, Recipe, TrainingSettings
 
 MINIMAL = {"output_dir": "run", "model": {"base": "builtin"}, "data": [{"source": "pairs.jsonl"}]}
 

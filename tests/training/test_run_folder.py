@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 from st_llmpool.modules.errors import ConfigurationError
 from st_llmpool.modules.portable import fingerprint
 from st_llmpool.training import Recipe, train
-from st_llmpool.training.adaptation import adapt
 from st_llmpool.training.checkpoint_seal import seal_checkpoint
+from st_llmpool.training.mntp.adaptation import adapt
 
 from .test_adaptation import make as make_adaptation
 from .test_run import assert_same_weights, changed_output

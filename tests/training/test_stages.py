@@ -131,7 +131,7 @@ def test_a_chain_that_was_killed_is_resumed_where_it_stopped(chained, tmp_path, 
     (folder / "stages" / "2-simcse").mkdir()
     shutil.copy(source / "stages/2-simcse/recipe.yaml", folder / "stages/2-simcse")
     shutil.copy(source / "recipe.yaml", folder)
-    monkeypatch.setattr("st_llmpool.training.adaptation.load_language_model", None)
+    monkeypatch.setattr("st_llmpool.training.mntp.adaptation.load_language_model", None)
     moved = Recipe.from_dict(recipe.to_dict(), [f"output_dir={folder}"])
     resumed = train(moved, resume=True)
     assert resumed.report["losses"] == expected.report["losses"]

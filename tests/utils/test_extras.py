@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from st_llmpool.training.settings import merge
 from st_llmpool.utils.extras import MissingExtraError, needs, require
+from st_llmpool.utils.settings import merge
 
 # Runs a command as if some libraries were not installed.
 WITHOUT = """

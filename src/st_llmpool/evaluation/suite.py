@@ -30,9 +30,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..modules.errors import ConfigurationError, DataError, nearest
-from ..training.settings import from_mapping
 from ..utils.random_state import preserve_rng_state
 from ..utils.reading import read_yaml
+from ..utils.settings import from_mapping
 from .tasks import LocalTask, TaskSpec, make_task
 
 _SHIPPED = Path(__file__).parent / "suites"

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 
 from ..modules.errors import ConfigurationError, DataError, StLlmpoolError
 from ..stats.results import COLUMNS, ITEM_COLUMNS, SOURCE_COLUMNS, Results
-from ..training.settings import differences, from_mapping
 from ..utils.files import atomic_file, atomic_folder
 from ..utils.reading import check_file, parse_json, read_json_object
+from ..utils.settings import differences, from_mapping
 from .settings import PlannedRun
 
 _FACTS = "run.json"

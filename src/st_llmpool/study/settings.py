@@ -30,9 +30,9 @@ from ..designs import DESIGNS
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..stats.compare import MAX_CONTRASTS, MAX_MODELS, label
 from ..training.recipe import Recipe
-from ..training.settings import from_mapping, merge
 from ..utils.files import slug
 from ..utils.reading import read_yaml, shown
+from ..utils.settings import from_mapping, merge
 
 _PRESETS = Path(__file__).parent / "presets"
 _FORMAT = 1  # part of every key: raise it when the same settings come to give other numbers

@@ -8,22 +8,19 @@ from typing import TYPE_CHECKING
 from ..utils.extras import needs
 
 if TYPE_CHECKING:
-    from .adapt_recipe import AdaptRecipe
-    from .adaptation import AdaptResult, adapt
-    from .batch_search import BatchTrial, largest_batch
+    from .mntp.adaptation import AdaptResult, adapt
+    from .mntp.recipe import AdaptRecipe
     from .recipe import Recipe
     from .run import TrainingResult, train
 
-__all__ = ["AdaptRecipe", "AdaptResult", "BatchTrial", "Recipe", "TrainingResult", "adapt", "largest_batch", "train"]
+__all__ = ["AdaptRecipe", "AdaptResult", "Recipe", "TrainingResult", "adapt", "train"]
 
 _FILES = {
-    "AdaptRecipe": ".adapt_recipe",
-    "AdaptResult": ".adaptation",
-    "BatchTrial": ".batch_search",
+    "AdaptRecipe": ".mntp.recipe",
+    "AdaptResult": ".mntp.adaptation",
     "Recipe": ".recipe",
     "TrainingResult": ".run",
-    "adapt": ".adaptation",
-    "largest_batch": ".batch_search",
+    "adapt": ".mntp.adaptation",
     "train": ".run",
 }
 

@@ -12,13 +12,13 @@ from sentence_transformers.util import batch_to_device
 
 from ..adapters import check_start, lora_config, misfit, without_loftq
 from ..designs import DESIGNS, POOLINGS
+from ..losses.build import check_loss
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..modules.trainable_pooling import TrainablePooling
 from ..saved_embedder import read_architecture
 from ..utils.extras import require
 from ..utils.random_state import preserve_rng_state
 from .freezing import check_freezing
-from .losses import check_loss
 from .optimizers import check_optimizer
 from .recipe import ModelSettings, Recipe, TrainingSettings
 from .sparse_tuning import check_number_of_layers

@@ -12,11 +12,12 @@ import yaml
 
 from ..data.texts import TextSettings
 from ..data.training_data import DatasetSettings
+from ..losses.settings import LossSettings
 from ..modules.errors import ConfigurationError, nearest
 from ..utils.files import write_atomically
 from ..utils.reading import read_yaml, shown
+from ..utils.settings import Range, check_ranges, from_mapping, merge, with_overrides
 from .merge_shares import check_merge
-from .settings import Range, check_ranges, from_mapping, merge, with_overrides
 
 #: Longest text in tokens, where a recipe says nothing and its base is no saved embedder.
 DEFAULT_LENGTH = 512
@@ -107,37 +108,6 @@ class ModelSettings:
 
 
 @dataclass
-class MixingSettings:
-    """New negatives that are mixed from a query's hardest ones; :class:`HardNegativeMixing` says how.
-
-    Attributes:
-        hardest: From how many, the k that score highest without being the positive.
-        pairwise: How many random blends of two of them a query gets.
-        listwise: Add the blend of all of them, weighted by similarity.
-        start_step: Mix from this step on; 0 is the first.
-        detach: Take mixed negatives for constants; else they move what they are made of.
-
-    Raises:
-        ConfigurationError: From the constructor, if a number is out of range.
-    """
-
-    hardest: int = 8
-    pairwise: int = 2
-    listwise: bool = True
-    start_step: int = 0
-    detach: bool = True
-
-    def __post_init__(self) -> None:
-        ranges = {"hardest": Range(2), "pairwise": Range(0), "start_step": Range(0)}
-        check_ranges(self, "loss.mixing", ranges)
-
-    @property
-    def count(self) -> int:
-        """Mixed negatives of a query."""
-        return self.pairwise + self.listwise
-
-
-@dataclass
 class MaskingSettings:
     """How texts are masked.
 
@@ -162,50 +132,6 @@ class MaskingSettings:
                 f"masking.share={self.share} must be above 0, or nothing is predicted, and below 1, or nothing is left "
                 f"to predict from."
             )
-
-
-@dataclass
-class LossSettings:
-    """The loss.
-
-    Attributes:
-        name: A name in ``st_llmpool.training.losses.LOSSES``.
-        scale: Inverse temperature, by which cosine similarities are multiplied.
-        num_negatives: Hard negatives to a query; None takes all that a set has.
-        mini_batch_size: Embed this many texts at a time and cache gradients (Gao et al. 2021, arXiv 2101.06983),
-            so that memory no longer grows with the batch; None embeds the batch at once.
-        gather_across_devices: Use the texts of all processes as negatives.
-        focal_gamma: Weigh each query by (1 - P)^gamma, P its probability of finding its positive, so that hard queries
-            count more (KaLM-Embedding-V2, arXiv 2506.20923, takes 0.5); 0 weighs all alike.
-        focal_detach: Take these weights for constants.
-        mixing: Mix new negatives from the hardest ones; None mixes none, ``{}`` takes the defaults.
-        guide: For ``gist``, the model (name or folder) that says which texts of a batch are no negatives.
-        teacher: For ``distill``, the model (name or folder) whose similarities are learned.
-        matryoshka_dims: Train so that the first so many dimensions are an embedding of their own, at each of these
-            sizes and the whole one (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147). Evaluation on held-out pairs
-            reports every size; ``model.truncate_dim`` says which one the saved model gives.
-    """
-
-    name: str = "infonce"
-    scale: float = 20.0
-    num_negatives: int | None = None
-    mini_batch_size: int | None = None
-    gather_across_devices: bool = True
-    focal_gamma: float = 0.0
-    focal_detach: bool = True
-    mixing: MixingSettings | None = None
-    guide: str | None = None
-    teacher: str | None = None
-    matryoshka_dims: list[int] | None = None
-
-    def __post_init__(self) -> None:
-        ranges = {
-            "scale": Range(0, 1e4, is_open=True),
-            "num_negatives": Range(0),
-            "mini_batch_size": Range(1),
-            "focal_gamma": Range(0, 100),
-        }
-        check_ranges(self, "loss", ranges)
 
 
 @dataclass

@@ -23,6 +23,8 @@ from ..data.texts import load_views
 from ..data.training_data import load_pairs
 from ..designs import build_embedder, resolve_base
 from ..hub.loading import load_model
+from ..losses.build import LossParts, build_loss, check_columns, teacher_scores
+from ..losses.hard_negative_mixing import HardNegativeMixing
 from ..model_card.card import card_without_forwards, training_facts
 from ..modules.errors import ConfigurationError, StLlmpoolError
 from ..saved_embedder import is_saved_embedder
@@ -42,9 +44,7 @@ from .checks import (
 )
 from .elapsed_time import ElapsedTimeCallback, seconds_of
 from .freezing import freeze_lowest_layers
-from .hard_negative_mixing import HardNegativeMixing
 from .held_out import held_out_evaluator
-from .losses import LossParts, build_loss, check_columns, teacher_scores
 from .optimizers import OPTIMIZERS
 from .pooling_share import NOTHING, trainable_poolings
 from .progress import RichProgress

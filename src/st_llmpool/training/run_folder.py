@@ -12,8 +12,8 @@ from typing import Any, Protocol, Self
 
 from ..modules.errors import ConfigurationError
 from ..utils.locks import locked_folder
+from ..utils.settings import differences
 from .checkpoints import last_checkpoint, processes_of
-from .settings import differences
 
 logger = logging.getLogger(__name__)
 

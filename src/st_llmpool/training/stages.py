@@ -14,14 +14,15 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 
 from ..adapters import has_adapter, load_again, merge_adapter
 from ..data.texts import load_texts
+from ..losses.settings import LossSettings
 from ..modules.errors import ConfigurationError
 from ..utils.random_state import preserve_rng_state
-from .adapt_recipe import AdaptEvaluationSettings, AdaptRecipe
-from .adaptation import adapt, check_adapt
 from .checks import design_arguments
 from .interpolation import merge_with_base
 from .merge_shares import shares_of
-from .recipe import DEFAULT_LENGTH, EvaluationSettings, LossSettings, MaskingSettings, Recipe, StageSettings
+from .mntp.adaptation import adapt, check_adapt
+from .mntp.recipe import AdaptEvaluationSettings, AdaptRecipe
+from .recipe import DEFAULT_LENGTH, EvaluationSettings, MaskingSettings, Recipe, StageSettings
 
 #: Trains a stage: called with its recipe, the folder that it starts from if there is one, and its settings.
 Train = Callable[[Recipe, Path | None, StageSettings], Any]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ...stats.tables import Sheet
-from ...training.settings import differences
+from ...utils.settings import differences
 from ..records import RunRecord
 from ..settings import PlannedRun, Study
 from .document import Block, Table, Text

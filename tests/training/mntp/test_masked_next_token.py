@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from st_llmpool import set_attention
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.training.masked_next_token import masked_logits, masked_loss
-from st_llmpool.training.masked_texts import collate
+from st_llmpool.training.mntp.masked_next_token import masked_logits, masked_loss
+from st_llmpool.training.mntp.masked_texts import collate
 
 TEXTS = [
     ([11, 12, 13, 14, 15, 16, 17], {1: 30, 4: 31}),

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from st_llmpool.losses.hard_negative_mixing import HardNegativeMixing
+from st_llmpool.losses.ranking_objective import RankingObjective, gather_documents
+from st_llmpool.losses.settings import MixingSettings
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.training.hard_negative_mixing import HardNegativeMixing
-from st_llmpool.training.ranking_objective import RankingObjective, gather_documents
-from st_llmpool.training.recipe import MixingSettings
-from tests.training.slow_ranking_loss import random_columns, slow_loss
+from tests.losses.slow_ranking_loss import random_columns, slow_loss
 
 
 def loss_of(objective: RankingObjective, columns: list[Tensor], scale: float) -> Tensor:

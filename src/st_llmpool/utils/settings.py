@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from ..modules.errors import ConfigurationError, nearest
-from ..utils.reading import check_plain, parse_yaml, shown
+from .reading import check_plain, parse_yaml, shown
 
 T = TypeVar("T")
 

@@ -6,9 +6,8 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.training.mask_token import choose_mask_token, ordinary_tokens, use_mask_token
-
-from ..conftest import tiny_tokenizer
+from st_llmpool.training.mntp.mask_token import choose_mask_token, ordinary_tokens, use_mask_token
+from tests.conftest import tiny_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,10 @@ from datasets import Dataset
 from transformers import ByT5Tokenizer
 
 from st_llmpool.modules.eos import append_eos
-from st_llmpool.training.masked_texts import MaskedTexts, collate, tokenize
-from st_llmpool.training.masking import IGNORE, Vocabulary
+from st_llmpool.training.mntp.masked_texts import MaskedTexts, collate, tokenize
+from st_llmpool.training.mntp.masking import IGNORE, Vocabulary
 from st_llmpool.training.recipe import MaskingSettings
-
-from ..conftest import tiny_tokenizer
+from tests.conftest import tiny_tokenizer
 
 VOCABULARY = Vocabulary(mask=0, ordinary=torch.arange(5, 50))
 

@@ -20,31 +20,31 @@ from transformers import (
     set_seed,
 )
 
-from ..adapters import lora_config
-from ..data.texts import load_texts
-from ..designs import resolve_base
-from ..modules.attention import set_attention
-from ..modules.errors import ConfigurationError, DataError
-from ..saved_embedder import is_saved_embedder
-from ..utils.files import atomic_folder
-from ..utils.parameters import count_weights
-from ..utils.reading import read_json_object
-from .adapt_recipe import AdaptRecipe
-from .arguments import enable_gradient_checkpointing, precision_of, shared_arguments, use_one_gpu
-from .checks import check_adapter, check_machine
-from .elapsed_time import ElapsedTimeCallback, seconds_of
-from .interpolation import merge_with_base
+from ...adapters import lora_config
+from ...data.texts import load_texts
+from ...designs import resolve_base
+from ...modules.attention import set_attention
+from ...modules.errors import ConfigurationError, DataError
+from ...saved_embedder import is_saved_embedder
+from ...utils.files import atomic_folder
+from ...utils.parameters import count_weights
+from ...utils.reading import read_json_object
+from ..arguments import enable_gradient_checkpointing, precision_of, shared_arguments, use_one_gpu
+from ..checks import check_adapter, check_machine
+from ..elapsed_time import ElapsedTimeCallback, seconds_of
+from ..interpolation import merge_with_base
+from ..merge_shares import shares_of
+from ..progress import RichProgress
+from ..recipe import MaskingSettings, ModelSettings
+from ..report import write_report
+from ..run_folder import check_output, checkpoint_of, one_at_a_time, remove_checkpoints_after
 from .language_model import attend, load_language_model, load_tokenizer, stored_dtype
 from .mask_token import choose_mask_token, ordinary_tokens, use_mask_token
 from .masked_accuracy import constant_accuracy, masked_score, most_frequent_token
 from .masked_texts import Example, MaskedTexts, collate, tokenize
 from .masked_trainer import MaskedTokenTrainer
 from .masking import Vocabulary
-from .merge_shares import shares_of
-from .progress import RichProgress
-from .recipe import MaskingSettings, ModelSettings
-from .report import write_report
-from .run_folder import check_output, checkpoint_of, one_at_a_time, remove_checkpoints_after
+from .recipe import AdaptRecipe
 
 if TYPE_CHECKING:
     from datasets import Dataset

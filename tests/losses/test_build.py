@@ -20,13 +20,14 @@ from sentence_transformers.sentence_transformer.losses import (
 
 from st_llmpool import build_embedder
 from st_llmpool.data.training_data import DatasetSettings, load_pairs
+from st_llmpool.losses import build as losses
+from st_llmpool.losses.build import LossParts, build_loss, check_loss, teacher_scores
+from st_llmpool.losses.cached_focal_ranking_loss import CachedFocalRankingLoss
+from st_llmpool.losses.focal_ranking_loss import FocalRankingLoss
+from st_llmpool.losses.hard_negative_mixing import HardNegativeMixing
+from st_llmpool.losses.settings import LossSettings, MixingSettings
 from st_llmpool.modules.errors import ConfigurationError, DataError
-from st_llmpool.training import losses, train
-from st_llmpool.training.cached_focal_ranking_loss import CachedFocalRankingLoss
-from st_llmpool.training.focal_ranking_loss import FocalRankingLoss
-from st_llmpool.training.hard_negative_mixing import HardNegativeMixing
-from st_llmpool.training.losses import LossParts, build_loss, check_loss, teacher_scores
-from st_llmpool.training.recipe import LossSettings, MixingSettings
+from st_llmpool.training import train
 
 QUERIES = ["fox", "dog", "cat"]
 POSITIVES = ["quick brown fox", "the lazy dog", "a cat"]

@@ -13,12 +13,12 @@ from sentence_transformers.sentence_transformer.losses import (
 from torch import Tensor, nn
 
 from st_llmpool import build_embedder
+from st_llmpool.losses.cached_focal_ranking_loss import CachedFocalRankingLoss
+from st_llmpool.losses.focal_ranking_loss import FocalRankingLoss
+from st_llmpool.losses.hard_negative_mixing import HardNegativeMixing
+from st_llmpool.losses.settings import MixingSettings
 from st_llmpool.modules.errors import InputError
-from st_llmpool.training.cached_focal_ranking_loss import CachedFocalRankingLoss
-from st_llmpool.training.focal_ranking_loss import FocalRankingLoss
-from st_llmpool.training.hard_negative_mixing import HardNegativeMixing
-from st_llmpool.training.recipe import MixingSettings
-from tests.training.slow_ranking_loss import slow_loss
+from tests.losses.slow_ranking_loss import slow_loss
 
 COLUMNS = [
     ["fox", "dog", "cat", "over the lazy"],

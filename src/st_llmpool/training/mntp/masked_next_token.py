@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules.errors import ConfigurationError
+from ...modules.errors import ConfigurationError
 from .masking import IGNORE
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..attention_proof import verify_attention
-from ..modules.attention import is_encoder, set_attention
-from ..modules.errors import ConfigurationError
-from .adapt_recipe import AdaptRecipe
+from ...attention_proof import verify_attention
+from ...modules.attention import is_encoder, set_attention
+from ...modules.errors import ConfigurationError
+from .recipe import AdaptRecipe
 
 
 def load_tokenizer(recipe: AdaptRecipe, base: str) -> PreTrainedTokenizerBase:

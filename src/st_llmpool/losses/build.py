@@ -26,7 +26,7 @@ from ..modules.errors import ConfigurationError, DataError, nearest
 from .cached_focal_ranking_loss import CachedFocalRankingLoss
 from .focal_ranking_loss import FocalRankingLoss
 from .hard_negative_mixing import HardNegativeMixing
-from .recipe import LossSettings
+from .settings import LossSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from ..data.training_data import load_pairs
 from ..modules.errors import ConfigurationError
+from ..training.recipe import DEFAULT_LENGTH, Recipe
 from .batch_trial import DOES_NOT_FIT, REFUSED, STEPS
-from .recipe import DEFAULT_LENGTH, Recipe
 
 GIB = 2**30
 #: Seconds between two looks at a process's memory.

@@ -18,8 +18,9 @@ from st_llmpool import build_embedder, set_attention
 from st_llmpool.cli import app
 from st_llmpool.data.texts import TextSettings
 from st_llmpool.modules.errors import ConfigurationError, DataError
-from st_llmpool.training import AdaptRecipe, adapt, adaptation
-from st_llmpool.training.masked_accuracy import masked_score
+from st_llmpool.training import AdaptRecipe, adapt
+from st_llmpool.training.mntp import adaptation
+from st_llmpool.training.mntp.masked_accuracy import masked_score
 
 TUNES = {
     "full": {"tune": "full", "masking": {"replacement": "bert"}},

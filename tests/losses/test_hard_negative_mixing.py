@@ -10,9 +10,9 @@ from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
+from st_llmpool.losses.hard_negative_mixing import HardNegativeMixing
+from st_llmpool.losses.settings import MixingSettings
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.training.hard_negative_mixing import HardNegativeMixing
-from st_llmpool.training.recipe import MixingSettings
 
 
 def scores_of(queries: Tensor, documents: Tensor) -> Tensor:

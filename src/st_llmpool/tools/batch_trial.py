@@ -12,8 +12,8 @@ import torch
 from transformers import TrainerCallback
 
 from ..modules.errors import StLlmpoolError
-from .recipe import Recipe
-from .run import train
+from ..training.recipe import Recipe
+from ..training.run import train
 
 #: What the process returns if the steps do not fit, and if the recipe is refused.
 DOES_NOT_FIT, REFUSED = 75, 76

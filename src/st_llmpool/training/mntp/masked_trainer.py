@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 
-from ..utils.random_state import preserve_rng_state
-from .guarded_trainer import GuardedTrainer
+from ...utils.random_state import preserve_rng_state
+from ..guarded_trainer import GuardedTrainer
 from .masked_accuracy import MaskedScore, masked_score
 from .masked_next_token import masked_logits, masked_loss
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.training.masking import IGNORE, Vocabulary, mask_tokens, maskable
+from st_llmpool.training.mntp.masking import IGNORE, Vocabulary, mask_tokens, maskable
 from st_llmpool.training.recipe import MaskingSettings
 
 MASK = 99

@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 import yaml
 
-from ..data.texts import TextSettings
-from ..modules.errors import ConfigurationError
-from ..utils.files import write_atomically
-from ..utils.reading import read_yaml
-from .merge_shares import check_merge
-from .optimizers import OPTIMIZERS
-from .recipe import MaskingSettings, TrainingSettings
-from .settings import Range, check_ranges, from_mapping, with_overrides
+from ...data.texts import TextSettings
+from ...modules.errors import ConfigurationError
+from ...utils.files import write_atomically
+from ...utils.reading import read_yaml
+from ...utils.settings import Range, check_ranges, from_mapping, with_overrides
+from ..merge_shares import check_merge
+from ..optimizers import OPTIMIZERS
+from ..recipe import MaskingSettings, TrainingSettings
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from .recipe import MixingSettings
+from .settings import MixingSettings
 
 
 class HardNegativeMixing(TrainerCallback):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .recipe import MaskingSettings
+from ..recipe import MaskingSettings
 
 #: Label of a token that is not to be predicted; what torch's cross-entropy passes over.
 IGNORE = -100

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from st_llmpool.cli import app
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.training import BatchTrial, batch_search, batch_trial, largest_batch
+from st_llmpool.tools import batch_size, batch_trial
+from st_llmpool.tools.batch_size import BatchTrial, largest_batch
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def machine(monkeypatch):
             size = recipe.training.batch_size
             return BatchTrial(size, True, size / 10, 1.0) if size <= limit else BatchTrial(size, fits=False)
 
-        monkeypatch.setattr(batch_search, "_try", pretend)
+        monkeypatch.setattr(batch_size, "_try", pretend)
         return tried
 
     return make
@@ -87,7 +88,7 @@ def test_real_steps_are_measured_and_what_is_too_much_is_stopped(make_recipe, tm
 def test_a_process_that_the_system_ends_for_its_memory_does_not_fit(make_recipe, tmp_path, monkeypatch):
     (tmp_path / "python").write_text("#!/bin/sh\nkill -9 $$\n")
     (tmp_path / "python").chmod(0o755)
-    monkeypatch.setattr(batch_search.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(batch_size.sys, "executable", str(tmp_path / "python"))
     with pytest.raises(ConfigurationError, match="Not even a batch of 2 fits in 50 GiB"):
         largest_batch(make_recipe(), memory=50, at_most=2)
 

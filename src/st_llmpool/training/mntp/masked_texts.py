@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
 
+from ..recipe import MaskingSettings
 from .mask_token import special_ids
 from .masking import IGNORE, Vocabulary, mask_tokens, maskable
-from .recipe import MaskingSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset

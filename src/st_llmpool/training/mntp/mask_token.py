@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..modules.errors import ConfigurationError
+from ...modules.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from st_llmpool.training.hard_negative_mixing import HardNegativeMixing
+from st_llmpool.losses.hard_negative_mixing import HardNegativeMixing
 
 
 def slow_loss(

@@ -4,7 +4,7 @@ from typing import Any, Literal
 import pytest
 
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.training.settings import from_mapping, merge, override
+from st_llmpool.utils.settings import from_mapping, merge, override
 
 
 @dataclasses.dataclass

@@ -1,0 +1,1 @@
+"""The losses that a recipe can name, with their settings."""
