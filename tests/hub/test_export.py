@@ -48,6 +48,15 @@ def test_a_native_export_loads_without_flag_and_gives_the_same_vectors(tiny_llm,
     assert all(name.startswith("sentence_transformers.") for name in types)
 
 
+def test_in_a_native_export_no_file_can_switch_normalisation_off(tiny_llm, tmp_path):
+    model = build_embedder(tiny_llm, pooling="mean", verify=False)
+    folder = export(save(model, tmp_path / "ours"), tmp_path / "native", native=True)
+    assert not list(folder.glob("2_Normalize/*"))
+    (folder / "2_Normalize").rmdir()  # git, and so the Hub, keeps no empty folder
+    assert examine(folder).ok
+    np.testing.assert_allclose(SentenceTransformer(str(folder)).encode(TEXTS), model.encode(TEXTS), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "config",
     [

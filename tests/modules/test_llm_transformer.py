@@ -188,6 +188,14 @@ def test_cut_vectors_of_a_model_that_does_not_normalise_stay_as_they_are(shared)
     torch.testing.assert_close(encode(model, ["fox"], truncate_dim=8), encode(model, ["fox"])[:, :8])
 
 
+@pytest.mark.parametrize("dim", [0, -1, 2.5, "16", True])
+def test_a_number_of_dimensions_that_is_none_is_refused(tiny_llm, dim):
+    backbone = LLMTransformer(tiny_llm, layers=[], verify=False)
+    model = SentenceTransformer(modules=[backbone, Pooling(backbone.get_embedding_dimension())], device="cpu")
+    with pytest.raises(ConfigurationError, match="truncate_dim"):
+        model.encode(["fox"], truncate_dim=dim)
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_only_safetensors_are_written(tiny_llm, tmp_path):
     backbone = LLMTransformer(tiny_llm)

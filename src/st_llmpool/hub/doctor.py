@@ -181,10 +181,11 @@ def _module_list(folder: Path) -> Finding:
         return Finding("modules.json", "failed", f"{file} cannot be read ({error!r}). Save the model again.")
     if UNFINISHED in types:
         return Finding("modules.json", "failed", "the model was saved only in part. Save it again.")
-    for path in paths:
+    for path, reference in zip(paths, types, strict=True):
         if path.is_absolute() or ".." in path.parts:
             return Finding("modules.json", "failed", f"path {str(path)!r} leads out of the folder: do not load this.")
-        if not (folder / path).is_dir():
+        # A Normalize without settings has an empty folder, which git does not keep.
+        if not (folder / path).is_dir() and not reference.endswith(".Normalize"):
             return Finding("modules.json", "failed", f"folder {str(path)!r} is missing. Copy the model whole.")
     for reference in types:
         if not all(part.isidentifier() for part in reference.split(".")):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules.normalize import Normalize
 
 from ..adapters import merge_adapter
 from ..model_card.card import write_card_of
@@ -119,6 +120,9 @@ def _make_native(model: SentenceTransformer, folder: Path) -> None:
             entry["type"] = NATIVE_BACKBONE
         elif (folder / entry["path"] / "config.json").is_file() and hasattr(module, "include_prompt"):
             _edit_json(folder / entry["path"] / "config.json", include_prompt=model[0].include_prompt)
+        elif type(module) is Normalize and module.get_config_dict() == Normalize().get_config_dict():
+            # It says the defaults alone, and one changed letter in it would switch normalisation off.
+            (folder / entry["path"] / "config.json").unlink()
     (folder / "modules.json").write_text(json.dumps(modules, indent=2), encoding="utf-8")
     _edit_json(folder / "sentence_bert_config.json", **dict.fromkeys(_OUR_KEYS))
     for file in folder.glob("*.py"):

@@ -8,14 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, IncompleteSnapshotError
+from huggingface_hub import errors, snapshot_download
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import ORIGINAL_TRANSFORMER_MODELS, import_from_string
 
 from ..modules.errors import ConfigurationError, DataError, StLlmpoolError
 from ..modules.seal import check_seal
 from .folder_code import FolderCode, find_code
+
+#: huggingface_hub 2 raises it offline for a cached folder that may lack files; earlier versions return the folder.
+_INCOMPLETE: Any = getattr(errors, "IncompleteSnapshotError", ())
 
 
 def load_model(
@@ -136,9 +138,9 @@ def _code_of(name: str, revision: str | None, token: str | None) -> tuple[Path, 
         name = f"{SentenceTransformer.default_huggingface_organization}/{name}"
     try:
         folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=["*.json", "*.py"]))
-    except IncompleteSnapshotError as error:  # offline: what is not here cannot be loaded either
+    except _INCOMPLETE as error:  # offline: what is not here cannot be loaded either
         folder = Path(error.snapshot_path)
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{name} is no folder, and cannot be read from the Hub: {reason[:300]}") from error
     return folder, folder.name

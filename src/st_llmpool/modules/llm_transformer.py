@@ -462,6 +462,8 @@ def _infer(model: SentenceTransformer, inputs: list, *, truncate_dim: int | None
 
     It cuts vectors after the model has normalised them, and of token embeddings removes padding on the right only.
     """
+    if truncate_dim is not None and (type(truncate_dim) is not int or truncate_dim < 1):
+        raise ConfigurationError(f"truncate_dim={truncate_dim!r} must be a positive integer.")
     if cut := truncate_dim is not None and isinstance(model[-1], Normalize):
         kwargs["normalize_embeddings"] = True
     of_tokens = kwargs.get("output_value") == "token_embeddings"
