@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,7 +12,10 @@ from ..utils.extras import require
 from ..utils.words import counted
 from .compare import TypeComparison
 
-_DPI = 160
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 150
 _LEAST_SCALE = 0.02  # difference that has the full colour at least: smaller ones must look small
 _SMALL = 0.002
 
@@ -23,6 +27,12 @@ def require_libraries() -> None:
         MissingExtraError: If matplotlib or scikit-posthocs is not installed.
     """
     require("plots", "matplotlib", "scikit_posthocs", purpose="Drawing")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Saves a figure as PNG; the folder is made if it does not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI, bbox_inches="tight", facecolor="white")
 
 
 def draw_critical_difference(kind: TypeComparison, path: Path) -> None:
@@ -59,7 +69,7 @@ def draw_critical_difference(kind: TypeComparison, path: Path) -> None:
     if not ranks.reachable:
         title.append(f"ranks differ by {len(ranks.mean_ranks) - 1} at most: these tasks cannot tell any two apart")
     axes.set_title("\n".join(title), fontsize=9)
-    figure.savefig(path, dpi=_DPI, bbox_inches="tight", facecolor="white")
+    save_figure(figure, path)
 
 
 def draw_pairs(kind: TypeComparison, path: Path) -> None:
@@ -103,7 +113,7 @@ def draw_pairs(kind: TypeComparison, path: Path) -> None:
         fontsize=9,
     )
     figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=8)
-    figure.savefig(path, dpi=_DPI, bbox_inches="tight", facecolor="white")
+    save_figure(figure, path)
 
 
 def has_ranks(kind: TypeComparison) -> bool:

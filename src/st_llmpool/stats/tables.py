@@ -17,7 +17,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..utils.words import counted
+from ..utils.files import slug
+from ..utils.words import counted, markdown
 from .compare import Comparison, Family, Pair, TypeComparison
 from .plots import draw, require_libraries
 from .results import MAIN_SCORE
@@ -41,11 +42,11 @@ _ITEM_LEGEND = (
 
 @dataclass(frozen=True)
 class Sheet:
-    """One table as text, with what is said below it.
+    """One table as text, with the sentences below it.
 
     Args:
-        title: What it shows.
-        columns: Headings; the first is of names, the others of numbers.
+        title: Title.
+        columns: Headings.
         rows: Cells.
         below: Sentences.
     """
@@ -55,8 +56,11 @@ class Sheet:
     rows: tuple[tuple[str, ...], ...]
     below: tuple[str, ...] = ()
 
-    def to_markdown(self) -> str:
-        """Returns the table with its title and what is said below it.
+    def to_markdown(self, heading: str = "## {}") -> str:
+        """Returns the table with its title and the sentences below it; columns of numbers are aligned at the right.
+
+        Args:
+            heading: Form of the title.
 
         Example:
             >>> print(Sheet("Scores", ("Model", "STS"), (("a", "0.5"),), ("One task.",)).to_markdown())
@@ -69,10 +73,12 @@ class Sheet:
             - One task.
             <BLANKLINE>
         """
-        cells = [self.columns, ("---", *["---:"] * (len(self.columns) - 1)), *self.rows]
-        lines = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in cells]
-        below = [*(f"- {line}" for line in self.below), *([""] if self.below else [])]
-        return "\n".join([f"## {self.title}", "", *lines, "", *below])
+        columns = zip(*self.rows, strict=True) if self.rows else [()] * len(self.columns)
+        rules = ("---:" if place and all(map(_is_number, cells)) else "---" for place, cells in enumerate(columns))
+        rows = [tuple(map(markdown, self.columns)), tuple(rules), *(tuple(map(markdown, row)) for row in self.rows)]
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        below = [*(f"- {markdown(line, start=True)}" for line in self.below), *([""] if self.below else [])]
+        return "\n".join([heading.format(markdown(self.title)), "", *lines, "", *below])
 
 
 def sheets(comparison: Comparison) -> list[Sheet]:
@@ -94,16 +100,6 @@ def sheets_of_family(kind: TypeComparison, family: Family) -> list[Sheet]:
     """Returns the tests of some pairs over tasks, then over items where there are scores of these."""
     items = [_items(kind, family)] if any(pair.items for pair in family.pairs) else []
     return [_pairs(kind, family), *items]
-
-
-def file_name(title: str) -> str:
-    """Returns a title as the name of a file, without ending.
-
-    Example:
-        >>> file_name("STS (Qwen/Qwen3-0.6B)")
-        'STS-Qwen-Qwen3-0.6B'
-    """
-    return re.sub(r"[^\w.-]+", "-", title).strip("-.")
 
 
 def to_rich(comparison: Comparison) -> Group:
@@ -208,7 +204,7 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     ]
     pd.concat(scores)[["base", "task_type", "task", "model", "score"]].to_csv(written[2], index=False)
     for kind in comparison.types:
-        written += draw(kind, folder, file_name(kind.title))
+        written += draw(kind, folder, slug(kind.title))
     return written
 
 
@@ -338,6 +334,11 @@ def footnotes(comparison: Comparison) -> Iterator[str]:
     if not any(pair.confirmatory for kind in comparison.types for pair in kind.pairs):
         yield "No contrast was named, so every pair is exploratory. Name up to six beforehand: --contrast A:B."
     yield from comparison.notes
+
+
+def _is_number(cell: str) -> bool:
+    """Returns whether a cell holds a number, perhaps with an interval, a mark or a unit."""
+    return re.match(r"[-+<\[]*\d|-?$", cell) is not None and re.search(r"[^\W\d_]{3,}", cell) is None
 
 
 def _names(pair: Pair) -> str:

@@ -92,7 +92,7 @@ class StudyRunner:
         console: Console | None = None,
     ) -> None:
         require("train", "accelerate", "datasets", purpose="A study")
-        require("eval", "jinja2", "pyarrow", purpose="The report of a study")
+        require("eval", "pyarrow", purpose="The results of a study")
         require_libraries()
         if jobs < 1:
             raise ConfigurationError(f"jobs={jobs} must be at least 1.")

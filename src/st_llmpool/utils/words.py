@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun, in the plural unless there is one.
@@ -11,3 +14,33 @@ def counted(number: int, noun: str) -> str:
         ('1 test', '1,200 tests')
     """
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def listed(values: Iterable[object], most: int = 10) -> str:
+    """Return the different values, with the number of those beyond the first few.
+
+    Args:
+        values: The values, in order.
+        most: How many are named.
+
+    Example:
+        >>> listed("abca"), listed("abc", most=2)
+        ('a, b, c', 'a, b and 1 more')
+    """
+    names = list(dict.fromkeys(map(str, values)))
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def markdown(text: str, *, start: bool = False) -> str:
+    r"""Return `text` on one line with what Markdown would read as markup escaped.
+
+    Args:
+        text: Plain text.
+        start: Whether it starts a block, where a number, a dash or the like would start a list or a heading.
+
+    Example:
+        >>> markdown("*a|b* and _c_ [d](e)"), markdown("1. x", start=True)
+        ('\\*a\\|b\\* and \\_c\\_ [d]\\(e)', '1\\. x')
+    """
+    text = re.sub(r"[\\`*<|]|&(?=[#\w])|(?<!\w)_|_(?!\w)|(?<=\])\(", r"\\\g<0>", " ".join(text.split()))
+    return re.sub(r"^(\d*)(?=[-+#>=\[]|(?<=\d)[.)])", r"\1\\", text) if start else text

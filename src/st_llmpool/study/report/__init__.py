@@ -1,4 +1,4 @@
-"""The report of a study: one page that reads as a short paper, generated from runs and corrected tests."""
+"""The report of a study, generated from its runs and corrected tests."""
 
 from __future__ import annotations
 

@@ -1,165 +1,160 @@
-"""What a report is made of, and how it becomes files: one HTML page, and each table and picture on its own."""
+"""A report as one Markdown text, with its tables as CSV and its pictures as PNG, and the page rendered from it."""
 
 from __future__ import annotations
 
 import base64
 import csv
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, StrictUndefined
+from markdown_it import MarkdownIt
 
-from ...stats.tables import Sheet, file_name
+from ...stats.plots import save_figure
+from ...stats.tables import Sheet
+from ...utils.files import slug
+from ...utils.words import markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_TEMPLATE = Path(__file__).with_name("template.html")
-_NUMBER = re.compile(r"[-+<\[]*\d|-?$")
-_DPI = 140
-_LONG = 30  # characters, from which a column needs room
-_WORD = re.compile(r"[^\W\d_]{3,}")
+_STYLE = Path(__file__).with_name("page.css")
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>
+{style}</style>
+</head>
+<body>
+{head}<nav aria-label="Contents">
+<ol>
+{contents}
+</ol>
+</nav>
+<main>
+{body}</main>
+</body>
+</html>
+"""
 
 
-@dataclass(frozen=True)
-class Text:
-    """A paragraph; a warning stands out."""
-
-    kind: ClassVar[str] = "text"
-    text: str
-    warning: bool = False
-
-
-@dataclass(frozen=True)
-class Bullets:
-    """A list of sentences, each with the words in bold before it, if any."""
-
-    kind: ClassVar[str] = "bullets"
-    items: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Heading:
-    """The title of a part of a section."""
-
-    kind: ClassVar[str] = "heading"
-    text: str
-
-
-@dataclass(frozen=True)
-class Code:
-    """A command, as typed."""
-
-    kind: ClassVar[str] = "code"
-    text: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table, also written as CSV and Markdown; long ones only there.
+class Document:
+    """Collects the sections of a report in Markdown; all text is escaped, so that text of users stays text.
 
     Args:
-        sheet: What it holds.
-        shown: Whether the page has it.
-        marked: Whether marks follow the numbers, which then stand at the left edge.
+        title: Title of the report.
+        folder: Where it goes; tables and pictures are written as they are added.
     """
 
-    kind: ClassVar[str] = "table"
-    sheet: Sheet
-    shown: bool = True
-    marked: bool = False
+    def __init__(self, title: str, folder: Path) -> None:
+        self.title = title
+        self.folder = folder
+        self._sections: dict[str, list[str]] = {}
+        self.section("")
 
-    @property
-    def styles(self) -> tuple[str, ...]:
-        """How each column is set: ``number``, at the right edge, ``long``, with room, or nothing."""
-        columns = zip(*(self.sheet.rows or (("",) * len(self.sheet.columns),)), strict=True)
-        return tuple(self._style(cells, first=place == 0) for place, cells in enumerate(columns))
+    def section(self, title: str) -> None:
+        """Start a section; one to which nothing is added is left out."""
+        self._blocks = self._sections.setdefault(title, [])
 
-    def _style(self, cells: Sequence[str], *, first: bool) -> str:
-        if max(len(line) for cell in cells for line in cell.split("\n")) >= _LONG:
-            return "long"
-        numeric = all(_NUMBER.match(cell) and not _WORD.search(cell) for cell in cells)
-        if first or not numeric:
-            return ""
-        return "whole" if self.marked else "number"
+    def heading(self, text: str) -> None:
+        """Add a heading below the section's."""
+        self._blocks.append(f"### {markdown(text)}")
 
+    def text(self, text: str, *, warning: bool = False) -> None:
+        """Add a paragraph; a warning is a block quote."""
+        self._blocks.append(f"> **Warning:** {markdown(text)}" if warning else markdown(text, start=True))
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture that is already drawn.
+    def bullets(self, items: Iterable[tuple[str, str]]) -> None:
+        """Add a list of a term in bold and what is said of it."""
+        self._blocks.append("\n".join(f"- **{markdown(term)}**: {markdown(text)}" for term, text in items))
 
-    Args:
-        file: The PNG.
-        alt: What it shows, for who does not see it.
-        caption: What is to be read from it.
-    """
+    def code(self, text: str) -> None:
+        """Add a command."""
+        self._blocks.append(f"```\n{text}\n```")
 
-    kind: ClassVar[str] = "picture"
-    file: Path
-    alt: str
-    caption: str
-
-    @property
-    def source(self) -> str:
-        """The picture itself, as an address."""
-        return "data:image/png;base64," + base64.b64encode(self.file.read_bytes()).decode()
-
-
-Block = Text | Bullets | Heading | Code | Table | Picture
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the report with a title; one without blocks is left out."""
-
-    title: str
-    blocks: Sequence[Block]
-
-    @property
-    def anchor(self) -> str:
-        """Its name in addresses."""
-        return file_name(self.title).lower()
-
-
-def blocks_of(sections: Sequence[Section], kind: type) -> Iterator[Block]:
-    """Yields all blocks of a kind."""
-    return (block for section in sections for block in section.blocks if isinstance(block, kind))
-
-
-def save_picture(figure: Figure, file: Path, *, alt: str, caption: str) -> Picture:
-    """Saves a drawing and returns it as a block."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=_DPI, facecolor="white")
-    return Picture(file, alt, caption)
-
-
-def write_page(title: str, subtitle: str, head: Sequence[Block], sections: Sequence[Section], file: Path) -> None:
-    """Writes the page, which needs no other file to be read.
-
-    Args:
-        title: What it is called.
-        subtitle: One line on when and of what it was made.
-        head: What stands before the first section.
-        sections: The others, in order.
-        file: Where the page goes.
-    """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    sections = [section for section in sections if section.blocks]
-    page = template.render(title=title, subtitle=subtitle, head=head, sections=sections)
-    file.write_text(page, encoding="utf-8")
-
-
-def write_tables(sections: Sequence[Section], folder: Path) -> None:
-    """Writes every table as CSV and Markdown, named after its title."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for block in blocks_of(sections, Table):
-        assert isinstance(block, Table)
-        sheet, path = block.sheet, folder / file_name(block.sheet.title)
-        path.with_name(f"{path.name}.md").write_text(sheet.to_markdown(), encoding="utf-8")
-        with path.with_name(f"{path.name}.csv").open("w", newline="", encoding="utf-8") as file:
+    def table(self, sheet: Sheet, *, shown: bool = True) -> None:
+        """Write a table to ``tables/<title>.csv``, and add it to the section if it is `shown`."""
+        file = self.folder / "tables" / f"{slug(sheet.title)}.csv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w", newline="", encoding="utf-8") as lines:
             for row in (sheet.columns, *sheet.rows):
-                csv.writer(file).writerow(cell.replace("\n", " ") for cell in row)
+                csv.writer(lines).writerow(cell.replace("\n", " ") for cell in row)
+        if shown:
+            self._blocks.append(sheet.to_markdown("**{}**").rstrip())
+
+    def draw(self, figure: Figure, name: str, *, alt: str, caption: str) -> None:
+        """Save a figure to ``figures/<name>.png`` and add it; arguments as for :meth:`picture`."""
+        file = self.folder / "figures" / f"{slug(name)}.png"
+        save_figure(figure, file)
+        self.picture(file, alt=alt, caption=caption)
+
+    def picture(self, file: Path, *, alt: str, caption: str) -> None:
+        """Add a picture that lies in the folder.
+
+        Args:
+            file: The PNG.
+            alt: Its content in words.
+            caption: How to read it.
+        """
+        path = file.relative_to(self.folder).as_posix()
+        self._blocks.append(f"![{markdown(alt)}](<{path}>)\n*{markdown(caption)}*")
+
+    def markdown(self, *titles: str) -> str:
+        """Return the text of some sections, or of the report if none is named."""
+        parts = [f"# {markdown(self.title)}", *self._sections[""]] if not titles else []
+        for title in titles or self._sections:
+            if title and self._sections.get(title):
+                parts += [f"## {title}", *self._sections[title]]
+        return "\n\n".join(parts) + "\n"
+
+    def write(self) -> None:
+        """Write ``report.md`` and the page, ``index.html``, which needs no other file."""
+        text = self.markdown()
+        (self.folder / "report.md").write_text(text, encoding="utf-8")
+        (self.folder / "index.html").write_text(render(text, self.title, self.folder), encoding="utf-8")
+
+
+def render(text: str, title: str, folder: Path) -> str:
+    """Return a Markdown text as an HTML page with its pictures inside and a list of contents.
+
+    Args:
+        text: The text; HTML in it is shown as text.
+        title: Title of the page.
+        folder: What the paths of pictures are relative to.
+    """
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    parser.add_render_rule("table_open", _open_table)
+    parser.add_render_rule("table_close", lambda *_: "</table>\n</div>\n")
+    tokens = parser.parse(text)
+    contents = []
+    for position, token in enumerate(tokens):
+        if token.type == "heading_open" and token.tag == "h2":
+            name = tokens[position + 1].content
+            token.attrSet("id", slug(name).lower())
+            contents.append(f'<li><a href="#{slug(name).lower()}">{escape(name)}</a></li>')
+        elif token.type == "table_open":
+            token.meta["title"] = tokens[position - 2].content.strip("*")
+        for child in token.children or ():
+            if child.type == "image":
+                content = (folder / str(child.attrs["src"])).read_bytes()
+                child.attrs["src"] = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    head, start, body = parser.renderer.render(tokens, parser.options, {}).partition("<h2")
+    return _PAGE.format(
+        title=escape(title),
+        style=_STYLE.read_text(encoding="utf-8"),
+        head=head,
+        contents="\n".join(contents),
+        body=start + body,
+    )
+
+
+def _open_table(renderer: Any, tokens: Any, position: int, options: Any, env: Any) -> str:
+    """Return the start of a table that scrolls where it is wider than the screen."""
+    label = escape(tokens[position].meta["title"])
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">\n<table>\n'

@@ -1,7 +1,8 @@
-"""Turns a finished or half-finished study into one page that reads as a short paper, with its tables and pictures."""
+"""Writes the report of a finished or half-finished study, and its summary."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,38 +12,41 @@ from ...stats import tables
 from ...stats.compare import Comparison, compare, label
 from ...stats.plots import require_libraries
 from ...stats.results import Results
-from ...stats.tables import to_json
 from ...utils.files import atomic_folder
-from ...utils.words import counted
+from ...utils.words import counted, markdown
 from ..records import RunRecord
 from ..settings import Study
-from .convergence import convergence
-from .cost import cost
-from .document import Block, Section, Table, Text, write_page, write_tables
-from .equality import equality
-from .findings import COMPARISON, findings
-from .layers import layers
-from .set_up import limits, missing, missing_runs, runs_sheet, set_up
-from .summary import write_summary
+from .claims import write_claims
+from .document import Document
+from .findings import COMPARISON, write_findings
+from .models import write_cost, write_layers
+from .runs import command, missing_runs, write_convergence, write_equality, write_limits, write_runs, write_set_up
+
+_PICTURES = {  # at most four go into the summary: file of the report, and its alternative text
+    f"{COMPARISON}/*_critical_difference.png": "Mean ranks",
+    "figures/runs*.png": "Mean score of every run",
+    "figures/validation*.png": "Validation",
+    "figures/quality_against_cost*.png": "Quality against cost",
+}
 
 
 def write_report(study: Study, records: Sequence[RunRecord], results: Results, folder: Path) -> Path:
-    """Writes the report of what is finished of a study; one that is there is replaced when the new one is whole.
+    """Write the report of a study's finished runs; an earlier one is replaced when the new one is complete.
 
-    In the folder are ``index.html``, which needs no other file, ``summary`` with its pictures, ``tables`` (CSV and
-    Markdown), ``comparison`` (every statistic, and the pictures of the tests) and ``figures``.
+    In the folder are ``report.md``, its page ``index.html``, which needs no other file, ``summary`` with its pictures,
+    ``tables`` (CSV), ``comparison`` (every statistic, and the pictures of the tests) and ``figures``.
 
     Args:
         study: The study.
-        records: Its finished runs; none is enough for a report of what is missing.
+        records: Its finished runs; with none the report says what is missing.
         results: Their scores.
-        folder: Where the report goes.
+        folder: Folder of the report.
 
     Returns:
         The page.
 
     Raises:
-        ModuleNotFoundError: If the libraries that draw are not installed.
+        MissingExtraError: If the libraries that draw are not installed.
 
     Example:
         >>> records = finished(study.runs(), Path("out"))  # doctest: +SKIP
@@ -52,31 +56,38 @@ def write_report(study: Study, records: Sequence[RunRecord], results: Results, f
     require_libraries()
     comparison, reason = _compare(study, results)
     with atomic_folder(folder, replace=True) as scratch:
-        found: list[Section] = []
-        if comparison is not None:
-            tables.write(comparison, scratch / COMPARISON)
-            (scratch / COMPARISON / "comparison.json").write_text(to_json(comparison) + "\n", encoding="utf-8")
-            found = findings(study, comparison, scratch)
+        document = Document(study.name, scratch)
+        _head(document, study, records)
+        document.section("Set-up")
+        write_set_up(document, study, records, results)
+        document.section("Equal training")
+        write_equality(document, study, records)
+        if comparison is None:
+            document.section("Verdicts")
+            document.text(f"No verdict yet: {reason}", warning=True)
         else:
-            found = [Section("Verdicts", [Text(f"No verdict yet: {reason}", warning=True)])]
-        sections = [
-            Section("Set-up", set_up(study, records, results)),
-            Section("Equal training", equality(study, records)),
-            *found,
-            Section("Convergence", convergence(records, scratch)),
-            Section("Layers", layers(records, scratch)),
-            Section("Cost", cost(records, comparison, scratch)),
-            Section("Limits", limits(study, records, comparison)),
-            Section("Runs, and how to make this report", [*missing(study, records), Table(runs_sheet(records))]),
-        ]
-        write_tables(sections, scratch / "tables")
-        write_page(study.name, _subtitle(study, records), _head(study, records), sections, scratch / "index.html")
-        write_summary(study, records, comparison, scratch)
+            tables.write(comparison, scratch / COMPARISON)
+            (scratch / COMPARISON / "comparison.json").write_text(tables.to_json(comparison) + "\n", encoding="utf-8")
+            write_findings(document, study, comparison)
+            document.section("The claims of the paper")
+            write_claims(document, comparison)
+        document.section("Convergence")
+        write_convergence(document, records)
+        document.section("Layers")
+        write_layers(document, records)
+        document.section("Cost")
+        write_cost(document, records, comparison)
+        document.section("Limits")
+        write_limits(document, study, records, comparison)
+        document.section("Runs and how to reproduce them")
+        write_runs(document, study, records)
+        document.write()
+        _write_summary(document, study, records)
     return folder / "index.html"
 
 
 def _compare(study: Study, results: Results) -> tuple[Comparison | None, str]:
-    """Returns the comparison of what is there, or why there is none."""
+    """Return the comparison of what is there, or why there is none."""
     scores = results.scores
     present = {label(*names) for names in zip(scores["design"], scores["option"], strict=True)}
     if len(present) < 2:
@@ -88,23 +99,34 @@ def _compare(study: Study, results: Results) -> tuple[Comparison | None, str]:
         return None, str(error)
 
 
-def _subtitle(study: Study, records: Sequence[RunRecord]) -> str:
-    today = datetime.now(UTC).strftime("%Y-%m-%d")
-    return (
-        f"A study by st_llmpool {__version__}: {len(records)} of {counted(len(study.runs()), 'run')}, report of {today}"
-    )
-
-
-def _head(study: Study, records: Sequence[RunRecord]) -> list[Block]:
-    blocks: list[Block] = [Text(study.description)] if study.description else []
+def _head(document: Document, study: Study, records: Sequence[RunRecord]) -> None:
+    today, total = datetime.now(UTC).strftime("%Y-%m-%d"), counted(len(study.runs()), "run")
+    document.text(f"A study by st_llmpool {__version__}: {len(records)} of {total}, report of {today}")
+    if study.description:
+        document.text(study.description)
     absent = len(missing_runs(study, records))
     if absent:
-        text = (
-            f"Not finished: {absent} of {counted(len(study.runs()), 'run')} missing, and all that follows may change."
-        )
-        blocks.append(Text(text, warning=True))
+        document.text(f"Not finished: {absent} of {total} missing, so all results may change.", warning=True)
     rising = sum(record.rising is True for record in records)
     if rising:
-        text = f"Under-trained: the validation of {rising} of {counted(len(records), 'run')} still rose at the end."
-        blocks.append(Text(text, warning=True))
-    return blocks
+        number = f"{rising} of {counted(len(records), 'run')}"
+        document.text(f"Under-trained: the validation of {number} still rose at the end.", warning=True)
+
+
+def _write_summary(document: Document, study: Study, records: Sequence[RunRecord]) -> None:
+    """Write ``summary/summary.md``, sections of the report with one picture of each kind."""
+    folder = document.folder / "summary"
+    folder.mkdir()
+    title = f"# {markdown(study.name)}\n"
+    parts = [title, f"{markdown(study.description, start=True)}\n"] if study.description else [title]
+    parts.append(document.markdown("Scores", "Verdicts"))
+    runs, seeds = counted(len(study.runs()), "run"), counted(len({record.seed for record in records}), "seed")
+    parts.append(
+        f"From {len(records)} of {runs} with {seeds}, by `{command(study)}`. Add `--report` to write the full report "
+        f"from `results.parquet`.\n"
+    )
+    for pattern, words in _PICTURES.items():
+        for file in sorted(document.folder.glob(pattern))[:1]:
+            shutil.copy(file, folder / file.name)
+            parts.append(f"![{words}]({file.name})\n")
+    (folder / "summary.md").write_text("\n".join(parts), encoding="utf-8")
