@@ -133,6 +133,15 @@ def test_one_of_sentence_transformers_is_continued_with_all_that_it_has(config, 
     assert_equal_vectors(SentenceTransformer(second, trust_remote_code=True), plain)
 
 
+def test_an_excluded_prompt_that_took_a_token_of_the_text_with_it_is_named(tiny_llm, tmp_path, caplog):
+    modules = [Transformer(tiny_llm), Pooling(32, "mean", include_prompt=False)]
+    model = SentenceTransformer(modules=modules, prompts={"query": "dog: ", "document": "dog:"})
+    _, folder = saved(model, tmp_path / "model")
+    build_embedder(folder)
+    assert "the prompt 'query'" in caplog.text
+    assert "document" not in caplog.text
+
+
 def test_a_first_module_that_is_no_transformer_is_refused(tmp_path):
     from tests.conftest import tiny_tokenizer
 

@@ -6,12 +6,14 @@ The Transformer of sentence-transformers becomes an :class:`LLMTransformer` with
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.base.modules.module import Module
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import is_sentence_transformer_model, load_file_path
@@ -22,6 +24,8 @@ from .attention_proof import config_attention
 from .hub.loading import load_model
 from .modules.errors import ConfigurationError
 from .modules.llm_transformer import LLMTransformer, resolve_layers
+
+logger = logging.getLogger(__name__)
 
 #: Settings of the backbone that the weights of a saved embedder were trained with.
 _TRAINED_WITH = ("attention", "layers", "layer_readout", "add_eos_token")
@@ -156,7 +160,10 @@ class SavedEmbedder:
         """
         wanted = {key: value for key, value in settings.items() if value is not None}
         backbone = {self.modules[0]["type"]: _BackboneLoader(self, wanted, keep)}
-        return load_model(self.base, module_classes=backbone, **self.hub, **kwargs)
+        model = load_model(self.base, module_classes=backbone, **self.hub, **kwargs)
+        if not self.is_ours and not model[0].include_prompt:
+            _name_prompts_of_other_lengths(model)
+        return model
 
     def _config(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         return self._json(f"{entry['path']}/config.json") or {}
@@ -211,6 +218,20 @@ class _BackboneLoader:
                     f"is asked for. Leave it out to continue the embedder as it is, or set pooling_init='new' to start "
                     f"with a new pooling."
                 )
+
+
+def _name_prompts_of_other_lengths(model: SentenceTransformer) -> None:
+    """Warns of prompts with which sentence-transformers excludes a token of the text too."""
+    for name, prompt in model.prompts.items():
+        before, now = (
+            kind._get_prompt_length(model[0], prompt) if prompt else 0 for kind in (Transformer, type(model[0]))
+        )
+        if before != now:
+            logger.warning(
+                "With the prompt %r, sentence-transformers left out %s tokens, the last of them joined to the text; "
+                "now %s are left out, so its vectors differ from the saved embedder's.",
+                *(name, before, now),
+            )
 
 
 def _class_name(entry: Mapping[str, Any]) -> str:
