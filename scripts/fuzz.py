@@ -20,12 +20,14 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 import yaml
 
 SECONDS = 10  # for one file; the slowest sound one takes a fraction of a second
+SECONDS_OF_A_REPORT = 10
 
 RECIPE = {
     "output_dir": "runs/x",
@@ -55,6 +57,7 @@ STUDY = {
     "suite": "builtin",
     "limit": 5,
 }
+PARTS = {"sentence1": {"part": "1/2"}, "sentence2": {"starts": ["a", "b"]}}
 SUITE = {
     "description": "d",
     "tasks": [
@@ -63,10 +66,12 @@ SUITE = {
             "type": "Retrieval",
             "folder": "f",
             "columns": {"id": "_id"},
-            "files": {"pairs": "p.jsonl"},
+            "files": {"qrels": "answers.jsonl"},
             "prompt": {"query": "q: "},
-            "where": {"corpus": {"title": {"in": ["x"]}}, "queries": {"text": {"length": [0, 0.5], "part": "1/2"}}},
-        }
+            "limit": 5,
+            "where": {"corpus": {"title": {"in": ["x", "y"]}}, "queries": {"text": {"length": [0, 0.9]}}},
+        },
+        {"name": "LocalB", "type": "STS", "folder": "f", "metric": "cosine_pearson", "where": {"test": PARTS}},
     ],
 }
 RECORD = {
@@ -120,9 +125,7 @@ CARD = {
 }
 TABLE = "task,task_type,model,score,seed\nA,STS,m,0.5,0\nB,STS,m,0.25,1\nA,STS,n,0.5,0\n"
 PAIRS = 'query,positive,negative\nwhat,this,that\n"a, b",c,d\n'
-LINES = (
-    '{"query": "what", "positive": "this", "negative": ["a", "b"]}\n{"query": "é", "positive": "c", "negative": []}\n'
-)
+LINES = '{"query": "what", "positive": "this", "negative": ["a"]}\n{"query": "é", "positive": "c", "negative": ["b"]}\n'
 WORDS = ["", "no", "yes", "nan", "inf", "-1", "1e38", "null", "paper", "mean", "5", "é", "\ud800", "\0", "a" * 5000]
 VALUES: list[object] = [None, True, False, 0, -1, 1, 2**31, 2**63, 10**18, 10**400, 0.5, -0.5, 1e38, 5e-324, [], {}]
 VALUES += [float("nan"), float("inf"), -float("inf"), [[]], [None], {"": None}, list(range(1000)), *WORDS]
@@ -157,13 +160,14 @@ BYTES += [
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of file and what reads it."""
+    """A kind of file, what reads it, and what writes the sound files that the reader wants next to it."""
 
     file: str
     content: object
     read: Callable[[Path], object]
     weight: int = 10
     dump: Callable[[object], str] = json.dumps
+    prepare: Callable[[Path], object] = lambda folder: None
 
 
 @dataclass
@@ -199,8 +203,12 @@ def targets() -> dict[str, Target]:
     def study(file: Path) -> object:
         return [run.to_recipe(Path("data"), Path("out")) for run in Study.load(file).runs()]
 
-    def suite(file: Path) -> object:
-        return [make_task(task, file.parent, None) for task in read_suite(file).tasks]
+    def suite(file: Path) -> None:
+        for task in read_suite(file).tasks:
+            make_task(task, file.parent, None).load_data()
+
+    def save_pooling(folder: Path) -> None:
+        POOLINGS["multi_layer"].module(**POOLING).save(str(folder))
 
     def record(file: Path) -> object:
         found = read_record(file.parent)
@@ -224,9 +232,9 @@ def targets() -> dict[str, Target]:
         "recipe": Target("recipe.yaml", RECIPE, recipe, 20, yml),
         "adapt recipe": Target("recipe.yaml", ADAPT, AdaptRecipe.from_yaml, 10, yml),
         "study": Target("study.yaml", STUDY, study, 15, yml),
-        "suite": Target("suite.yaml", SUITE, suite, 15, yml),
+        "suite": Target("suite.yaml", SUITE, suite, 15, yml, _write_tables),
         "task types": Target("types.yaml", {"A": "STS", "B": "Retrieval"}, read_task_types, 3, yml),
-        "pooling config": Target("config.json", POOLING, pooling, 10),
+        "pooling config": Target("config.json", POOLING, pooling, 10, prepare=save_pooling),
         "module list": Target("modules.json", MODULES, folder, 5),
         "manifest": Target("st_llmpool.json", MANIFEST, folder, 5),
         "adapter config": Target("adapter_config.json", {"base_model_name_or_path": "./x", "r": 8}, folder, 3),
@@ -240,6 +248,19 @@ def targets() -> dict[str, Target]:
         "pairs JSONL": Target("pairs.jsonl", LINES, lambda file: load_pairs(DatasetSettings(str(file))), 1, str),
         "texts": Target("texts.txt", "a text\nanother\n", lambda file: load_texts(TextSettings(str(file))), 1, str),
     }
+
+
+def _write_tables(folder: Path) -> None:
+    """Write the tables that the tasks of `SUITE` read."""
+    tables = {
+        "corpus": [{"_id": f"d{row}", "title": "xyz"[row % 3], "text": f"text {row}"} for row in range(9)],
+        "queries": [{"_id": f"q{row}", "text": f"why {'so ' * row}"} for row in range(9)],
+        "answers": [{"query-id": f"q{row}", "corpus-id": f"d{row}"} for row in range(9)],
+        "test": [{"sentence1": f"a {row}", "sentence2": f"{'ab'[row % 2]} {row}", "score": row} for row in range(20)],
+    }
+    (folder / "f").mkdir()
+    for name, rows in tables.items():
+        (folder / "f" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
 
 def mutate(target: Target, rng: random.Random) -> bytes:
@@ -295,38 +316,60 @@ def _change_value(content: object, rng: random.Random) -> object:
     return content
 
 
-def fuzz(count: int, seed: int, folder: Path, *, only: str | None = None) -> dict[str, Outcome]:
-    """Read `count` mutated files.
+def fuzz(
+    count: int, seed: int, folder: Path, *, only: str | None = None, report: Callable[[str], None] = lambda line: None
+) -> dict[str, Outcome]:
+    """Read `count` mutated files; fewer if the user interrupts it.
 
     Args:
         count: How many, over all targets by their weights.
         seed: Of the mutations.
         folder: For the files.
         only: Name of a target; None is all.
+        report: Called with a line for each new kind of fault, and for how far it is every ten seconds.
     """
     chosen = {name: target for name, target in targets().items() if only in (None, name)}
     rng = random.Random(seed)
     outcomes = {name: Outcome() for name in chosen}
     logging.disable(logging.WARNING)
     signal.signal(signal.SIGALRM, _hang)
-    for name in rng.choices(list(chosen), [target.weight for target in chosen.values()], k=count):
-        place = folder / name.replace(" ", "_")
-        place.mkdir(exist_ok=True)
-        content = mutate(chosen[name], rng)
-        (place / chosen[name].file).write_bytes(content)
-        signal.alarm(SECONDS)
-        began = time.monotonic()
-        try:
-            chosen[name].read(place / chosen[name].file)
-            outcome = "read"
-        except Exception as error:
-            outcome = "refused" if getattr(error, "is_st_llmpool_error", False) else _kind(error)
-        finally:
-            signal.alarm(0)
-        outcomes[name].seconds += time.monotonic() - began
-        outcomes[name].counts[outcome] += 1
-        outcomes[name].samples.setdefault(outcome, content)
+    places = {name: folder / name.replace(" ", "_") for name in chosen}
+    for name, place in places.items():
+        place.mkdir()
+        chosen[name].prepare(place)
+    names = rng.choices(list(chosen), [target.weight for target in chosen.values()], k=count)
+    began = reported = time.monotonic()
+    try:
+        for number, name in enumerate(names):
+            if time.monotonic() - reported > SECONDS_OF_A_REPORT:
+                reported = time.monotonic()
+                report(f"{number:,} of {count:,} files, {reported - began:.0f} s")
+            content = mutate(chosen[name], rng)
+            kind = _read(chosen[name], places[name] / chosen[name].file, content, outcomes[name])
+            if kind is not None:
+                report(f"{name}: {kind}")
+    except KeyboardInterrupt:
+        report(f"interrupted after {sum(outcome.counts.total() for outcome in outcomes.values()):,} files")
     return outcomes
+
+
+def _read(target: Target, file: Path, content: bytes, outcome: Outcome) -> str | None:
+    """Read one file and count what came of it; return its kind of fault if that is new."""
+    began = time.monotonic()
+    try:
+        file.write_bytes(content)
+        signal.alarm(SECONDS)
+        target.read(file)
+        kind = "read"
+    except Exception as error:
+        kind = "refused" if getattr(error, "is_st_llmpool_error", False) else _kind(error)
+    finally:
+        signal.alarm(0)
+    is_new = kind not in ("read", "refused") and kind not in outcome.counts
+    outcome.seconds += time.monotonic() - began
+    outcome.counts[kind] += 1
+    outcome.samples.setdefault(kind, content)
+    return kind if is_new else None
 
 
 class Hang(Exception):
@@ -363,7 +406,8 @@ def main() -> None:
     arguments = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        outcomes = fuzz(arguments.count, arguments.seed, Path(folder), only=arguments.only)
+        report = partial(print, file=sys.stderr, flush=True)
+        outcomes = fuzz(arguments.count, arguments.seed, Path(folder), only=arguments.only, report=report)
     found = faults(outcomes)
     for name, outcome in outcomes.items():
         wrong = sum(number for kind, number in outcome.counts.items() if kind not in ("read", "refused"))
@@ -376,7 +420,8 @@ def main() -> None:
         for number, kind in enumerate(found):
             name, _, outcome = kind.partition(": ")
             (arguments.samples / f"{number}-{name}").write_bytes(outcomes[name].samples[outcome])
-    print(f"{sum(found.values()):,} of {arguments.count:,} not ours, {time.monotonic() - began:.0f} s")
+    count = sum(outcome.counts.total() for outcome in outcomes.values())
+    print(f"{sum(found.values()):,} of {count:,} not ours, {time.monotonic() - began:.0f} s")
     sys.exit(bool(found))
 
 
