@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import reprlib
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 #: Starts that peft pays for by other weights in the base, which no adapter is saved with.
 _CHANGES_THE_BASE = ("loftq", "pissa", "olora", "corda", "lora_ga")
+
+#: What peft and torch raise over a config that does not fit a model: its patterns are regular expressions, some of its
+#: options import other libraries.
+PEFT_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, ImportError, LookupError, re.error)
 
 #: Fields of a peft config that an error shows.
 _SHOWN = ("target_modules", "modules_to_save", "trainable_token_indices", "use_dora")
@@ -56,6 +61,7 @@ def lora_config(peft_config: PeftConfig | Mapping[str, Any] | str) -> PeftConfig
         peft_config = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1}
     if not isinstance(peft_config, Mapping):
         return peft_config
+    _check_fields(peft_config)
     fields = {"target_modules": "all-linear", "task_type": "FEATURE_EXTRACTION", **peft_config}
     if fields.get("init_lora_weights") == "loftq":
         fields.setdefault("loftq_config", LoftQConfig())  # peft asks for one
@@ -63,6 +69,27 @@ def lora_config(peft_config: PeftConfig | Mapping[str, Any] | str) -> PeftConfig
         return LoraConfig(**fields)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"peft_config={dict(peft_config)} is not a LoraConfig: {error}.") from error
+
+
+def _check_fields(fields: Mapping[str, Any]) -> None:
+    """Checks what peft uses as it comes: "no" counts as true there, and no error says that a rate is out of range."""
+    from peft import LoraConfig
+
+    for name, kind in get_type_hints(LoraConfig).items():
+        if name not in fields or kind not in (bool, int, float):
+            continue
+        value = fields[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (isinstance(value, bool) if kind is bool else is_number):
+            wanted = "true or false" if kind is bool else "a number"
+            raise ConfigurationError(f"{name}={value!r} of the adapter must be {wanted}.")
+    dropout, alpha = fields.get("lora_dropout", 0), fields.get("lora_alpha", 1)
+    if not 0 <= dropout < 1:
+        raise ConfigurationError(f"lora_dropout={dropout} of the adapter must be at least 0 and below 1.")
+    if not 0 < alpha < float("inf"):
+        raise ConfigurationError(f"lora_alpha={alpha} of the adapter must be above 0: it scales what the adapter adds.")
+    if fields.get("inference_mode"):
+        raise ConfigurationError("inference_mode=True of the adapter freezes it: leave it out to train.")
 
 
 def check_peft() -> None:
@@ -105,7 +132,7 @@ def add_adapter(model: SentenceTransformer, peft_config: PeftConfig | Mapping[st
         set_attention(model, model[0].attention)
         if getattr(model.transformers_model, "is_quantized", False):
             _try_training_forward(model)
-    except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
+    except PEFT_ERRORS as error:
         raise misfit(f"peft_config {asked}", type(model.transformers_model).__name__, error) from error
     if config is not wanted:
         start_at_what_is_lost(model.transformers_model)

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from sentence_transformers.util import batch_to_device
 
-from ..adapters import check_start, lora_config, misfit, without_loftq
+from ..adapters import PEFT_ERRORS, check_start, lora_config, misfit, without_loftq
 from ..designs import DESIGNS, POOLINGS
 from ..losses.build import check_loss
 from ..modules.errors import ConfigurationError, DataError, nearest
@@ -129,7 +129,7 @@ def check_adapter(model: ModelSettings, base: str) -> None:
         layers = sorted({name.rpartition(".")[2] for name, module in empty.named_modules() if _is_linear(module)})
         try:
             inject_adapter_in_model(config, empty)
-        except (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
+        except PEFT_ERRORS as error:
             if "arget modules" not in str(error):
                 raise misfit(f"model.lora={model.lora}", type(empty).__name__, error) from error
             raise ConfigurationError(
