@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, BitsAndBytesConfig, LlamaConfig, LlamaModel
 
 from st_llmpool import build_embedder
-from st_llmpool.adapters import load_again, merge_adapter
+from st_llmpool.adapters import load_again, lora_config, merge_adapter
 from st_llmpool.modules.errors import ConfigurationError
 from st_llmpool.training.checkpoints import load_trained_weights
 
@@ -204,3 +204,44 @@ def test_an_adapters_config_has_its_names_in_order(llm, tmp_path):
     model = build_embedder(llm, pooling="mean", peft_config={"target_modules": names}, verify=False)
     model.save_pretrained(str(tmp_path), create_model_card=False)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_dora": "no"}, "use_dora='no' of the adapter must be true or false"),
+        ({"use_rslora": "off"}, "use_rslora='off'"),
+        ({"fan_in_fan_out": 0}, "fan_in_fan_out=0"),
+        ({"lora_bias": "false"}, "lora_bias='false'"),
+        ({"ensure_weight_tying": None}, "ensure_weight_tying=None"),
+        ({"r": "8"}, "r='8' of the adapter must be a number"),
+        ({"lora_alpha": True}, "lora_alpha=True of the adapter must be a number"),
+        ({"lora_alpha": 0}, "lora_alpha=0 of the adapter must be above 0"),
+        ({"lora_dropout": "1e-1"}, "lora_dropout='1e-1' of the adapter must be a number"),
+        ({"lora_dropout": 1.0}, "lora_dropout=1.0 of the adapter must be at least 0 and below 1"),
+        ({"lora_dropout": -1}, "lora_dropout=-1"),
+        ({"inference_mode": True}, "inference_mode=True of the adapter freezes it"),
+    ],
+)
+def test_text_where_a_boolean_or_a_number_belongs_is_refused(fields, message):
+    """peft takes them as they come: text is true, whatever it says."""
+    with pytest.raises(ConfigurationError, match=message):
+        lora_config(fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "("},
+        {"exclude_modules": "("},
+        {"rank_pattern": {"(": 4}},
+        {"megatron_config": {"a": 1}},
+        {"layer_replication": [[0, 99]]},
+        {"trainable_token_indices": [10**9]},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_whatever_peft_raises_over_a_config_is_one_line_of_ours(llm, fields):
+    with pytest.raises(ConfigurationError, match="does not work on this LlamaModel") as refusal:
+        build_embedder(llm, peft_config=fields, verify=False)
+    assert "\n" not in str(refusal.value)

@@ -155,3 +155,30 @@ def test_help_groups_the_commands(capsys):
     assert panels == sorted(panels)
     assert all(command.rich_help_panel for command in app.registered_commands)
     assert panels[0] < text.index(" train ") < panels[1] < text.index(" compare ") < panels[2] < text.index(" push ")
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "line"),
+    [
+        (True, "Interrupted. The same command with --resume goes on from the last checkpoint."),
+        (False, "Interrupted. No checkpoint was written yet: start again with the same command."),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "adapt"])
+def test_ctrl_c_in_a_training_is_one_line_that_says_how_to_go_on(
+    monkeypatch, capsys, tmp_path, tiny_llm, command, checkpoint, line
+):
+    def interrupted(recipe, **options):
+        if checkpoint:
+            (tmp_path / "run/stages/1-mntp/checkpoints/checkpoint-2").mkdir(parents=True)
+            (tmp_path / "run/stages/1-mntp/checkpoints/checkpoint-2/trainer_state.json").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"st_llmpool.training.{command}", interrupted)
+    (tmp_path / "recipe.yaml").write_text(
+        f"output_dir: {tmp_path}/run\nmodel: {{base: {tiny_llm}}}\ndata: [{{source: p.jsonl}}]\n"
+    )
+    given = (
+        [tmp_path / "recipe.yaml"] if command == "train" else [tiny_llm, "--data", "t.txt", "--out", tmp_path / "run"]
+    )
+    assert run_main(monkeypatch, capsys, command, *given) == (130, line)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +27,20 @@ app = typer.Typer(
 _BUILD, _EVALUATE, _SHARE = "Build and train", "Evaluate", "Share"
 #: What the libraries for the network raise.
 _NETWORK = ("httpx2", "httpx", "httpcore2", "httpcore", "huggingface_hub", "requests", "urllib3")
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Answer Ctrl-C in a training by one line that says how to go on, and the exit code that shells expect."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", 0)) == 0:
+            again = "No checkpoint was written yet: start again with the same command."
+            if any(folder.rglob("trainer_state.json")):
+                again = "The same command with --resume goes on from the last checkpoint."
+            typer.echo(f"Interrupted. {again}", err=True)
+        raise typer.Exit(130) from None
 
 
 def _shipped(folder: str) -> str:
@@ -97,7 +114,9 @@ def train(
     from .training import Recipe
     from .training import train as run
 
-    run(Recipe.from_yaml(recipe, overrides=overrides or []), resume=resume)
+    chosen = Recipe.from_yaml(recipe, overrides=overrides or [])
+    with _resumable(Path(chosen.output_dir)):
+        run(chosen, resume=resume)
 
 
 @app.command("batch-size", rich_help_panel=_BUILD)
@@ -177,7 +196,9 @@ def adapt(
         "merge": merge[0] if merge and len(merge) == 1 else merge,
         "training": {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate},
     }
-    result = run(AdaptRecipe.from_dict(values, overrides or []), resume=resume)
+    chosen = AdaptRecipe.from_dict(values, overrides or [])
+    with _resumable(Path(chosen.output_dir)):
+        result = run(chosen, resume=resume)
     console = Console()
     if result.report:
         console.print(accuracy_table(result.report))
@@ -245,8 +266,6 @@ def study(
 
     Several machines may work on one OUT; so may the processes of: accelerate launch -m st_llmpool study STUDY.
     """
-    import os
-
     from rich.console import Console
 
     from .study.forecast import forecast

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from st_llmpool.data import training_data
+from st_llmpool.data.texts import TextSettings, load_texts
 from st_llmpool.data.training_data import DatasetSettings, load_pairs
 from st_llmpool.modules.errors import DataError
 
@@ -243,3 +244,57 @@ def test_a_file_that_was_replaced_by_one_of_the_same_size_and_time_is_read_again
         os.utime(file, (1_000_000_000, 1_000_000_000))
         seen.append(load_pairs(DatasetSettings(str(file)))["query"][:])
     assert seen == [["first"], ["other"]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        ({"query": False}, "query=False"),
+        ({"query": 5}, "query=5"),
+        ({"query": []}, r"query=\[\]"),
+        ({"negative": {"a": 1}}, "negative={'a': 1}"),
+        ({"negative": ["n", 1]}, r"negative=\['n', 1\]"),
+    ],
+)
+def test_columns_that_are_no_names_are_refused(columns, shown):
+    with pytest.raises(DataError, match=f"{shown} must be the name of a column, or a list"):
+        DatasetSettings("pairs.csv", columns=columns)
+
+
+def test_brackets_and_stars_in_a_name_are_no_pattern(tmp_path):
+    for name in ("pairs[1].jsonl", "pairs1.jsonl", "pair*.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"query": name, "positive": "p"}))
+    for name in ("pairs[1].jsonl", "pair*.jsonl"):
+        assert load_pairs(DatasetSettings(str(tmp_path / name)))["query"][:] == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "query,positive\n"),
+        ("a.tsv", "query\tpositive\n"),
+        ("a.csv", "\n\n"),
+        ("a.jsonl", "\n"),
+        ("a.json", "[]"),
+    ],
+)
+def test_a_file_with_a_header_alone_holds_no_rows(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=f"{name}' holds no rows"):
+        load_pairs(DatasetSettings(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("source", ["a" * 300 + ".jsonl", "", "~nobody-of-this-name/pairs.jsonl", "a\0.jsonl"])
+@pytest.mark.parametrize(
+    "load", [lambda name: load_pairs(DatasetSettings(name)), lambda name: load_texts(TextSettings(name))]
+)
+def test_a_name_that_no_file_can_have_is_a_missing_file(source, load):
+    with pytest.raises(DataError, match="There is no file"):
+        load(source)
+
+
+def test_what_the_json_reader_logs_does_not_stand_beside_our_line(tmp_path, caplog):
+    (tmp_path / "a.jsonl").write_text('{"query": "a\n')
+    with pytest.raises(DataError, match=r"cannot be read as \.jsonl"):
+        load_pairs(DatasetSettings(str(tmp_path / "a.jsonl")))
+    assert caplog.text == ""

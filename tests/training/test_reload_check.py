@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from transformers import PreTrainedModel
 
 from st_llmpool import build_embedder
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.training import train
-from st_llmpool.training.reload_check import check_reload
+from st_llmpool.training import AdaptRecipe, adapt, train
+from st_llmpool.training.reload_check import check_language_model, check_reload
 
 FILES = {"adapter": "adapter_model.safetensors", "pooling": "1_MultiLayerPooling/model.safetensors"}
 ADAPTERS = {
@@ -80,3 +82,79 @@ def test_a_resumed_run_does_not_check_again(make_recipe, monkeypatch, tmp_path):
     (Path(recipe.output_dir) / "model").rename(tmp_path / "moved")
     monkeypatch.setattr("st_llmpool.training.run.check_reload", None)
     train(recipe, resume=True)
+
+
+def adaptation(folder, base, words_file, **changes):
+    training = {"steps": 2, "batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "warmup_steps": 0}
+    texts = [{"source": words_file}]
+    values = {"output_dir": str(folder), "base": base, "texts": texts, "max_seq_length": 24, "training": training}
+    return AdaptRecipe.from_dict(values | changes)
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("lost", ["model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_an_adaptation_whose_save_loses_weights_stops_before_its_first_step(
+    tiny_lm, words_file, monkeypatch, tmp_path, tune, lost
+):
+    save = PreTrainedModel.save_pretrained
+
+    def lossy(self, path, *args, **kwargs):
+        save(self, path, *args, **kwargs)
+        file = Path(path) / "model.safetensors"
+        weights = load_file(file)
+        weights[lost].zero_()
+        save_file(weights, file, metadata={"format": "pt"})
+
+    recipe = adaptation(tmp_path / "run", tiny_lm, words_file, tune=tune)
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", lossy)
+        with pytest.raises(
+            ConfigurationError, match=r"other logits once it is saved and loaded: they differ by [\d.]+"
+        ):
+            adapt(recipe)
+    assert not list((tmp_path / "run").rglob("checkpoint-*"))
+    adapt(recipe)  # nothing is left that refuses a start
+
+
+def test_an_adaptation_that_loses_its_adapter_stops_as_well(tiny_lm, words_file, monkeypatch, tmp_path):
+    from peft import PeftModel
+
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
+    with pytest.raises(ConfigurationError, match="other logits once"):
+        adapt(adaptation(tmp_path / "run", tiny_lm, words_file))
+
+
+def test_an_adaptation_that_does_not_load_stops_as_well(tiny_lm, words_file, monkeypatch, tmp_path):
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda self, path: Path(path).mkdir())
+    with pytest.raises(ConfigurationError, match="cannot be loaded once it is saved"):
+        adapt(adaptation(tmp_path / "run", tiny_lm, words_file))
+
+
+def test_an_adapter_on_tied_embeddings_is_refused_since_its_head_would_be_lost(tiny_lm, words_file, tmp_path):
+    lora = {"r": 4, "target_modules": ["embed_tokens", "q_proj"]}
+    with pytest.raises(ConfigurationError, match="gives other logits once it is saved and loaded"):
+        adapt(adaptation(tmp_path / "run", tiny_lm, words_file, lora=lora))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+LANGUAGE_ADAPTERS = {
+    "dora": {"r": 4, "use_dora": True},
+    "kept modules": {"r": 4, "modules_to_save": ["norm"]},
+}
+
+
+@pytest.mark.parametrize("adapter", LANGUAGE_ADAPTERS)
+def test_what_an_adaptation_saves_has_the_logits_of_what_it_trained_or_it_stops(tiny_lm, words_file, tmp_path, adapter):
+    """Whatever the adapter: no run ends in a model that is not the one that was trained."""
+    states = []
+
+    def spy(model, save, load, tokens, folder):
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        check_language_model(model, save, load, tokens, folder)
+        states.append(all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("st_llmpool.training.mntp.adaptation.check_language_model", spy)
+        adapt(adaptation(tmp_path / "run", tiny_lm, words_file, lora=LANGUAGE_ADAPTERS[adapter]))
+    assert states == [True]
+    assert not list((tmp_path / "run").glob(".*"))

@@ -12,9 +12,11 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 
 from st_llmpool import build_embedder
 from st_llmpool.data.training_data import DatasetSettings, load_pairs
+from st_llmpool.designs import POOLINGS
 from st_llmpool.modules.errors import ConfigurationError, DataError, InputError
 from st_llmpool.training import Recipe, train
 from st_llmpool.training import run as run_file
+from st_llmpool.training.checks import check_pooling
 from st_llmpool.training.trainer import EmbedderTrainer
 
 TUNES = {
@@ -455,3 +457,39 @@ def test_a_saved_embedder_as_the_base_is_trained_on_with_all_that_it_has(make_re
 def test_a_recipe_that_contradicts_the_saved_embedder_is_refused(make_recipe, saved_embedder, settings, message):
     with pytest.raises(ConfigurationError, match=message):
         train(make_recipe({"model": {"base": saved_embedder, **settings}}))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("training.schedule=nothing", "settings under training are refused: nothing is not a valid SchedulerType"),
+        ("training.schedule=reduce_lr_on_plateau", "are refused: .*requires an eval strategy"),
+        (
+            "training.schedule=warmup_stable_decay",
+            "training.schedule=warmup_stable_decay cannot be used here: .*num_decay",
+        ),
+        ("training.optimizer=adamw_torch_xla", "training.optimizer=adamw_torch_xla cannot be used here: .*torch_xla"),
+        ("model.attn_implementation=nothing", "cannot be built with model.attn_implementation=nothing"),
+        ("model.attn_implementation=flash_attention_2", "cannot be built with model.attn_implementation=flash_att"),
+    ],
+)
+def test_what_transformers_refuses_is_one_line_of_ours(make_recipe, setting, message):
+    with pytest.raises(ConfigurationError, match=message) as refusal:
+        train(make_recipe({}, setting))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["pooling_kwargs.readout_skip='no'", "pooling_kwargs.num_heads='4'", "layers=[99]", "pooling_kwargs.nothing=1"],
+)
+def test_a_wrong_pooling_does_not_wait_for_the_stages_before_it(make_recipe, words_file, monkeypatch, setting):
+    monkeypatch.setattr("st_llmpool.training.run.run_stages", None)
+    stage = {"kind": "mntp", "texts": [{"source": words_file}]}
+    with pytest.raises(ConfigurationError, match=setting.partition("=")[0].rpartition(".")[2].rstrip("s")):
+        train(make_recipe({"stages": [stage]}, f"model.{setting}"))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_every_pooling_that_can_be_built_passes_its_check(make_recipe, tiny_llm, pooling):
+    check_pooling(make_recipe({"model": {"pooling": pooling}}).model, tiny_llm)

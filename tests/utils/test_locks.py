@@ -77,7 +77,24 @@ def test_a_folder_into_which_nothing_was_put_is_gone_with_the_parents_that_were_
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "file", "run", "there"]
 
 
-def test_a_file_is_no_folder(tmp_path):
-    (tmp_path / "run").touch()
-    with pytest.raises(ConfigurationError, match="is a file"), locked_folder(tmp_path / "run"):
-        pass
+def test_what_can_be_no_folder_is_refused_by_name(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    reasons = {
+        "file": "is a file",
+        "link": "leads nowhere",
+        "loop": "leads nowhere",
+        "a\0b": "is no name",
+        "x" * 300: "is no name",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(ConfigurationError, match=reason), locked_folder(tmp_path / name):
+            pass
+
+
+def test_a_link_to_a_folder_is_one(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    with locked_folder(tmp_path / "link"):
+        assert (tmp_path / "folder" / ".lock").exists()

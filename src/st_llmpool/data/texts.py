@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..modules.errors import DataError, nearest
-from ..utils.reading import read_lines
-from .training_data import DOCSTRINGS, DatasetSettings, check_texts, read_rows
+from ..utils.reading import exists, read_lines
+from .training_data import DOCSTRINGS, DatasetSettings, check_texts, read_rows, source_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -106,8 +106,8 @@ def load_views(settings: TextSettings) -> Dataset:
 def _lines(settings: TextSettings) -> Dataset:
     from datasets import Dataset
 
-    path = Path(settings.source).expanduser()
-    if not path.exists():
+    path = source_path(settings.source)
+    if not exists(path):
         raise DataError(f"There is no file {settings.source!r}; relative paths start at {str(Path.cwd())!r}.")
     return Dataset.from_dict({"text": [line for line in read_lines(path) if line.strip()]})
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..modules.errors import DataError, nearest
-from ..utils.reading import check_file, check_rows
+from ..utils.reading import check_file, check_rows, exists, is_folder, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,10 +56,16 @@ class DatasetSettings:
     license: str | None = None
 
     def __post_init__(self) -> None:
-        for role in self.columns:
+        for role, wanted in self.columns.items():
             if role not in ROLES:
                 raise DataError(
                     f"columns of {self.source!r}: {role!r} is not one of {list(ROLES)}.{nearest(role, ROLES)}"
+                )
+            names = wanted if isinstance(wanted, list | tuple) else [wanted]
+            if wanted is not None and not (names and all(isinstance(name, str) for name in names)):
+                raise DataError(
+                    f"columns of {self.source!r}: {role}={shown(wanted)} must be the name of a column, or a list of "
+                    f"names; a name that YAML reads as something else needs quotes."
                 )
         for name in ("weight", "limit"):
             value = getattr(self, name)
@@ -119,14 +127,22 @@ def read_rows(settings: DatasetSettings) -> Dataset:
     """
     if settings.source == DOCSTRINGS:
         return _read_docstrings(settings)
-    path = Path(settings.source).expanduser()
-    if path.is_dir():
+    path = source_path(settings.source)
+    if is_folder(path):
         return _read_file(settings, _file_of_split(path, settings.split))
-    if path.exists():
+    if exists(path):
         return _read_file(settings, path)
-    if path.suffix in FORMATS or path.is_absolute() or settings.source.startswith((".", "~")):
+    if path.suffix in FORMATS or path.is_absolute() or not settings.source or settings.source.startswith((".", "~")):
         raise DataError(f"There is no file {settings.source!r}; relative paths start at {str(Path.cwd())!r}.")
     return _read_hub(settings)
+
+
+def source_path(source: str) -> Path:
+    """Returns the path that a source may be; ``~`` is the user's home."""
+    try:
+        return Path(source or "nothing").expanduser()
+    except RuntimeError:  # the home of a user who does not exist
+        return Path(source)
 
 
 def _read_docstrings(settings: DatasetSettings) -> Dataset:
@@ -144,7 +160,7 @@ def _file_of_split(folder: Path, split: str) -> Path:
     if len(matching) != 1:
         found = [file.name for file in files]
         raise DataError(
-            f"{str(folder)!r} must hold one file for split {split!r}, such as {split}.parquet; found {found}. "
+            f"{str(folder)!r} must hold one file for split {split!r}, such as {split}.parquet; found {shown(found)}. "
             f"Set split, or name the file itself as source.{nearest(split, [file.stem for file in files])}"
         )
     return matching[0]
@@ -162,11 +178,15 @@ def _read_file(settings: DatasetSettings, path: Path) -> Dataset:
         if path.suffix != ".parquet":
             check_rows(path)
         options = _csv_options(path) if FORMATS[path.suffix] == "csv" else {}
+        logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)  # it logs what it raises
         # The name says what the file holds: a cached copy is found by name, place, size and time alone.
-        return load_dataset(FORMATS[path.suffix], _digest(path), data_files=str(path), split="train", **options)
+        files = glob.escape(str(path.resolve()))  # a name with a bracket or a star is no pattern
+        return load_dataset(FORMATS[path.suffix], _digest(path), data_files=files, split="train", **options)
     except DataError:
         raise
     except Exception as error:  # the readers raise many kinds: of datasets, pandas and pyarrow
+        if any(words in _innermost(error) for words in ("corresponds to no data", "No columns to parse")):
+            raise DataError(f"{settings.source!r} holds no rows.") from error
         raise DataError(f"{settings.source!r} cannot be read as {path.suffix}: {_innermost(error)}") from error
 
 
@@ -279,7 +299,7 @@ def check_texts(settings: DatasetSettings, name: str, column: Any) -> None:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    kinds = (pa.types.is_string, pa.types.is_large_string)
     if not any(is_kind(column.type) for is_kind in kinds):
         raise DataError(
             f"{settings.source!r}: the {name} is of type {column.type}, not text. Choose another column under columns, "

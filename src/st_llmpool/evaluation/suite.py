@@ -31,7 +31,7 @@ from pathlib import Path
 
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..utils.random_state import preserve_rng_state
-from ..utils.reading import read_yaml
+from ..utils.reading import exists, read_yaml
 from ..utils.settings import from_mapping
 from .tasks import LocalTask, TaskSpec, make_task
 
@@ -84,7 +84,7 @@ def read_suite(name_or_file: str | Path) -> Suite:
     """
     shipped = str(name_or_file) in shipped_suites()
     path = _SHIPPED / f"{name_or_file}.yaml" if shipped else Path(name_or_file)
-    if not path.is_file():
+    if not exists(path):
         raise DataError(
             f"suite {str(name_or_file)!r} is neither a file nor one of {', '.join(shipped_suites())}."
             f"{nearest(str(name_or_file), shipped_suites())}"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pyarrow.parquet
 
 from ..modules.errors import DataError, nearest
-from ..utils.reading import read_json_lines, shown
+from ..utils.reading import exists, is_folder, read_json_lines, shown
 
 SUFFIXES = (".parquet", ".jsonl")
 
@@ -41,13 +41,13 @@ def find_table(folder: Path, role: str, file_name: str | None) -> Path:
     Raises:
         DataError: If the folder or the file is not there, or its suffix is not one that can be read.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise DataError(f"{folder} is not a folder; {_content(folder.parent, folder.name)}")
     candidates = [folder / file_name] if file_name else [folder / f"{role}{suffix}" for suffix in SUFFIXES]
     for path in candidates:
         if path.suffix not in SUFFIXES:
             raise DataError(f"{path} cannot be read: the suffix must be one of {', '.join(SUFFIXES)}.")
-        if path.is_file():
+        if exists(path) and path.is_file():
             return path
     raise DataError(
         f"{' and '.join(str(path) for path in candidates)} (the task's {role} file): no such file; "
@@ -56,7 +56,7 @@ def find_table(folder: Path, role: str, file_name: str | None) -> Path:
 
 
 def _content(folder: Path, wanted: str) -> str:
-    if not folder.is_dir():
+    if not is_folder(folder):
         return f"{folder} does not exist either."
     names = sorted(path.name for path in folder.iterdir())
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")

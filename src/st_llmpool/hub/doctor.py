@@ -27,7 +27,7 @@ from ..modules.eos import special_tokens_around
 from ..modules.errors import StLlmpoolError
 from ..modules.seal import UNFINISHED
 from ..utils.parameters import count_parameters
-from ..utils.reading import read_json, read_json_object
+from ..utils.reading import is_folder, read_json, read_json_object
 from .finding import Finding, Status
 from .folder_code import find_code
 from .loading import load_model
@@ -185,7 +185,7 @@ def _module_list(folder: Path) -> Finding:
         if path.is_absolute() or ".." in path.parts:
             return Finding("modules.json", "failed", f"path {str(path)!r} leads out of the folder: do not load this.")
         # A Normalize without settings has an empty folder, which git does not keep.
-        if not (folder / path).is_dir() and not reference.endswith(".Normalize"):
+        if not is_folder(folder / path) and not reference.endswith(".Normalize"):
             return Finding("modules.json", "failed", f"folder {str(path)!r} is missing. Copy the model whole.")
     for reference in types:
         if not all(part.isidentifier() for part in reference.split(".")):

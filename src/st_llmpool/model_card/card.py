@@ -246,7 +246,7 @@ def _read_card(file: Path) -> dict[str, Any]:
         for row in data.eval_results or ()
     ]
     model_id = data.model_name if _REPOSITORY.fullmatch(str(data.model_name)) else None
-    kept = {name: data.get(name) for name in ("tags", "widget")}
+    kept = {name: vars(data).get(name) for name in ("tags", "widget")}
     if not all(value is None or isinstance(value, list) for value in kept.values()):
         raise DataError(f"The front matter of {file} has tags or a widget that are no list. Mend or delete them.")
     return {

@@ -92,7 +92,7 @@ class PortableModule(Module):
         location = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
         where = {key: kwargs[key] for key in location if key in kwargs}
         folder = f"{model_name_or_path}/{kwargs.get('subfolder', '')}".rstrip("/")
-        with naming(f"{folder}/{cls.config_file_name}", TypeError, ValueError, OSError):
+        with naming(f"{folder}/{cls.config_file_name}", TypeError, ValueError, OSError, RecursionError):
             module = cls(**cls.load_config(model_name_or_path, **where))
         if next(module.parameters(), None) is None:
             return module

@@ -144,7 +144,7 @@ def read_record(folder: Path) -> RunRecord | None:
         record = from_mapping(RunRecord, facts)
         _ = record.validation  # reads what training wrote
         return record
-    except (StLlmpoolError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except (StLlmpoolError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise DataError(f"{folder} is not the record of a run ({error}): delete it to run it again.") from error
 
 

@@ -109,7 +109,7 @@ def carry_out(study: Study, run: PlannedRun, *, out: Path, work: Path, data_dir:
     )
     results = read_results([str(scores.folder)], task_types={row.task: row.type for row in scores.rows})
     write_record(record, results, out)
-    shutil.rmtree(folder / "training" / "checkpoints")  # the optimizer's state, of use to nobody now
+    shutil.rmtree(folder / "training" / "checkpoints", ignore_errors=True)  # the optimizer's state
     return record
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainingArguments
 
+from ..modules.errors import ConfigurationError
 from .optimizers import trainer_optimizer
 from .recipe import TrainingSettings
+
+T = TypeVar("T", bound=TrainingArguments)
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,19 @@ def shared_arguments(training: TrainingSettings, folder: Path, *, learning_rate:
         "save_strategy": "steps",
         "save_total_limit": training.keep_checkpoints,
     }
+
+
+def trainer_arguments(kind: type[T], **values: Any) -> T:
+    """Returns the trainer's arguments.
+
+    Raises:
+        ConfigurationError: If transformers refuses one, or what it needs is not installed.
+    """
+    try:
+        return kind(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"The settings under training are refused: {reason}") from error
 
 
 def use_one_gpu(arguments: TrainingArguments) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,9 @@ from ..adapters import PEFT_ERRORS, check_start, lora_config, misfit, without_lo
 from ..designs import DESIGNS, POOLINGS
 from ..losses.build import check_loss
 from ..modules.errors import ConfigurationError, DataError, nearest
+from ..modules.llm_transformer import resolve_layers
 from ..modules.trainable_pooling import TrainablePooling
-from ..saved_embedder import read_architecture
+from ..saved_embedder import is_saved_embedder, read_architecture
 from ..utils.extras import require
 from ..utils.random_state import preserve_rng_state
 from .freezing import check_freezing
@@ -108,6 +110,29 @@ def check_layers(recipe: Recipe, base: str) -> None:
         check_freezing(frozen, layers)
         if sparse is not None:
             check_number_of_layers(sparse, layers - frozen)
+
+
+def check_pooling(model: ModelSettings, base: str) -> None:
+    """Builds the pooling without weights: a wrong option shall not wait for the stages before it.
+
+    Args:
+        model: Settings of the model.
+        base: Hub id or folder of the base; a saved embedder's own pooling is checked when it is loaded.
+
+    Raises:
+        ConfigurationError: If an option is unknown or out of range, or the base has no such layer.
+    """
+    if model.pooling_init is None and is_saved_embedder(base, revision=model.revision):
+        return
+    text = _read_config(model, base).get_text_config(decoder=True)
+    width, depth = getattr(text, "hidden_size", None), getattr(text, "num_hidden_layers", None)
+    if not (isinstance(width, int) and isinstance(depth, int)):
+        return
+    arguments = design_arguments(model)
+    layers = resolve_layers("all" if model.layers is None else model.layers, depth)
+    backbone: Any = SimpleNamespace(get_embedding_dimension=lambda: width, layers=layers)
+    with torch.device("meta"):
+        POOLINGS[arguments["pooling"] or "multi_layer"].build(backbone, arguments["pooling_kwargs"])
 
 
 def check_adapter(model: ModelSettings, base: str) -> None:
@@ -233,8 +258,14 @@ def _without_weights(model: ModelSettings, base: str) -> torch.nn.Module:
     from transformers import AutoModel
 
     architecture = _read_config(model, base)
-    with torch.device("meta"):
-        return AutoModel.from_config(architecture, trust_remote_code=model.trust_remote_code)
+    given = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
+    try:
+        with torch.device("meta"):
+            return AutoModel.from_config(architecture, trust_remote_code=model.trust_remote_code, **given)
+    except (ValueError, ImportError) as error:
+        asked = f" with model.attn_implementation={model.attn_implementation}" if given else ""
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"The architecture of {base!r} cannot be built{asked}: {reason}") from error
 
 
 def _adapter_drops(model: ModelSettings) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, align_special_tokens
 from transformers.utils import logging as hf_logging
 
-from ..modules.errors import StLlmpoolError
+from ..modules.errors import ConfigurationError, StLlmpoolError
 from ..utils.files import reraise_as_write_error
 from .checkpoint_seal import seal_checkpoint
 from .checkpoints import last_checkpoint
+from .progress import RichProgress
 
 _ROWS = "rows_of_batch"
 _SHOWN = 16
@@ -78,6 +81,24 @@ class GuardedTrainer:
             self._load_best_model()
         return True
 
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns the optimizer.
+
+        Raises:
+            ConfigurationError: If it cannot be used here.
+        """
+        with _refused_by_name("training.optimizer", self.args.optim):
+            return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+
+    def create_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns the schedule.
+
+        Raises:
+            ConfigurationError: If it needs what a recipe cannot say.
+        """
+        with _refused_by_name("training.schedule", self.args.lr_scheduler_type):
+            return super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
+
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Trains.
 
@@ -86,7 +107,13 @@ class GuardedTrainer:
             WriteError: If a checkpoint cannot be written; the earlier ones are intact.
         """
         self._start_watching()
-        result = super().train(*args, **kwargs)  # type: ignore[misc]
+        try:
+            result = super().train(*args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, RichProgress):
+                    callback.close()  # or the terminal keeps its bar, and no cursor
+            raise
         self._check_weights()
         return result
 
@@ -197,6 +224,16 @@ class GuardedTrainer:
             set_seed(self.args.seed + self.state.global_step)  # of another number of processes: not the masks of step 1
             return
         super()._load_rng_state(checkpoint)  # type: ignore[misc]
+
+
+@contextmanager
+def _refused_by_name(setting: str, value: Enum) -> Iterator[None]:
+    """Re-raises what libraries say of an optimizer or a schedule as an error that names the setting."""
+    try:
+        yield
+    except (ImportError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"{setting}={value.value} cannot be used here: {reason}") from error
 
 
 class _WithRows:

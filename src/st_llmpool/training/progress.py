@@ -66,6 +66,10 @@ class RichProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Closes the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Closes the bar, also one of a run that was stopped."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from ..hub.loading import load_model
-from ..modules.errors import ConfigurationError
-from ..utils.files import reraise_as_write_error
+from ..modules.errors import ConfigurationError, StLlmpoolError
+from ..utils.files import WriteError, reraise_as_write_error
 from ..utils.random_state import preserve_rng_state
 
 _TEXTS = ["A short text.", "A longer text, of which more tokens are read than of the first one.", "42"]
 _NOISE = 0.05
 # The largest difference of a coordinate: rounding alone, 16-bit weights or another device, and a quantised base.
 _EXACT, _ROUGH, _QUANTIZED = 1e-3, 0.03, 0.15
+_ROUGH_LOGITS = 0.2  # in proportion to their length, of 16-bit weights under noise; without its adapter it is about 1
 
 
 def check_reload(model: SentenceTransformer, folder: Path, *, full: bool, trust_remote_code: bool = False) -> None:
@@ -51,10 +54,7 @@ def check_reload(model: SentenceTransformer, folder: Path, *, full: bool, trust_
             loaded = load_model(place, trust_remote_code=trust_remote_code, device=device, **_quantization(model))
             difference = (_vectors(loaded) - expected).abs().max().item()
         except Exception as error:  # of many libraries
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigurationError(
-                f"What this recipe trains cannot be loaded once it is saved: {reason} Change model.lora or model.tune."
-            ) from error
+            raise _not_loaded(error, "model.lora or model.tune") from error
         finally:
             model.train(training)
     del loaded
@@ -67,6 +67,75 @@ def check_reload(model: SentenceTransformer, folder: Path, *, full: bool, trust_
             f"What this recipe trains gives other vectors once it is saved and loaded: they differ by {difference:.2g} "
             f"(limit {limit:g}). Change model.lora (its target_modules) or model.tune; nothing was trained yet."
         )
+
+
+def check_language_model(
+    model: Any, save: Callable[[Any, Path], None], load: Callable[[Path], Any], tokens: torch.Tensor, folder: Path
+) -> None:
+    """Saves a copy of a language model as it will be saved at the end, loads it, and compares logits.
+
+    Weights of an adapter are moved by noise for that time, as in :func:`check_reload`.
+
+    Args:
+        model: About to be trained; whole on this process.
+        save: Called with a copy, which it may change, and where to save it.
+        load: Returns the saved model, as those who use it load it.
+        tokens: Input (1, T).
+        folder: Where the temporary copy goes.
+
+    Raises:
+        ConfigurationError: If what is saved does not load, or gives other logits.
+        WriteError: If there is no space for one copy.
+    """
+    device, training = model.device, model.training
+    moved = [weight for weight in model.parameters() if weight.requires_grad] if hasattr(model, "peft_config") else []
+    model.eval()
+    with preserve_rng_state(), _moved(moved), _scratch(folder) as place:
+        try:
+            expected = _logits(model, tokens)
+            copied = copy.deepcopy(model.cpu())
+        finally:
+            model.to(device)
+            model.train(training)
+        try:
+            with reraise_as_write_error(place):
+                save(copied, place)
+            del copied
+            found = _logits(load(place), tokens)
+        except WriteError:
+            raise
+        except Exception as error:  # of many libraries
+            raise _not_loaded(error, "lora or tune") from error
+    difference = ((found - expected).norm() / expected.norm()).item()
+    limit = _EXACT if all(weight.dtype == torch.float32 for weight in model.parameters()) else _ROUGH_LOGITS
+    if not difference <= limit:
+        raise ConfigurationError(
+            f"What this recipe trains gives other logits once it is saved and loaded: they differ by "
+            f"{100 * difference:.2g} % (limit {100 * limit:g} %). Change lora or tune; nothing was trained yet."
+        )
+
+
+def check_on_first_process(is_first: bool, check: Callable[[], None]) -> None:
+    """Runs a check on the first process; all raise what it finds."""
+    found: list[StLlmpoolError | None] = [None]
+    if is_first:
+        try:
+            check()
+        except StLlmpoolError as error:
+            found = [error]
+    broadcast_object_list(found)
+    if found[0] is not None:
+        raise found[0]
+
+
+def _not_loaded(error: Exception, settings: str) -> ConfigurationError:
+    reason = " ".join(str(error).split())[:300]
+    return ConfigurationError(f"What this recipe trains cannot be loaded once it is saved: {reason} Change {settings}.")
+
+
+@torch.no_grad()
+def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    return model.eval()(input_ids=tokens.to(model.device)).logits.float().cpu()
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvaluator
@@ -26,19 +25,20 @@ from ..hub.loading import load_model
 from ..losses.build import LossParts, build_loss, check_columns, teacher_scores
 from ..losses.hard_negative_mixing import HardNegativeMixing
 from ..model_card.card import card_without_forwards, training_facts
-from ..modules.errors import ConfigurationError, StLlmpoolError
+from ..modules.errors import ConfigurationError
 from ..saved_embedder import is_saved_embedder
 from ..utils.files import atomic_folder
 from ..utils.parameters import count_weights
 from ..utils.random_state import preserve_rng_state
 from ..utils.reading import read_json_object
-from .arguments import enable_gradient_checkpointing, precision_of, shared_arguments, use_one_gpu
+from .arguments import enable_gradient_checkpointing, precision_of, shared_arguments, trainer_arguments, use_one_gpu
 from .checks import (
     check_adapter,
     check_batches,
     check_dropout,
     check_layers,
     check_names,
+    check_pooling,
     check_views,
     design_arguments,
 )
@@ -49,7 +49,7 @@ from .optimizers import OPTIMIZERS
 from .pooling_share import NOTHING, trainable_poolings
 from .progress import RichProgress
 from .recipe import DEFAULT_LENGTH, Recipe, StageSettings
-from .reload_check import check_reload
+from .reload_check import check_on_first_process, check_reload
 from .report import write_report
 from .run_folder import check_output, checkpoint_of, one_at_a_time, remove_checkpoints_after
 from .sparse_tuning import SparseTuning
@@ -143,6 +143,7 @@ def _prepare(recipe: Recipe, stage: StageSettings | None = None) -> _Prepared:
     check_batches(datasets, recipe, arguments.world_size)
     base = resolve_base(recipe.model.base)
     check_layers(recipe, base)
+    check_pooling(recipe.model, base)
     if recipe.model.tune == "lora":
         check_adapter(recipe.model, base)
     if stage is not None and stage.kind == "simcse":
@@ -194,19 +195,10 @@ def _train(
 
 
 def _check_reload(trainer: EmbedderTrainer, recipe: Recipe, folder: Path) -> None:
-    """Runs :func:`check_reload` on the first process; all raise what it finds."""
-    if trainer.is_sharded:
-        return
-    found: list[StLlmpoolError | None] = [None]
-    if trainer.args.process_index == 0:
+    if not trainer.is_sharded:
         full, trusted = recipe.model.tune == "full", recipe.model.trust_remote_code
-        try:
-            check_reload(trainer.model, folder, full=full, trust_remote_code=trusted)
-        except StLlmpoolError as error:
-            found = [error]
-    broadcast_object_list(found)
-    if found[0] is not None:
-        raise found[0]
+        check = partial(check_reload, trainer.model, folder, full=full, trust_remote_code=trusted)
+        check_on_first_process(trainer.args.process_index == 0, check)
 
 
 def _keep_recipe(recipe: Recipe, folder: Path) -> None:
@@ -222,7 +214,8 @@ def _finished(recipe: Recipe, folder: Path) -> TrainingResult:
 
 def _training_arguments(recipe: Recipe, folder: Path) -> SentenceTransformerTrainingArguments:
     training, evaluation = recipe.training, recipe.evaluation
-    arguments = SentenceTransformerTrainingArguments(
+    arguments = trainer_arguments(
+        SentenceTransformerTrainingArguments,
         **shared_arguments(training, folder, learning_rate=recipe.learning_rate, seed=recipe.seed),
         per_device_eval_batch_size=evaluation.batch_size,
         batch_sampler=BatchSamplers.NO_DUPLICATES if training.no_duplicates else BatchSamplers.BATCH_SAMPLER,

@@ -12,6 +12,7 @@ from filelock import SoftFileLock, Timeout
 
 from ..modules.errors import ConfigurationError
 from .files import is_alive, reraise_as_write_error
+from .reading import shown
 
 _FILE = ".lock"
 _PATIENCE = 0.5  # seconds; to take a lock over from a dead process needs a second look
@@ -40,8 +41,16 @@ def locked_folder(folder: Path) -> Iterator[None]:
         ...
         st_llmpool.modules.errors.ConfigurationError: 'run' is in use by process ...
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigurationError(f"{str(folder)!r} is a file; name a folder.")
+    try:
+        folder.lstat()
+        there = True
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        there = False
+    except (OSError, ValueError) as error:  # too long, or with a zero byte
+        raise ConfigurationError(f"{shown(str(folder))} is no name for a folder.") from error
+    if there and not folder.is_dir():
+        what = "a link that leads nowhere" if folder.is_symlink() else "a file"
+        raise ConfigurationError(f"{str(folder)!r} is {what}; name a folder.")
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     lock = SoftFileLock(folder / _FILE, timeout=_PATIENCE)
     with reraise_as_write_error(folder / _FILE):

@@ -43,6 +43,24 @@ def shown(value: object) -> str:
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
+def exists(path: str | Path) -> bool:
+    """Returns whether there is something; False too for a name that nothing can have: too long, or with a zero byte.
+
+    Example:
+        >>> exists("a" * 10_000)
+        False
+    """
+    try:
+        return Path(path).exists()
+    except OSError:
+        return False
+
+
+def is_folder(path: str | Path) -> bool:
+    """Returns whether there is a folder, as :func:`exists`."""
+    return exists(path) and Path(path).is_dir()
+
+
 def check_file(path: str | Path, kind: type[StLlmpoolError] = DataError) -> Path:
     """Returns `path` if it is a regular file; opening a named pipe or a device would wait for ever.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,13 +30,14 @@ from ...saved_embedder import is_saved_embedder
 from ...utils.files import atomic_folder
 from ...utils.parameters import count_weights
 from ...utils.reading import read_json_object
-from ..arguments import enable_gradient_checkpointing, precision_of, shared_arguments, use_one_gpu
+from ..arguments import enable_gradient_checkpointing, precision_of, shared_arguments, trainer_arguments, use_one_gpu
 from ..checks import check_adapter, check_machine
 from ..elapsed_time import ElapsedTimeCallback, seconds_of
 from ..interpolation import merge_with_base
 from ..merge_shares import shares_of
 from ..progress import RichProgress
 from ..recipe import MaskingSettings, ModelSettings
+from ..reload_check import check_language_model, check_on_first_process
 from ..report import write_report
 from ..run_folder import check_output, checkpoint_of, one_at_a_time, remove_checkpoints_after
 from .language_model import attend, load_language_model, load_tokenizer, stored_dtype
@@ -142,6 +144,9 @@ def _adapt_in(folder: Path, recipe: AdaptRecipe, *, resume: bool) -> AdaptResult
     checkpoint = checkpoint_of(folder, arguments.world_size) if resume else None
     if arguments.process_index == 0:
         remove_checkpoints_after(folder, checkpoint)
+    if checkpoint is None and not trainer.is_sharded:
+        check = partial(_check_reload, trainer.model, recipe, base, tokenizer, texts)
+        check_on_first_process(arguments.process_index == 0, check)
     if checkpoint is None or not trainer.restore_finished(checkpoint):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     model.config.use_cache = use_cache  # the trainer turns it off
@@ -209,7 +214,8 @@ def _tokenize(
 
 def _training_arguments(recipe: AdaptRecipe, folder: Path) -> TrainingArguments:
     training, evaluation = recipe.training, recipe.evaluation
-    arguments = TrainingArguments(
+    arguments = trainer_arguments(
+        TrainingArguments,
         **shared_arguments(training, folder, learning_rate=recipe.learning_rate, seed=recipe.seed),
         per_device_eval_batch_size=evaluation.batch_size,
         eval_strategy="no" if evaluation.steps is None else "steps",
@@ -272,6 +278,34 @@ def _trainer(
     return trainer
 
 
+def _check_reload(
+    model: Any, recipe: AdaptRecipe, base: str, tokenizer: PreTrainedTokenizerBase, texts: _Texts
+) -> None:
+    def load(folder: Path) -> PreTrainedModel:
+        found = load_language_model(dataclasses.replace(recipe, revision=None), str(folder), dtype=torch.float32)
+        set_attention(found, recipe.attention)
+        return found
+
+    def save(trained: Any, folder: Path) -> None:
+        _save(_merged(trained, recipe), recipe, base, tokenizer, folder)
+
+    check_language_model(model, save, load, texts.held_out[0]["input_ids"][None], Path(recipe.output_dir))
+
+
+def _merged(model: Any, recipe: AdaptRecipe) -> Any:
+    """Returns the base with what was trained in it."""
+    if recipe.tune == "full":
+        return model
+    return model.float().merge_and_unload()  # in float32, or the sum would be rounded to the base's 16 bits
+
+
+def _save(model: Any, recipe: AdaptRecipe, base: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    set_attention(model, "causal")  # as bases come: the flag in config.json alone is half of the setting
+    model.to(stored_dtype(recipe, base))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def _release(trainer: MaskedTokenTrainer) -> None:
     """Lets go of what only training needed: optimizer, schedule, loader, and what was wrapped around the model."""
     trainer.optimizer = trainer.lr_scheduler = None
@@ -290,11 +324,9 @@ def _finish(
 ) -> dict[str, Any]:
     """Merges, measures and saves; outside of a merge with one model in memory at a time."""
     folder = Path(recipe.output_dir)
-    model: Any = trainer.model
-    device = model.device
-    trained = count_weights(parameter for parameter in model.parameters() if parameter.requires_grad)
-    if recipe.tune == "lora":
-        model = model.float().merge_and_unload()  # in float32, or the sum would be rounded to the base's 16 bits
+    device = trainer.model.device
+    trained = count_weights(parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
+    model = _merged(trainer.model, recipe)
     measure = partial(masked_score, examples=texts.held_out, batch_size=recipe.evaluation.batch_size)
     alpha, scores = _merge(model, recipe, base, tokenizer, lambda: measure(model).accuracy)
     adapted = measure(model)
@@ -311,12 +343,8 @@ def _finish(
         "merge": alpha,
         "merge_scores": [[share, score] for share, score in scores.items()],
     }
-    set_attention(model, "causal")  # as bases come: the flag in config.json alone is half of the setting
-    model.to(stored_dtype(recipe, base))
-
     with atomic_folder(folder / "model") as target:
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        _save(model, recipe, base, tokenizer, target)
         model.to("meta")  # frees its weights, whoever holds it
 
         untouched = _untouched(recipe, base, tokenizer)

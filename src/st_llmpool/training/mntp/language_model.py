@@ -46,7 +46,7 @@ def load_language_model(recipe: AdaptRecipe, base: str, *, dtype: torch.dtype) -
     hub = {"trust_remote_code": recipe.trust_remote_code, "revision": recipe.revision}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, output_loading_info=True, **hub, **given)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ConfigurationError(f"base={base!r} cannot be loaded as a causal language model: {error}") from error
     model, report = loaded
     if is_encoder(model):
