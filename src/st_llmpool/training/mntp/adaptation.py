@@ -324,9 +324,10 @@ def _finish(
 ) -> dict[str, Any]:
     """Merges, measures and saves; outside of a merge with one model in memory at a time."""
     folder = Path(recipe.output_dir)
-    device = trainer.model.device
-    trained = count_weights(parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
-    model = _merged(trainer.model, recipe)
+    model: Any = trainer.model
+    device = model.device
+    trained = count_weights(parameter for parameter in model.parameters() if parameter.requires_grad)
+    model = _merged(model, recipe)
     measure = partial(masked_score, examples=texts.held_out, batch_size=recipe.evaluation.batch_size)
     alpha, scores = _merge(model, recipe, base, tokenizer, lambda: measure(model).accuracy)
     adapted = measure(model)
