@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from st_llmpool.attention_proof import AttentionReport, verify_attention
-from st_llmpool.modules.attention import decoder_layers, is_encoder, set_attention
+from st_llmpool.modules.attention import decoder_layers, is_encoder, set_attention, text_config
 from st_llmpool.modules.errors import AttentionError, ConfigurationError
 from tests.architecture_zoo import VARIANTS, build, decoder_types
 
@@ -84,7 +84,7 @@ def examine(name: str, implementation: str | None = None) -> dict[str, Any]:
     except ConfigurationError as error:
         if model.config.is_encoder_decoder:
             return {**row, "kind": "encoder-decoder", "reason": _short(error)}
-        if not is_encoder(model):
+        if not is_encoder(text_config(model)):
             return {**row, "kind": "refused", "reason": _short(error)}
         row["kind"] = "encoder"
         return row | _bidirectional(model)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.base.modules.normalize import Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
-from transformers import BertConfig, Qwen3NextConfig, T5Config
+from transformers import BertConfig, Gemma3Config, PreTrainedConfig, Qwen2VLConfig, Qwen3NextConfig, T5Config
 
 from st_llmpool import DESIGNS, POOLINGS, build_embedder, verify_attention
 from st_llmpool.modules import LLMTransformer, MultiLayerPooling
@@ -158,6 +159,61 @@ def test_a_hybrid_is_refused_unless_partial_is_allowed_and_then_recorded(make_ll
 def test_a_wrong_setting_is_refused_with_the_way_out(tiny_llm, arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         build_embedder(tiny_llm, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": [5]}, r"layers=\[5\]: 5 is outside 1\.\.4"),
+        ({"layers": "al"}, r"layers='al' is unknown"),
+        ({"max_seq_length": 129}, r"max_seq_length=129 is beyond the 128 positions.*at most 128"),
+        ({"processor_kwargs": {"model_max_length": 500}}, r"max_seq_length=500 is beyond the 128 positions"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_does_not_fit_the_config_is_refused_before_weights_are_read(
+    tiny_llm, monkeypatch, arguments, message
+):
+    monkeypatch.setattr(Transformer, "_load_model", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(ConfigurationError, match=message):
+        build_embedder(tiny_llm, **arguments)
+
+
+TEXT_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT_TOWER |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 400, "max_position_embeddings": 128}
+TEXT_TOWER |= {"pad_token_id": 0}
+
+
+def gemma_with_eyes() -> PreTrainedConfig:
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    tokens = {"image_token_index": 390, "boi_token_index": 391, "eoi_token_index": 392}
+    return Gemma3Config(text_config=TEXT_TOWER, vision_config=vision, mm_tokens_per_image=4, **tokens)
+
+
+def qwen_with_eyes() -> PreTrainedConfig:
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 8}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    tokens = {"image_token_id": 390, "video_token_id": 391, "vision_start_token_id": 392, "vision_end_token_id": 393}
+    return Qwen2VLConfig(text_config={**TEXT_TOWER, "rope_parameters": rope}, vision_config=vision, **tokens)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("config", [gemma_with_eyes, qwen_with_eyes])
+@pytest.mark.parametrize("processor_class", [None, "Gemma3Processor"])
+def test_a_multimodal_base_without_an_image_processor_is_read_by_its_text_tower(
+    make_llm, tmp_path, config, processor_class
+):
+    base = Path(make_llm(config()))
+    if processor_class:
+        file = base / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"processor_class": processor_class}))
+    model = build_embedder(str(base), pooling="multi_layer", device="cpu")
+    model.save_pretrained(str(tmp_path / "saved"))
+    reloaded = SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
+    texts = ["the quick fox", "dog", ""]
+    assert torch.equal(*(found.encode(texts, convert_to_tensor=True) for found in (model, reloaded)))
+    assert verify_attention(model).verdict == "bidirectional"
 
 
 def test_an_encoder_decoder_is_refused(make_llm):

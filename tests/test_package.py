@@ -31,7 +31,7 @@ HEAVY = {"torch", "transformers", "sentence_transformers", "numpy", "mteb", "dat
 # here (the command line, the quickstart) is on top.
 STOREYS = [
     {"modules"},
-    {"poolings", "attention_proof", "utils"},
+    {"poolings", "attention_proof", "base_tokenizer", "paper_weights", "utils"},
     {"adapters", "fast_inference", "hub.folder_code"},
     {"hub.loading"},
     {"saved_embedder", "data", "model_card"},

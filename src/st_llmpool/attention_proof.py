@@ -21,7 +21,7 @@ from .modules.attention import (
     ATTENTION_MODES,
     decoder_layers,
     find_backbone,
-    is_encoder_config,
+    is_encoder,
     measured_attention,
     random_ids,
     run_on_ids,
@@ -258,7 +258,7 @@ def attention_of(model: nn.Module) -> str:
 def config_attention(config: PreTrainedConfig) -> str:
     """Returns the attention that a config asks for, as :func:`attention_of` does."""
     text_config = config.get_text_config(decoder=True)
-    bidirectional = is_encoder_config(text_config) or getattr(text_config, "is_causal", True) is False
+    bidirectional = is_encoder(text_config) or getattr(text_config, "is_causal", True) is False
     return "bidirectional" if bidirectional else "causal"
 
 

@@ -19,7 +19,7 @@ from .data.builtin_backbone import builtin_backbone
 from .model_card.card import EmbedderCardData
 from .modules.errors import ConfigurationError, nearest
 from .modules.latent_attention_pooling import LatentAttentionPooling
-from .modules.llm_transformer import LLMTransformer
+from .modules.llm_transformer import LLMTransformer, check_length, resolve_layers
 from .modules.multi_layer_pooling import MultiLayerPooling
 from .modules.scalar_mix_pooling import ScalarMixPooling
 from .poolings.attsets_pooling import AttSetsPooling
@@ -27,7 +27,7 @@ from .poolings.generalized_mean_pooling import GeneralizedMeanPooling
 from .poolings.hopfield_pooling import HopfieldPooling
 from .poolings.ponet_pooling import PoNetPooling
 from .poolings.pyramid_pooling import PyramidPooling
-from .saved_embedder import SavedEmbedder, is_saved_embedder
+from .saved_embedder import SavedEmbedder, is_saved_embedder, read_architecture
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -267,6 +267,7 @@ def resolve_base(base: str) -> str:
 def _backbone(
     base: str, settings: Mapping[str, Any], hub: dict[str, Any], loading: Mapping[str, dict[str, Any]]
 ) -> LLMTransformer:
+    _check_settings(base, settings, hub, loading)
     return LLMTransformer(
         base,
         **{key: value for key, value in settings.items() if value is not None},
@@ -275,6 +276,17 @@ def _backbone(
         processor_kwargs=hub | loading["processor_kwargs"],
         config_kwargs=dict(hub),
     )
+
+
+def _check_settings(
+    base: str, settings: Mapping[str, Any], hub: dict[str, Any], loading: Mapping[str, dict[str, Any]]
+) -> None:
+    """Check against the config what LLMTransformer checks again once it has read the weights."""
+    config = read_architecture(base, **hub)
+    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if count is not None:
+        resolve_layers(settings["layers"], count)
+    check_length(loading["processor_kwargs"].get("model_max_length", settings["max_seq_length"]), config)
 
 
 def _pooling_spec(pooling: str) -> PoolingSpec:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from st_llmpool.modules.cross_attention import PAPER_NAMES
+from st_llmpool.paper_weights import PAPER_NAMES
 
 Vector = list[float]
 

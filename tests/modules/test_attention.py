@@ -23,6 +23,7 @@ from st_llmpool.modules.attention import (
     needs_position_ids,
     position_ids_from,
     set_attention,
+    text_config,
 )
 from st_llmpool.modules.errors import AttentionError, ConfigurationError
 from tests.architecture_zoo import build, small_config
@@ -115,7 +116,7 @@ def test_bert_built_as_a_decoder_counts_as_one():
     config = small_config("bert")
     config.is_decoder = True
     model = AutoModel.from_config(config).eval()
-    assert not is_encoder(model)
+    assert not is_encoder(text_config(model))
     set_attention(model, "bidirectional")
     assert moved_by(model, 9)[0] == 0
 
@@ -224,7 +225,7 @@ def test_counted_positions_change_nothing_without_padding(name):
     """Families that need no counting either are not counted for or do not mind it."""
     model = build(name, "eager")
     before = states(model, attention_mask=torch.ones_like(TEXT))
-    if not is_encoder(model):
+    if not is_encoder(text_config(model)):
         set_attention(model, "causal")
     assert torch.equal(states(model, attention_mask=torch.ones_like(TEXT)), before)
 

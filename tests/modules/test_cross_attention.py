@@ -381,8 +381,8 @@ def test_config_holds_the_resolved_sizes_and_rebuilds_the_pooling():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"preset": "papre"}, "preset='papre' is not one of .*Did you mean 'paper'"),
-        ({"queries": "latent"}, "queries='latent' is not one of .*Did you mean 'latents'"),
+        ({"preset": "papre"}, "preset='papre' is unknown.*Did you mean 'paper'"),
+        ({"queries": "latent"}, "queries='latent' is unknown.*Did you mean 'latents'"),
         ({"num_latents": 0}, "num_latents=0 must be a positive integer"),
         ({"num_heads": 0}, "num_heads=0 must be a positive integer"),
         ({"head_dim": 2.5}, "head_dim=2.5 must be a positive integer"),

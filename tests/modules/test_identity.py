@@ -9,7 +9,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from st_llmpool import build_embedder
-from st_llmpool.modules.portable import fingerprint, identify_by_weights
+from st_llmpool.modules.portable import complete_model, fingerprint
 from tests.evaluation.tiny_suite import static_model
 
 
@@ -89,7 +89,7 @@ def test_a_model_of_the_hub_keeps_its_id_until_it_is_trained(tiny_llm):
     card = model.model_card_data = static_model().model_card_data
     card.register_model(model)
     card.base_model, card.base_model_revision = "org/model", "c0ffee"
-    identify_by_weights(model)
+    complete_model(model)
     assert card.model_name is None  # mteb then takes id and commit
     card.add_tags("generated_from_trainer")
     assert card.model_name == f"local/unnamed-{fingerprint(model)[:12]}"
@@ -102,7 +102,7 @@ def test_a_folder_that_is_named_like_a_hub_id_is_no_model_of_the_hub(tiny_llm, t
     (tmp_path / "org" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     card.base_model, card.base_model_revision = "org/model", "c0ffee"
-    identify_by_weights(model)
+    complete_model(model)
     assert card.model_name.startswith("local/")
 
 
@@ -112,7 +112,7 @@ def test_card_data_of_somebody_else_are_left_alone():
 
     model = static_model()
     model.model_card_data.__class__ = Own
-    identify_by_weights(model)
+    complete_model(model)
     assert type(model.model_card_data) is Own
 
 

@@ -27,7 +27,7 @@ from transformers import AutoModel, BertConfig, BitsAndBytesConfig, GPT2Config, 
 from st_llmpool.attention_proof import attention_of
 from st_llmpool.modules.errors import AttentionError, ConfigurationError, InputError, StLlmpoolError
 from st_llmpool.modules.llm_transformer import LLMTransformer, resolve_layers
-from st_llmpool.modules.seal import write_seal
+from st_llmpool.modules.seal import times_of_files, write_seal
 from tests.conftest import tiny_tokenizer
 
 WORDS = "the quick brown fox jumps over the lazy dog"
@@ -141,7 +141,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_the_name_of_a_weight(tiny_ll
     weights = load_file(tmp_path / "adapter_model.safetensors")
     damage(weights)
     save_file(weights, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_seal(tmp_path, model)
+    write_seal(tmp_path, model, times_of_files(tmp_path))
     with pytest.raises(ValueError, match=r"does not fit its LlamaModel in \d weights? \(layers.*lora_A"):
         SentenceTransformer(str(tmp_path), trust_remote_code=True)
 
@@ -404,7 +404,6 @@ def test_a_model_with_bos_excludes_bos_with_the_prompt(make_llm):
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("weights_must_not_load")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -415,16 +414,47 @@ def test_a_model_with_bos_excludes_bos_with_the_prompt(make_llm):
         ({"layers": [5]}, r"layers=\[5\]: 5 is outside 1\.\.4.*'all'"),
         ({"layers": [0]}, r"layers=\[0\]: 0 is outside 1\.\.4"),
         ({"layers": [2, -3]}, r"-3 names a layer twice"),
-        ({"backend": "onnx"}, r"backend='onnx' cannot run.*Use backend='torch'"),
-        ({"backend": "openvino"}, r"backend='openvino' cannot run.*Use backend='torch'"),
+        ({"backend": "onnx"}, r"backend='onnx' is unknown.*'torch'"),
+        ({"backend": "openvino"}, r"backend='openvino' is unknown.*'torch'"),
         ({"max_seq_length": 129}, r"max_seq_length=129 is beyond the 128 positions.*at most 128"),
         ({"processor_kwargs": {"model_max_length": 500}}, r"max_seq_length=500 is beyond the 128 positions"),
     ],
     ids=str,
 )
-def test_a_wrong_setting_is_refused_before_weights_are_read(tiny_llm, settings, message):
+def test_a_wrong_setting_is_refused(tiny_llm, settings, message):
     with pytest.raises(ConfigurationError, match=message):
         LLMTransformer(tiny_llm, **settings)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("include_prompt", value) for value in ("no", 1, None, [])),
+        *(("add_eos_token", value) for value in ("no", 0)),
+        *(("layers", value) for value in ("1", 1, True, {"1": 1})),
+        *(("causal_layers", value) for value in ("no", 1, [9])),
+        *(("do_lower_case", "no"), ("unpad_inputs", "no")),
+    ],
+)
+def test_text_where_a_boolean_or_a_list_belongs_is_refused_at_load_in_one_line(shared, tmp_path, field, value):
+    shared.save(str(tmp_path))
+    file = tmp_path / "sentence_bert_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    with pytest.raises(ConfigurationError, match=r"^(\w+=.* is unknown|layers=.* is outside)") as refusal:
+        LLMTransformer.load(str(tmp_path))
+    assert "\n" not in str(refusal.value)
+
+
+def test_weights_that_the_base_of_an_adapter_lacks_are_never_drawn_at_random(make_llm, tmp_path):
+    base = Path(make_llm())
+    backbone = LLMTransformer(str(base))
+    backbone.model.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
+    backbone.save(str(tmp_path))
+    LLMTransformer.load(str(tmp_path))
+    weights = load_file(base / "model.safetensors")
+    save_file({name: weights[name] for name in weights if "layers.1.mlp" not in name}, base / "model.safetensors")
+    with pytest.raises(ValueError, match=r"does not fit its LlamaModel in 3 weights \(layers\.1\.mlp.*: none"):
+        LLMTransformer.load(str(tmp_path))
 
 
 @pytest.mark.usefixtures("weights_must_not_load")
@@ -432,14 +462,14 @@ def test_a_saved_model_refuses_other_backends_before_weights_are_read(shared, tm
     with monkeypatch.context() as patch:
         patch.undo()
         shared.save(str(tmp_path))
-    with pytest.raises(ConfigurationError, match="backend='onnx' cannot run"):
+    with pytest.raises(ConfigurationError, match="backend='onnx' is unknown"):
         LLMTransformer.load(str(tmp_path), backend="onnx")
 
 
 @pytest.mark.usefixtures("weights_must_not_load")
 def test_an_encoder_decoder_is_refused_before_weights_are_read(make_llm):
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    with pytest.raises(ConfigurationError, match=r"is an encoder-decoder \(t5\).*decoder-only"):
+    with pytest.raises(ConfigurationError, match=r"is an encoder-decoder \(t5\).*Use a decoder"):
         LLMTransformer(make_llm(T5Config(**sizes)))
 
 

@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 
 from st_llmpool import build_embedder
 from st_llmpool.modules import seal
-from st_llmpool.modules.errors import DataError
+from st_llmpool.modules.errors import ConfigurationError, DataError
 from tests.conftest import save_tiny_llm
 
 TEXTS = ["the quick fox", "a lazy dog sleeps near tall trees"]
@@ -100,7 +100,7 @@ def test_a_missing_file_is_refused_by_name(saved, name):
 
 
 def test_a_cut_file_is_refused_by_name(saved):
-    for name in ("model.safetensors", "tokenizer.json", "eos.py"):
+    for name in ("model.safetensors", "tokenizer.json", "errors.py"):
         content = (saved / name).read_bytes()
         (saved / name).write_bytes(content[:-7])
         with pytest.raises(DataError, match=f"{name} (is cut|cannot be read)"):
@@ -133,7 +133,7 @@ def test_weights_are_hashed_at_load_only_when_asked(saved):
 def test_a_model_without_a_seal_loads_and_cannot_be_verified(saved):
     (saved / "st_llmpool.json").unlink()
     seal.check_seal(str(saved))
-    with pytest.raises(DataError, match="no intact seal"):
+    with pytest.raises(DataError, match="no seal"):
         seal.check_seal(str(saved), verify_weights=True)
 
 
@@ -157,6 +157,20 @@ def test_the_last_save_wins(model, tmp_path):
         }
 
 
+@pytest.mark.parametrize("saved_before", [False, True], ids=["base LLM", "saved embedder"])
+def test_an_adapter_is_not_saved_over_the_base_that_it_needs(tmp_path, saved_before):
+    base = Path(save_tiny_llm(tmp_path / "base"))
+    if saved_before:
+        build_embedder(str(base), pooling="mean", verify=False).save_pretrained(str(tmp_path / "model"))
+        base = tmp_path / "model"
+    adapted = build_embedder(str(base), pooling=None if saved_before else "mean", peft_config={"r": 4}, verify=False)
+    before = {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigurationError, match=r"holds the base that this adapter needs.*another folder"):
+        adapted.save_pretrained(str(base))
+    assert {path: path.read_bytes() for path in base.rglob("*") if path.is_file()} == before
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+
+
 def test_a_manifest_cannot_remove_files_outside_the_folder(model, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "mine.txt").write_text("")
@@ -170,10 +184,10 @@ def test_a_manifest_cannot_remove_files_outside_the_folder(model, tmp_path):
 @pytest.mark.parametrize("content", ["", "[]", '{"files": {"model.safetensors": 5}}', '{"code": 5}', '{"files": 1}'])
 def test_a_manifest_of_any_form_neither_breaks_a_save_nor_is_believed(tmp_path, content):
     (tmp_path / "st_llmpool.json").write_text(content)
-    refused = pytest.raises(DataError, match=r"st_llmpool\.json cannot be read")
-    with refused if content in ("", "[]") else contextlib.nullcontext():
+    refused = pytest.raises(DataError, match=r"st_llmpool\.json is damaged")
+    with refused if content != '{"code": 5}' else contextlib.nullcontext():
         seal.check_seal(str(tmp_path))
-    seal.begin_save(tmp_path)
+    seal.begin_save(tmp_path, torch.nn.Linear(1, 1))
     assert [file.name for file in tmp_path.iterdir()] == ["modules.json"]
 
 
@@ -184,8 +198,8 @@ def test_an_edited_manifest_is_told_from_one_of_an_old_version(saved, caplog):
     seal.check_seal(str(saved))
     assert not caplog.messages
     file.write_text(text.replace('"dtype": "float32"', '"dtype": "float16"'))
-    seal.check_seal(str(saved))
-    assert "st_llmpool.json has other content" in caplog.messages[0]
+    with pytest.raises(DataError, match=r"st_llmpool\.json is damaged"):
+        seal.check_seal(str(saved))
 
 
 def test_a_tokenizer_that_a_trainer_saves_once_more_breaks_no_seal(model, tmp_path):

@@ -147,7 +147,7 @@ def test_a_projection_of_another_size_stays_without_the_skip():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"reads": "layer"}, "reads='layer' is not one of .*Did you mean 'layers'"),
+        ({"reads": "layer"}, "reads='layer' is unknown.*Did you mean 'layers'"),
         ({"reads": "layers"}, "num_layers=None must be a positive integer"),
         ({"num_layers": 3}, "num_layers=3 does not apply to reads='tokens'"),
     ],

@@ -252,23 +252,34 @@ def _look(embeddings: Tensor, chosen: list[int], row: Mapping[str, int], probes:
     )
 
 
+def layer_attention(pooling: Any, features: Mapping[str, Any]) -> Tensor | None:
+    """Return how much each layer counts in a pooling over layers, (B, L); the latents' attention, by latent and head.
+
+    None for other poolings, and with ``queries="inputs"``, where the layers attend to the latents and all count alike.
+    """
+    if hasattr(pooling, "layer_scores"):
+        return pooling.layer_scores.softmax(dim=0).expand(len(features["layer_summaries"]), -1)
+    if not hasattr(pooling, "layer_weights") or pooling.queries == "inputs":
+        return None
+    summaries = features["layer_summaries"].float()
+    rows = summaries + pooling.layer_table if pooling.layer_weights else summaries
+    return pooling.cross_attention.weights(rows).mean(dim=(2, 3))
+
+
 @torch.no_grad()
 def _attention(model: SentenceTransformer, texts: Sequence[str], batch_size: int) -> list[float] | None:
-    shares_of = getattr(model[1], "layer_shares", None)  # a repository's older code has none
-    if shares_of is None:
-        return None
     was_training = model.training
     model.eval()
     try:
         parts = []
         for start in range(0, len(texts), batch_size):
-            shares = shares_of(model[0](_features(model, texts[start : start + batch_size])))
-            if shares is None:
+            weights = layer_attention(model[1], model[0](_features(model, texts[start : start + batch_size])))
+            if weights is None:
                 return None
-            parts.append(shares.float().cpu())
+            parts.append(weights.float().cpu())
     finally:
         model.train(was_training)
-    return [float(share) for share in torch.cat(parts).mean(dim=0)]
+    return [float(weight) for weight in torch.cat(parts).mean(dim=0)]
 
 
 def _weight_norms(model: SentenceTransformer) -> list[float] | None:

@@ -98,7 +98,7 @@ def run_packed(module: Any, features: dict[str, Any], spans: TokenSpans) -> dict
     first_position = module._infer_flatten_position_offset()  # RoBERTa counts from two
     flat |= {"cu_seq_lens_q": offsets, "position_ids": position_ids_from(mask)[kept].unsqueeze(0) + first_position}
     with _within(Texts(offsets, int(lengths.max()))):
-        outputs = module.run(flat, TokenSpans(spans.mask[kept], offsets[:-1].long(), lengths))
+        outputs = module.run(flat, TokenSpans(spans.mask[kept], kept.nonzero()[:, 0], offsets[1:].long() - 1))
     found = {name: outputs[name] for name in OUTPUTS & outputs.keys()}
     tokens = found["token_embeddings"]
     found["token_embeddings"] = tokens.new_zeros(*mask.shape, tokens.shape[-1])

@@ -22,8 +22,8 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
 from ..attention_proof import verify_attention
+from ..base_tokenizer import special_tokens_around
 from ..fast_inference import optimized_inference
-from ..modules.eos import special_tokens_around
 from ..modules.errors import StLlmpoolError
 from ..modules.seal import UNFINISHED
 from ..utils.parameters import count_parameters

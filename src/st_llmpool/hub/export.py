@@ -15,7 +15,7 @@ from sentence_transformers.base.modules.normalize import Normalize
 from ..adapters import merge_adapter
 from ..model_card.card import write_card_of
 from ..modules.errors import ConfigurationError, InputError
-from ..modules.seal import write_seal
+from ..modules.seal import times_of_files, write_seal
 from ..utils.files import atomic_folder, refuse_existing
 from .folder_code import find_code
 from .fresh_process import PROBES, embed_in_fresh_process
@@ -127,7 +127,7 @@ def _make_native(model: SentenceTransformer, folder: Path) -> None:
     _edit_json(folder / "sentence_bert_config.json", **dict.fromkeys(_OUR_KEYS))
     for file in folder.glob("*.py"):
         file.unlink()
-    write_seal(folder, model)
+    write_seal(folder, model, times_of_files(folder))
 
 
 def _edit_json(file: Path, **changes: object) -> None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..modules.errors import __version__
 from ..modules.seal import (
     MANIFEST,
     Difference,
     differences,
-    files_to_seal,
     probe_vectors,
-    read_json_or_empty,
     read_manifest,
     write_seal,
 )
@@ -25,6 +26,12 @@ from .finding import Finding
 #: What :func:`examine_seal` looks at.
 SEAL_CHECKS = ("seal", "files added", "code added")
 
+# What loaders read at the root of a model, beside code.
+_READ_BY_LOADERS = (
+    *("*.safetensors", "*.safetensors.index.json", "config*.json", "*_config.json", "modules.json"),
+    *("tokenizer*", "added_tokens.json", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "*.tiktoken"),
+    *("chat_template*", "*.jinja"),
+)
 _WAY_OUT = "Save or download the model again; after a change on purpose, seal it with `st-llmpool doctor --seal`."
 
 
@@ -68,6 +75,25 @@ def examine_probes(folder: Path, model: SentenceTransformer) -> Finding:
     return Finding("probe vectors", "ok", detail)
 
 
+def files_to_seal(root: Path) -> list[str]:
+    """Returns the files of a saved model that decide its vectors, as paths below `root`.
+
+    These are what loaders read at the root, the modules' folders, and the code that is named in `modules.json` or an
+    `auto_map`; a file that somebody else put there is not among them.
+    """
+    modules = json.loads((root / "modules.json").read_text(encoding="utf-8"))
+    references = [module["type"] for module in modules]
+    for config in map(_read_json_or_empty, root.glob("*config.json")):
+        references += _strings(config.get("auto_map"))
+    code = [file for name in references if (file := root / f"{name.partition('.')[0]}.py").is_file()]
+    code += [root / Path(str(needed)).name for file in code for needed in get_relative_import_files(str(file))]
+    folders = [root / module["path"] for module in modules if module["path"]]
+    read = [file for pattern in _READ_BY_LOADERS for file in root.glob(pattern)]
+    files = [*read, *code, *(file for folder in folders for file in folder.rglob("*"))]
+    names = {file.relative_to(root).as_posix() for file in files if file.is_file()}
+    return sorted(name for name in names if not any(part.startswith(".") for part in PurePosixPath(name).parts))
+
+
 @contextmanager
 def sealing_again(folder: Path) -> Iterator[Callable[[SentenceTransformer], Finding]]:
     """Loads inside are not compared with the old seal; the function that it gives writes a new one.
@@ -90,7 +116,7 @@ def sealing_again(folder: Path) -> Iterator[Callable[[SentenceTransformer], Find
         old.rename(aside)
 
     def seal(model: SentenceTransformer) -> Finding:
-        write_seal(folder, model)
+        write_seal(folder, model, files_to_seal(folder))
         return Finding("seal", "ok", f"sealed; since the last seal: {changes}")
 
     try:
@@ -102,6 +128,22 @@ def sealing_again(folder: Path) -> Iterator[Callable[[SentenceTransformer], Find
 
 
 def _unsealed(folder: Path) -> Finding:
-    if read_json_or_empty(folder / "config_sentence_transformers.json").get("sealed"):
+    if _read_json_or_empty(folder / "config_sentence_transformers.json").get("sealed"):
         return Finding("seal", "failed", f"{MANIFEST}, which the save wrote last, is missing or unreadable. {_WAY_OUT}")
     return Finding("seal", "warning", "none, so damage cannot be found. Seal it with `st-llmpool doctor --seal`.")
+
+
+def _read_json_or_empty(file: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; empty if there is none that can be read."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _strings(item)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from ..data.texts import TextSettings
 from ..data.training_data import FORMATS, DatasetSettings
 from ..hub.loading import load_model
 from ..modules.errors import ConfigurationError, DataError, StLlmpoolError, __version__
-from ..modules.portable import IdentifiedCardData, code_files_of
+from ..modules.portable import IdentifiedCardData, code_files
 from ..utils.files import write_atomically
 from ..utils.parameters import count_parameters
 from ..utils.random_state import preserve_rng_state
@@ -433,7 +434,8 @@ def _cost(model: Any) -> list[tuple[str, str]]:
 def _loading(model: Any, adapter: Any, *, native: bool) -> str:
     if native:
         return "Native: neither a flag nor st_llmpool is needed."
-    files = {file for module in model for file in code_files_of(type(module))}
+    ours = [type(module) for module in model if hasattr(module, "is_st_llmpool_module")]
+    files = {file for module_class in ours for file in code_files(Path(inspect.getfile(module_class)))}
     lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
     text = (
         f"Portable: the flag lets sentence-transformers run the {len(files)} Python files of this repository "

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 __version__ = "0.1.0"
 
 
 class StLlmpoolError(Exception):
-    """Base class of every error that st_llmpool raises on purpose.
-
-    A shared model raises the errors of its own copy of this file, whose classes are others: recognise them by
-    `is_st_llmpool_error`.
-    """
+    """Base class of every error that st_llmpool raises; a shared model's own copy is recognised by the attribute."""
 
     is_st_llmpool_error = True
 
@@ -35,11 +33,14 @@ class InputError(StLlmpoolError, ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns a hint that names the known name closest to `name`, or an empty string if none is close.
-
-    Example:
-        >>> nearest("bidirectoinal", ["causal", "bidirectional"])
-        " Did you mean 'bidirectional'?"
-    """
+    """Return a hint that names the known name closest to `name`, such as " Did you mean 'mean'?", or nothing."""
     matches = difflib.get_close_matches(str(name), [str(option) for option in known], n=1)
     return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def check_choice(name: str, value: Any, known: Sequence[Any]) -> None:
+    """Raise ConfigurationError unless `value` is one of the known ones; 1 is not True."""
+    if not any(type(value) is type(option) and value == option for option in known):
+        shown = reprlib.repr(value)
+        hint = nearest(shown.strip("'"), known)
+        raise ConfigurationError(f"{name}={shown} is unknown; it is one of {list(known)}.{hint}")

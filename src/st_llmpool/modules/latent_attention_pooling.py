@@ -41,6 +41,6 @@ class LatentAttentionPooling(CrossAttentionPooling):
     """
 
     def pool(self, features: dict[str, Any]) -> Tensor:
-        """Returns the embeddings (B, D)."""
+        """Return the embeddings (B, D)."""
         tokens, mask = self.tokens(features)
         return self.embeddings_from(features, self.cross_attention(tokens, mask), dtype=tokens.dtype)

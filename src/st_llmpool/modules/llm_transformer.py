@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import suppress
+from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Literal, Self
 
 import torch
@@ -14,10 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
-from sentence_transformers.base.modules.normalize import Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
-from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from .attention import (
     ATTENTION_MODES,
@@ -28,21 +30,15 @@ from .attention import (
     position_ids_from,
     refuse_encoder_decoder,
     set_attention,
+    text_config,
 )
-from .eos import append_eos, ends_every_text, ensure_pad_token, without_truncation
-from .errors import ConfigurationError, DataError, InputError, nearest
+from .errors import ConfigurationError, DataError, InputError, check_choice
 from .layer_readout import POOLING_FEATURES, READOUTS, TokenSpans, capture_layers, hook_layers
-from .portable import (
-    PortableModule,
-    copy_assets,
-    identify_by_weights,
-    naming,
-    save_requirements,
-    save_source_files,
-)
-from .seal import begin_save, check_seal, seal_saves
+from .portable import LOCATION, PortableModule, complete_model, forget_last_call, naming, save_source_files
+from .seal import check_seal
 
 _MOST_LAYERS = 2_000  # ten times those of the deepest model that is published
+_ENDINGS = ("a", "", "a " * 64)  # texts that have their last token in common only if it is added to every text
 _MAGNITUDE = "lora_magnitude_vector"
 #: Fewest tokens that a prompt must leave to the text.
 ROOM_FOR_TEXT = 8
@@ -52,8 +48,8 @@ _TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_s
 class LLMTransformer(Transformer, PortableModule):
     """A Hugging Face decoder (or encoder) as the first module of a ``SentenceTransformer``.
 
-    What the embedding depends on and a base's files do not say (attention mode, layer readout, EOS token, prompt
-    exclusion) is in the saved config and applied on every load: adapter-only saves, checkpoints and merging keep it.
+    What the embedding depends on and a base's files do not say is in the saved config and applied on every load:
+    adapter-only saves, checkpoints and merging keep it.
 
     Args:
         model_name_or_path: Hub id or folder, as for ``Transformer``.
@@ -71,24 +67,18 @@ class LLMTransformer(Transformer, PortableModule):
         ConfigurationError: If a setting is unknown, out of range or does not fit the base.
         AttentionError: If two short forwards show another attention than `attention`.
 
-    Attributes:
-        batch_runner: Runs a batch in inference instead of :meth:`run`: ``(module, features, spans) -> features``; set
-            by ``st_llmpool.optimize_inference``, never saved.
-
     Inputs:
         ``input_ids`` (B, T) and ``attention_mask`` (B, T) with padding on any side, or flat ``input_ids``
         (1, N) with ``cu_seq_lens_q`` (B + 1,); ``prompt_length``; ``sentence_starts``, handed on to the pooling.
 
     Outputs:
-        ``token_embeddings`` (B, T, D), or (1, N, D) if flat, of the last layer; ``attention_mask`` (B, T)
-        of the tokens that the pooling may see, prompt excluded if asked; ``readout`` (B, D) of the last layer
-        and ``layer_summaries`` (B, L, D) of the chosen layers, in float32.
+        ``token_embeddings`` (B, T, D), or (1, N, D) if flat, of the last layer; ``attention_mask`` (B, T) of the tokens
+        that the pooling may see; ``readout`` (B, D) of the last layer and ``layer_summaries`` (B, L, D), in float32.
 
     Example:
         >>> from st_llmpool.data import builtin_backbone
         >>> backbone = LLMTransformer(builtin_backbone(), attention="bidirectional", layers=[1, -1])
-        >>> features = backbone(backbone.preprocess(["a text", "another, longer text"]))
-        >>> features["layer_summaries"].shape[:2]
+        >>> backbone(backbone.preprocess(["a text", "another, longer text"]))["layer_summaries"].shape[:2]
         torch.Size([2, 2])
     """
 
@@ -96,10 +86,12 @@ class LLMTransformer(Transformer, PortableModule):
         *Transformer.config_keys,
         *("attention", "layer_readout", "layers", "add_eos_token", "include_prompt", "causal_layers"),
     ]
+    #: Runs a batch in inference instead of :meth:`run`; set by ``st_llmpool.optimize_inference``, never saved.
     batch_runner: Callable[[LLMTransformer, dict[str, Any], TokenSpans], dict[str, Any]] | None = None
-
     #: Where a saved model was loaded from, and how; None for one that was built.
-    _loaded_from: tuple[str, dict[str, Any]] | None = None
+    loaded_from: tuple[str, dict[str, Any]] | None = None
+    _model_at_hand: Any = None
+    _prepared: tuple[Any] = (None,)
 
     def __init__(
         self,
@@ -114,143 +106,140 @@ class LLMTransformer(Transformer, PortableModule):
         verify: bool = True,
         **kwargs: Any,
     ) -> None:
-        _check_choice("attention", attention, ATTENTION_MODES)
+        check_choice("attention", attention, ATTENTION_MODES)
         if layer_readout is None:
             layer_readout = "eos" if attention == "causal" else "mean"
-        _check_choice("layer_readout", layer_readout, READOUTS)
-        _check_backend(kwargs.get("backend", "torch"))
+        check_choice("layer_readout", layer_readout, READOUTS)
+        check_choice("include_prompt", include_prompt, (True, False))
+        check_choice("add_eos_token", add_eos_token, (None, True, False))
+        for name in ("do_lower_case", "unpad_inputs"):
+            check_choice(name, kwargs.get(name), (None, True, False))
+        check_choice("backend", kwargs.get("backend", "torch"), ("torch",))
         # Chat templates would wrap every text in a conversation; an embedding model reads plain text.
         kwargs.setdefault("modality_config", _TEXT_ONLY)
         kwargs.setdefault("module_output_name", "token_embeddings")
-        self._requested_layers = layers
-        processor_kwargs = kwargs.get("processor_kwargs") or {}
-        self._requested_length = processor_kwargs.get("model_max_length", kwargs.get("max_seq_length"))
         if "torch_dtype" in (model_kwargs := kwargs.get("model_kwargs") or {}):
             # Its older name is the caller's; a saved adapter's own dtype would win over it in transformers.
             kwargs["model_kwargs"] = {**model_kwargs, "dtype": model_kwargs["torch_dtype"]}
             del kwargs["model_kwargs"]["torch_dtype"]
         self._load_backbone(model_name_or_path, kwargs)
-
+        processor_kwargs = kwargs.get("processor_kwargs") or {}
+        check_length(processor_kwargs.get("model_max_length", kwargs.get("max_seq_length")), self.config)
         self.attention = attention
         self.layer_readout = layer_readout
         self.include_prompt = include_prompt
-        self.causal_layers = list(causal_layers)
         self.num_layers = len(decoder_layers(self.model))
         self.layers = resolve_layers(layers, self.num_layers)
-        is_decoder = not is_encoder(self.model)
+        self.causal_layers = resolve_layers(causal_layers, self.num_layers)
+        is_decoder = not is_encoder(text_config(self.model))
         self.add_eos_token = is_decoder if add_eos_token is None else add_eos_token
-        if self.add_eos_token:
-            append_eos(self.tokenizer)
-        elif (
-            layer_readout == "eos"
-            and is_decoder
-            and self.tokenizer.eos_token_id is None
-            and not ends_every_text(self.tokenizer)
-        ):
-            raise ConfigurationError(
-                f"layer_readout='eos' reads the EOS token, but the tokenizer of {model_name_or_path!r} has none. "
-                f"Use layer_readout='mean', or set an EOS token on the tokenizer."
-            )
-        ensure_pad_token(self.tokenizer)
+        self._check_tokenizer(eos_is_read=layer_readout == "eos" and is_decoder)
         self._prepare_model()
         if verify:
             check_attention(self.model, attention)
 
     def _load_backbone(self, model_name_or_path: str, kwargs: dict[str, Any]) -> None:
+        fault: Exception | str = "there is none"
         try:
             Transformer.__init__(self, model_name_or_path, **kwargs)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             if isinstance(error, ConfigurationError) or "model" not in self.__dict__.get("_modules", {}):
                 raise
+            fault, self._model_at_hand, self.processor = error, self.model, None
+            with suppress(OSError, ValueError, KeyError, TypeError):  # a multimodal model without an image processor
+                _init_with_tokenizer(self, model_name_or_path, **kwargs)
+        if self.processor is None or self.tokenizer is None:
             raise ConfigurationError(
-                f"{model_name_or_path!r} has a model but no usable tokenizer ({error}). Save one into the "
-                f"folder, or pass processor_kwargs of a base that has one."
-            ) from error
-        if self.tokenizer is None:
-            raise ConfigurationError(
-                f"{model_name_or_path!r} has no tokenizer, so it cannot embed text. Save one into it."
+                f"{model_name_or_path!r} has a model but no usable tokenizer ({fault}). Save one into the folder, or "
+                f"pass processor_kwargs of a base that has one."
             )
 
+    def _check_tokenizer(self, *, eos_is_read: bool) -> None:
+        """Check that texts end in EOS and can be padded, as a saved one's do; the package changes a base's."""
+        last = {tuple(self.tokenizer(text, truncation=True, max_length=32)["input_ids"][-1:]) for text in _ENDINGS}
+        forget_last_call(self.tokenizer)
+        has_ending = len(last) == 1
+        if eos_is_read and not self.add_eos_token and not has_ending and self.tokenizer.eos_token_id is None:
+            raise ConfigurationError(
+                "layer_readout='eos' reads the EOS token, but the tokenizer has none. Use layer_readout='mean', or set "
+                "an EOS token on the tokenizer."
+            )
+        if self.tokenizer.pad_token_id is None or (self.add_eos_token and not has_ending):
+            try:
+                package = import_module("st_llmpool.base_tokenizer")
+            except ImportError as error:
+                raise ConfigurationError(
+                    "The tokenizer has no padding token or does not end texts in EOS. To build a model on such a base: "
+                    "pip install st-llmpool."
+                ) from error
+            package.prepare_tokenizer(self.tokenizer, add_eos_token=self.add_eos_token)
+
     def _load_config(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
-        """Checks what the config alone can tell, before weights are read."""
         config, is_peft_model = super()._load_config(model_name_or_path, *args, **kwargs)
         refuse_encoder_decoder(config, repr(model_name_or_path))
-        if hasattr(config, "get_text_config"):  # sentence-transformers 6.0 returns an adapter's own config
-            num_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-            if num_layers is not None:
-                if num_layers > _MOST_LAYERS:
-                    raise ConfigurationError(
-                        f"{model_name_or_path!r} asks for {num_layers:,} layers in its config.json; the limit is "
-                        f"{_MOST_LAYERS:,}. Save or download the model again."
-                    )
-                resolve_layers(self._requested_layers, num_layers)
-            _check_length(self._requested_length, config)
+        if (count := getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)) > _MOST_LAYERS:
+            raise ConfigurationError(
+                f"{model_name_or_path!r} asks for {count:,} layers in its config.json; the limit is {_MOST_LAYERS:,}. "
+                f"Save or download the model again."
+            )
         return config, is_peft_model
 
     def _load_model(
         self, model_name_or_path: str, task: Any, config: Any, backend: str, is_peft_model: bool, **kwargs: Any
     ) -> Any:
-        """Loads the model; weights that the files lack, or an adapter's that fit nothing, are an error.
-
-        transformers would draw the first at random and drop the second, with a logged table.
-        """
+        """Load the model; what transformers would draw at random or drop with a logged table is an error."""
+        if self._model_at_hand is not None:
+            return self.__dict__.pop("_model_at_hand")
         wanted = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}  # to name them ourselves
         if isinstance(wanted.get("quantization_config"), dict) and hasattr(config, "quantization_config"):
             del wanted["quantization_config"]  # an adapter's note of how its base was quantised: published so, it knows
         with naming(model_name_or_path, SafetensorError, FileNotFoundError):
             model, report = super()._load_model(model_name_or_path, task, config, backend, is_peft_model, **wanted)
+        missing = set(report["missing_keys"])
         bad = [f"{name}: {list(found)}, not {list(due)}" for name, found, due in report["mismatched_keys"]]
-        # A pooler on the first token, which many encoders are published without, takes no part here.
-        bad += [f"{name}: none" for name in report["missing_keys"] if "pooler" not in name]
         if is_peft_model:
-            # The head of a language model takes no part either.
+            # The head of a language model takes no part.
             bad += [f"{name}: no place in it" for name in report["unexpected_keys"] if "lm_head." not in name]
+            # The report is the adapter's alone. What was read from a file, or is tied to it, is marked.
+            named = model.named_parameters()
+            missing |= {name for name, weight in named if not getattr(weight, "_is_hf_initialized", False)}
+        # A pooler on the first token, which many encoders are published without, takes no part either.
+        bad += [f"{name}: none" for name in missing if "pooler" not in name]
         if bad:
             raise DataError(
-                f"{model_name_or_path} does not fit its {type(model).__name__} in {len(bad)} weights "
-                f"({min(bad)}{', ...' if bad[1:] else ''}): the embeddings would be wrong. Save or download the "
-                f"model again."
+                f"{model_name_or_path} does not fit its {type(model).__name__} in {len(bad)} weights ({min(bad)}"
+                f"{', ...' if bad[1:] else ''}): the embeddings would be wrong. Save or download the model again."
             )
         return model
 
     @classmethod
     def load(cls, model_name_or_path: str, **kwargs: Any) -> Self:
-        """Read what :meth:`save` wrote; arguments as for ``Transformer.load``.
-
-        Raises:
-            DataError: If a file is missing, damaged, from a newer version, or lacks weights.
-        """
-        location = ("token", "cache_folder", "revision", "local_files_only")
-        where = {key: kwargs[key] for key in location if key in kwargs}
+        """Read what :meth:`save` wrote; DataError if a file is missing, damaged, too new, or lacks weights."""
+        where = {key: kwargs[key] for key in LOCATION if key in kwargs}
         options = dict(kwargs.get("model_kwargs") or {})
         check_seal(model_name_or_path, verify_weights=options.pop("verify_weights", False), **where)
         with naming(f"{model_name_or_path}/{cls.config_file_name}", TypeError):
             module = super().load(model_name_or_path, **{**kwargs, "model_kwargs": options})
-        module._loaded_from = (model_name_or_path, where)
+        module.loaded_from = (model_name_or_path, where)
         return module
 
     def _prepare_model(self) -> None:
-        """Set attention mode and hooks, which no file keeps, on the model that is there now."""
+        """Set attention mode and hooks, which no file keeps, on a model that has not got them."""
+        if self._prepared[0] is self.model:
+            return
         set_attention(self.model, self.attention)
         hook_layers(list(decoder_layers(self.model)), self.layers)
         for module in self.model.modules():
-            # On a CPU with bf16 instructions bitsandbytes repacks 4-bit layers in their first inference: from then on
-            # they compute in bf16, whatever they are asked for, and give no right gradients (seen in 0.50).
+            # With it bitsandbytes repacks 4-bit layers in their first inference, and gives no right gradients after it.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-        # Keys and values of every layer would be held for nothing; sentence-transformers sees to it from 6.2, at load.
-        self.config.get_text_config(decoder=True).use_cache = False
-        # In a tuple, or torch would register the model as a second submodule.
-        self._prepared = (self.model,)
+        text_config(self.model).use_cache = False  # a model that is put in place of another has it on
+        self._prepared = (self.model,)  # in a tuple, or torch would register the model as a second submodule
         self._counts_positions = needs_position_ids(self.model)
 
-    def _prepare_if_replaced(self) -> None:
-        if self._prepared[0] is not self.model:
-            self._prepare_model()
-
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Runs the backbone; shapes in the class docstring."""
-        self._prepare_if_replaced()
+        """Run the backbone; shapes in the class docstring."""
+        self._prepare_model()
         features = dict(features)
         for_pooling = {name: features.pop(name) for name in POOLING_FEATURES if name in features}
         spans = TokenSpans.of(features, include_prompt=self.include_prompt)
@@ -261,7 +250,7 @@ class LLMTransformer(Transformer, PortableModule):
         return spans.compact(features | for_pooling)
 
     def run(self, features: dict[str, Any], spans: TokenSpans, **kwargs: Any) -> dict[str, Any]:
-        """Runs the backbone on one batch and reads it out; adds ``token_embeddings``, readout and summaries."""
+        """Run the backbone on one batch and read it out; adds ``token_embeddings``, readout and summaries."""
         # Asked of the parameters: inside a reentrant checkpoint the tensors do not say that they are trained.
         trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.model.parameters())
         if self._counts_positions and not spans.is_flat and "past_key_values" not in kwargs:
@@ -282,45 +271,41 @@ class LLMTransformer(Transformer, PortableModule):
 
     @max_seq_length.setter
     def max_seq_length(self, value: int | None) -> None:
-        _check_length(value, self.config)
+        check_length(value, self.config)
         self.tokenizer.model_max_length = value
 
     def on_model_ready(self, model: SentenceTransformer) -> None:
-        """Names the finished model by its weights and mends what `encode` returns, see :func:`_infer`.
-
-        sentence-transformers calls this at the end of its construction.
-        """
+        """Complete the finished model; sentence-transformers calls this at the end of its construction."""
         super().on_model_ready(model)
-        identify_by_weights(model)
-        seal_saves(model)
-        model._inference = partial(_infer, model)
+        complete_model(model)
 
     def preprocess(self, inputs: Sequence[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Tokenize texts; arguments as for ``Transformer.preprocess``.
-
-        Raises:
-            InputError: If an input is not a string, cannot be encoded, or has no token.
-            ConfigurationError: If the prompt leaves no room for a text.
-        """
+        """Tokenize texts; InputError for what is no text or has no token, ConfigurationError for too long a prompt."""
         for text in inputs:
             if not isinstance(text, str):
-                raise InputError(
-                    f"{reprlib.repr(text)} is of type {type(text).__name__}; this model embeds text: pass str."
-                )
+                kind = type(text).__name__
+                raise InputError(f"{reprlib.repr(text)} is of type {kind}; this model embeds text: pass str.")
         prompt = kwargs.get("prompt") or (args[0] if args else None)
         try:
             self.check_prompt(prompt)
             features = super().preprocess(inputs, *args, **kwargs)
-        except (TypeError, UnicodeEncodeError):
+        except (TypeError, UnicodeEncodeError) as error:
             for text in (prompt or "", *inputs):
-                _check_surrogates(text)
+                if surrogate := re.search("[\ud800-\udfff]", text):
+                    place = surrogate.start()
+                    raise InputError(
+                        f"{text[max(place - 20, 0) : place + 20]!r} holds the lone surrogate {text[place]!r} at "
+                        f"position {place} of the text: half a character. Clean it, for instance by "
+                        f"text.encode(errors='replace').decode()."
+                    ) from error
             raise
-        for index, length in enumerate(_token_counts(features)):
-            if length == 0:
-                raise InputError(
-                    f"{reprlib.repr(inputs[index])} has no token, so it has no embedding. Build the model with "
-                    f"add_eos_token=True, or leave such texts out."
-                )
+        is_flat = "cu_seq_lens_q" in features
+        lengths = features["cu_seq_lens_q"].diff() if is_flat else features["attention_mask"].sum(dim=1)
+        if not lengths.all():
+            raise InputError(
+                f"{reprlib.repr(inputs[int(lengths.argmin())])} has no token, so it has no embedding. Build the model "
+                f"with add_eos_token=True, or leave such texts out."
+            )
         return features
 
     def check_prompt(self, prompt: str | None) -> None:
@@ -339,24 +324,21 @@ class LLMTransformer(Transformer, PortableModule):
             )
 
     def _get_prompt_length(self, prompt: str, **kwargs: Any) -> int | None:
-        """Count the tokens that are the prompt's whatever text follows.
-
-        The last token of a prompt that ends in a space merges with the text, so counting the prompt alone, as the base
-        class does, would drop the text's first word. Several continuations are tried instead.
-        """
+        """Count the tokens that are the prompt's whatever text follows: one that ends in a space merges with it."""
         if prompt not in self._prompt_length_mapping:
             limit = {"truncation": True} if self.max_seq_length else {}
             alone = self.tokenizer(prompt, **limit)["input_ids"]
             variants = (prompt.rstrip(), *(prompt + text for text in ("a", "1", "(")))
-            shared = [_shared_start(alone, self.tokenizer(variant, **limit)["input_ids"]) for variant in variants]
-            self._prompt_length_mapping[prompt] = min(shared)
+            others = [self.tokenizer(variant, **limit)["input_ids"] for variant in variants]
+            self._prompt_length_mapping[prompt] = sum(
+                1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(alone, *others, strict=False))
+            )
         return self._prompt_length_mapping[prompt]
 
     def get_config_dict(self) -> dict[str, Any]:
-        """Returns what is saved of the settings; for an adapter also how its base is to be loaded beside it."""
+        """Return what is saved of the settings; for an adapter also how its base is to be loaded beside it."""
         config = super().get_config_dict()
         if getattr(self.model, "peft_config", None):
-            # A whole model's config.json says this; an adapter's base comes from elsewhere, as it is there.
             base: dict[str, Any] = {"dtype": str(self.model.get_input_embeddings().weight.dtype).removeprefix("torch.")}
             quantization = getattr(self.model.config, "quantization_config", None)
             if quantization is not None:
@@ -365,22 +347,16 @@ class LLMTransformer(Transformer, PortableModule):
         return config
 
     def save(self, output_path: str, *args: object, **kwargs: object) -> None:
-        """Writes the backbone (safetensors), tokenizer, config, version requirements and the module code."""
-        self._prepare_if_replaced()
+        """Write the backbone (safetensors), tokenizer, config and the module code."""
+        self._prepare_model()
+        forget_last_call(self.tokenizer)
+        super().save(output_path, *args, **{**kwargs, "safe_serialization": True})
         root = Path(output_path).resolve()
-        begin_save(root)
-        with without_truncation(self.tokenizer):
-            super().save(output_path, *args, **{**kwargs, "safe_serialization": True})
         _tidy_adapter(root)
         save_source_files(type(self), root)
-        save_requirements(root)
-        if self._loaded_from is not None:
-            name, where = self._loaded_from
-            copy_assets(name, root, **where)
 
 
-# SentenceTransformer.set_pooling_include_prompt, which mteb calls, looks for a Pooling; prompt exclusion is
-# this module's setting, so it must find this one.
+# SentenceTransformer.set_pooling_include_prompt, which mteb calls, looks for a Pooling; the setting is this module's.
 Pooling.register(LLMTransformer)
 
 
@@ -391,8 +367,8 @@ def resolve_layers(layers: Literal["all"] | Sequence[int], num_layers: int) -> l
         >>> resolve_layers([-1, 2], num_layers=12)
         [2, 12]
     """
-    if isinstance(layers, str):
-        _check_choice("layers", layers, ("all",))
+    if not isinstance(layers, list | tuple | range):
+        check_choice("layers", layers, ("all",))
         return list(range(1, num_layers + 1))
     resolved: list[int] = []
     for layer in layers:
@@ -401,98 +377,49 @@ def resolve_layers(layers: Literal["all"] | Sequence[int], num_layers: int) -> l
         number = layer + num_layers + 1 if layer < 0 else layer
         if not 1 <= number <= num_layers or number in resolved:
             reason = "names a layer twice" if number in resolved else f"is outside 1..{num_layers}"
-            raise ConfigurationError(
-                f"layers={reprlib.repr(list(layers))}: {layer} {reason}. Layers count from 1, or from -1 at the end; "
-                f"'all' takes all."
-            )
+            shown = reprlib.repr(list(layers))
+            raise ConfigurationError(f"layers={shown}: {layer} {reason}. Count from 1, or -1 at the end, or use 'all'.")
         resolved.append(number)
     return sorted(resolved)
 
 
 def _tidy_adapter(folder: Path) -> None:
-    """Sorts the names in an adapter's config, and writes the full names of DoRA's magnitudes.
+    """Sort names in an adapter's config, which peft keeps in sets, and write the full names of DoRA's magnitudes.
 
-    peft keeps names in sets, whose order differs from process to process. It leaves `.weight` off the magnitudes' names
-    and adds it at load; transformers, which loads adapters here, does not, and would start them from scratch.
+    peft leaves `.weight` off these and adds it at load; transformers does not, and would start them from scratch.
     """
-    file = folder / "adapter_config.json"
-    if file.is_file():
-        config = json.loads(file.read_text(encoding="utf-8"))
-        for key in ("target_modules", "exclude_modules"):
-            if isinstance(config.get(key), list):
-                config[key] = sorted(config[key])
-        file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    file = folder / "adapter_model.safetensors"
-    weights = load_file(file) if file.is_file() else {}
+    file, adapter = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), list):
+            config[key].sort()
+    file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    weights = load_file(adapter)
     if any(name.endswith(_MAGNITUDE) for name in weights):
-        whole = {f"{name}.weight" if name.endswith(_MAGNITUDE) else name: weight for name, weight in weights.items()}
-        renamed = file.with_suffix(".partial")  # beside it: what was loaded is still read from the file
-        save_file(whole, renamed, metadata={"format": "pt"})
-        renamed.replace(file)
+        full = {f"{name}.weight" if name.endswith(_MAGNITUDE) else name: weight for name, weight in weights.items()}
+        renamed = adapter.with_suffix(".partial")  # a sibling: what was loaded is still read from the file
+        save_file(full, renamed, metadata={"format": "pt"})
+        renamed.replace(adapter)
 
 
-def _check_choice(name: str, value: object, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ConfigurationError(
-            f"{name}={value!r} is unknown; it is one of {list(known)}.{nearest(str(value), known)}"
-        )
-
-
-def _check_length(length: int | None, config: PreTrainedConfig) -> None:
+def check_length(length: Any, config: PreTrainedConfig) -> None:
+    """Raise ConfigurationError unless `length` is None or a number of tokens that the model has positions for."""
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
+        raise ConfigurationError(f"max_seq_length={reprlib.repr(length)} must be a positive integer or None.")
     if length is not None and limit and length > limit > 0:
         raise ConfigurationError(
             f"max_seq_length={length} is beyond the {limit} positions of this {config.model_type}. Use at most {limit}."
         )
 
 
-def _check_surrogates(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        around = text[max(error.start - 20, 0) : error.start + 20]
-        raise InputError(
-            f"{around!r} holds the lone surrogate {text[error.start]!r} at position {error.start} of the text: half a "
-            f"character, which has no encoding. Clean it, for instance by text.encode(errors='replace').decode()."
-        ) from error
-
-
-def _infer(model: SentenceTransformer, inputs: list, *, truncate_dim: int | None = None, **kwargs: Any) -> Any:
-    """Runs sentence-transformers' inference; cut vectors get unit length again, and token embeddings no padding.
-
-    It cuts vectors after the model has normalised them, and of token embeddings removes padding on the right only.
-    """
-    if truncate_dim is not None and (type(truncate_dim) is not int or truncate_dim < 1):
-        raise ConfigurationError(f"truncate_dim={truncate_dim!r} must be a positive integer.")
-    if cut := truncate_dim is not None and isinstance(model[-1], Normalize):
-        kwargs["normalize_embeddings"] = True
-    of_tokens = kwargs.get("output_value") == "token_embeddings"
-    if of_tokens:
-        kwargs["output_value"] = None
-    found = type(model)._inference(model, inputs, truncate_dim=truncate_dim, **kwargs)
-    if of_tokens:
-        return [item["token_embeddings"][item["attention_mask"].bool()] for item in found]
-    if cut and kwargs.get("output_value", "") is None:
-        for item in found:
-            item["sentence_embedding"] = nn.functional.normalize(item["sentence_embedding"], dim=-1)
-    return found
-
-
-def _check_backend(backend: str) -> None:
-    if backend != "torch":
-        raise ConfigurationError(
-            f"backend={backend!r} cannot run an LLMTransformer: attention mode and layer readout need the torch model. "
-            f"Use backend='torch'."
-        )
-
-
-def _shared_start(first: list[int], second: list[int]) -> int:
-    pairs = zip(first, second, strict=False)
-    return next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
-
-
-def _token_counts(features: dict[str, Any]) -> list[int]:
-    if "cu_seq_lens_q" in features:
-        return features["cu_seq_lens_q"].diff().tolist()
-    mask: Tensor | None = features.get("attention_mask")
-    return [] if mask is None else mask.sum(dim=1).tolist()
+def _init_with_tokenizer(module: Transformer, *args: Any, **kwargs: Any) -> None:
+    """Run ``Transformer.__init__`` with AutoTokenizer for AutoProcessor, which it calls by name."""
+    init: Any = Transformer.__init__
+    code = getattr(init, "__wrapped__", init)
+    names = {**code.__globals__, "AutoProcessor": AutoTokenizer}
+    run = FunctionType(code.__code__, names, closure=code.__closure__)
+    run.__kwdefaults__ = code.__kwdefaults__
+    run(module, *args, **kwargs)

@@ -1,8 +1,7 @@
 """Portable saving: every save also writes the module code that the model needs to load anywhere, and names it uniquely.
 
 sentence-transformers looks up a class that is not its own as ``file.Class`` at the root of the repository and never
-copies an installed package's code there. The base class here does so inside ``save`` itself, so that
-``save_pretrained``, ``push_to_hub`` and trainer checkpoints need no special call.
+copies an installed package's code there.
 """
 
 from __future__ import annotations
@@ -22,37 +21,31 @@ import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.module import Module
+from sentence_transformers.base.modules.normalize import Normalize
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 from sentence_transformers.util import load_dir_path
 from torch import nn
 
-from .errors import DataError, StLlmpoolError, __version__
-from .seal import MANIFEST, write_text
+from .errors import ConfigurationError, DataError, StLlmpoolError, __version__
+from .seal import MANIFEST, begin_save, times_of_files, write_seal, write_text
 
 logger = logging.getLogger(__name__)
 
 CODE_HEADER = f"# Part of st_llmpool {__version__} (Apache-2.0), copied here so that this model loads without it.\n"
-
-#: ``from .x import`` and ``from ..folder.x import``.
-_RELATIVE_IMPORT = re.compile(r"^(\s*from\s+)\.(?:\.(\w+)\.)?([^\s.]\S*)(\s+import\b)", re.MULTILINE)
-
+#: Oldest usable libraries, and why.
 MINIMUM_VERSIONS = {
-    "transformers": (
-        ">=5.11",
-        "older versions miss parts of this model's code, and 5.2 loads adapters as random weights",
-    ),
+    "transformers": (">=5.11", "older versions miss parts of this model's code, and 5.2 loads adapters at random"),
     "sentence_transformers": (">=6.2", "6.0 weights tokens wrongly where a batch is padded on the left"),
 }
+LOCATION = ("token", "cache_folder", "revision", "local_files_only")
+# `from .x import` and `from ..folder.x import`
+_RELATIVE_IMPORT = re.compile(r"^(\s*from\s+)\.(?:\.(\w+)\.)?([^\s.]\S*)(\s+import\b)", re.MULTILINE)
 
 
 class PortableModule(Module):
-    """Base of the modules in this folder: safetensors weights, and source code beside every saved model.
+    """Base of the modules in this folder: safetensors weights, and the source code in every saved model.
 
-    A subclass declares ``config_keys`` as every sentence-transformers module does; its constructor takes
-    them by name.
-
-    modules.json names a subclass by its file alone (``multi_layer_pooling.MultiLayerPooling``), which is what
-    sentence-transformers can look up in a repository; see :class:`SavedModuleName`.
+    A subclass declares ``config_keys`` as every sentence-transformers module does; its constructor takes them by name.
 
     Example:
         >>> class DoublePooling(PortableModule):
@@ -61,8 +54,7 @@ class PortableModule(Module):
         ...         super().__init__()
         ...         self.factor = factor
         ...     def forward(self, features):
-        ...         features["sentence_embedding"] = features["readout"] * self.factor
-        ...         return features
+        ...         return features | {"sentence_embedding": features["readout"] * self.factor}
         >>> DoublePooling(3.0).get_config_dict()
         {'factor': 3.0}
     """
@@ -84,13 +76,8 @@ class PortableModule(Module):
 
     @classmethod
     def load(cls, model_name_or_path: str, **kwargs: Any) -> Self:
-        """Read what :meth:`save` wrote from a folder or the Hub; `kwargs` say where, the rest is for other modules.
-
-        Raises:
-            DataError: If config or weights are missing, damaged, from a newer version, or do not fit each other.
-        """
-        location = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
-        where = {key: kwargs[key] for key in location if key in kwargs}
+        """Read what :meth:`save` wrote; DataError if it is missing, damaged, newer than this code, or does not fit."""
+        where = {key: kwargs[key] for key in ("subfolder", *LOCATION) if key in kwargs}
         folder = f"{model_name_or_path}/{kwargs.get('subfolder', '')}".rstrip("/")
         with naming(f"{folder}/{cls.config_file_name}", TypeError, ValueError, OSError, RecursionError):
             module = cls(**cls.load_config(model_name_or_path, **where))
@@ -101,26 +88,91 @@ class PortableModule(Module):
 
 
 class SavedModuleName(str):
-    """A class's true ``__module__``, which sentence-transformers' save turns into the name of its file.
-
-    The save writes ``f"{__module__}.{name}"`` into modules.json. It also copies the code of classes whose module starts
-    with ``transformers_modules.`` into their folders, though :class:`PortableModule` has put it at the root already.
-
-    Example:
-        >>> name = SavedModuleName("st_llmpool.modules.multi_layer_pooling")
-        >>> name == "st_llmpool.modules.multi_layer_pooling", f"{name}.MultiLayerPooling"
-        (True, 'multi_layer_pooling.MultiLayerPooling')
-    """
+    """A class's true ``__module__``, of which sentence-transformers' save writes the file alone into modules.json."""
 
     def __format__(self, spec: str) -> str:
         return format(str(self).rpartition(".")[2], spec)
 
     def startswith(self, prefix: Any, *place: Any) -> bool:
-        """Return False for ``"transformers_modules."``, which the save asks for."""
+        """Return False for ``"transformers_modules."``, whose code the save would copy a second time."""
         return prefix != "transformers_modules." and super().startswith(prefix, *place)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return str, (str(self),)
+
+
+class SealedSentenceTransformer(SentenceTransformer):
+    """A ``SentenceTransformer`` whose saves are sealed and whose cut vectors and token embeddings are right.
+
+    Only the model can seal: it writes ``modules.json`` and the card after the modules' own ``save``.
+    """
+
+    def save(self, path: str, *args: Any, **kwargs: Any) -> None:
+        """Save as the base class does, then write the seal; a save that is interrupted leaves what does not load."""
+        if path is None:
+            return
+        root = Path(path)
+        begin_save(root, self)
+        self._copy_assets(root)
+        others = times_of_files(root)
+        del others["modules.json"]
+        super().save(path, *args, **kwargs)
+        write_seal(root, self, [name for name, time in times_of_files(root).items() if others.get(name) != time])
+        # A fast tokenizer keeps how it cut and padded its last texts, and a trainer saves it once more.
+        forget_last_call(self.tokenizer)
+
+    def _copy_assets(self, root: Path) -> None:
+        """Copy the card's pictures of a loaded model: sentence-transformers keeps its text only."""
+        name, where = getattr(self[0], "loaded_from", None) or (None, {})
+        try:
+            source = name and load_dir_path(name, subfolder="assets", **where)
+            if source and Path(source).is_dir() and Path(source).resolve() != (root / "assets").resolve():
+                shutil.copytree(source, root / "assets", dirs_exist_ok=True)
+        except Exception as error:  # pictures are worth no failed save, whatever the Hub says
+            logger.warning("The pictures of the card of %s could not be copied: %s", name, error)
+
+    def _get_model_config(self) -> dict[str, Any]:
+        libraries = {library: {"specifier": at, "reason": why} for library, (at, why) in MINIMUM_VERSIONS.items()}
+        # `sealed`: a folder that lost its manifest is not taken for one that had none.
+        return super()._get_model_config() | {"requirements": libraries, "sealed": MANIFEST}
+
+    def _inference(self, inputs: list, *, truncate_dim: int | None = None, **kwargs: Any) -> Any:
+        """Mend what inference returns: vectors that were cut after they were normalised, and tokens of left padding."""
+        if truncate_dim is not None and (type(truncate_dim) is not int or truncate_dim < 1):
+            raise ConfigurationError(f"truncate_dim={truncate_dim!r} must be a positive integer.")
+        if cut := truncate_dim is not None and isinstance(self[-1], Normalize):
+            kwargs["normalize_embeddings"] = True
+        if of_tokens := kwargs.get("output_value") == "token_embeddings":
+            kwargs["output_value"] = None
+        found = super()._inference(inputs, truncate_dim=truncate_dim, **kwargs)
+        if of_tokens:
+            return [item["token_embeddings"][item["attention_mask"].bool()] for item in found]
+        if cut and kwargs.get("output_value", "") is None:
+            for item in found:
+                item["sentence_embedding"] = nn.functional.normalize(item["sentence_embedding"], dim=-1)
+        return found
+
+
+# Cards and messages of sentence-transformers print the name of the model's class; pickle goes by __qualname__.
+SealedSentenceTransformer.__name__ = SentenceTransformer.__name__
+
+
+def complete_model(model: SentenceTransformer) -> None:
+    """Seal the saves of a model that is ready and name it by its weights; a user's own classes stay as they are."""
+    if type(model) is SentenceTransformer:
+        model.__class__ = SealedSentenceTransformer
+    card = model.model_card_data
+    if type(card) is SentenceTransformerModelCardData:
+        card.__class__ = IdentifiedCardData
+    if isinstance(card, IdentifiedCardData):
+        card._from_hub = bool(card.base_model_revision) and not Path(str(card.base_model)).exists()
+
+
+def forget_last_call(tokenizer: Any) -> None:
+    """Clear the truncation and padding of the last call, which a fast tokenizer keeps and would save."""
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        backend.no_truncation()
+        backend.no_padding()
 
 
 @contextmanager
@@ -132,27 +184,20 @@ def naming(file: str, *kinds: type[Exception]) -> Iterator[None]:
         if isinstance(error, StLlmpoolError):
             raise
         newer = " It may come from a newer st_llmpool: update." if "unexpected keyword" in str(error) else ""
-        words = str(error).rstrip(".")
-        raise DataError(f"{file} cannot be used: {words}.{newer} Save or download the model again.") from error
+        raise DataError(
+            f"{file} cannot be used: {str(error).rstrip('.')}.{newer} Save or download the model again."
+        ) from error
 
 
 def save_source_files(module_class: type[nn.Module], root: Path) -> None:
     """Write the file that defines a class, and every file that it needs, flat into the `root` of a saved model."""
     if module_class.__module__ == "__main__":
-        logger.warning(
-            "%s is defined in a script or notebook, so the saved model lacks its code and loads only there. "
-            "Move the class into a file of its own and import it.",
-            module_class.__name__,
-        )
+        name = module_class.__name__
+        words = "%s is defined in a script or notebook, so the saved model lacks its code and loads only there. "
+        logger.warning(words + "Move the class into a file of its own and import it.", name)
         return
-    for file in code_files_of(module_class):
+    for file in code_files(Path(inspect.getfile(module_class))):
         write_text(root / file.name, saved_code(file))
-
-
-def code_files_of(module_class: type[nn.Module]) -> list[Path]:
-    """Return the files that a class of a saved model needs; none if it is not one of ours."""
-    is_portable = hasattr(module_class, "is_st_llmpool_module")
-    return code_files(Path(inspect.getfile(module_class))) if is_portable else []
 
 
 def code_files(source: Path) -> list[Path]:
@@ -161,8 +206,7 @@ def code_files(source: Path) -> list[Path]:
     for file in found:  # grows while it is read
         for _, folder, name, _ in _RELATIVE_IMPORT.findall(file.read_text(encoding="utf-8")):
             needed = (file.parents[1] / folder if folder else file.parent) / f"{name}.py"
-            if needed not in found:
-                found.append(needed)
+            found += [needed] if needed not in found else []
     return found
 
 
@@ -173,38 +217,11 @@ def saved_code(file: Path) -> str:
     return CODE_HEADER + text if is_ours else text
 
 
-def copy_assets(model_name_or_path: str, root: Path, **where: Any) -> None:
-    """Copy the card's pictures when a loaded model is saved again: sentence-transformers keeps its text only."""
-    try:
-        source = load_dir_path(model_name_or_path, subfolder="assets", **where)
-    except Exception as error:  # pictures are worth no failed save, whatever the Hub says
-        logger.warning("The pictures of the card of %s could not be copied: %s", model_name_or_path, error)
-        return
-    if source is not None and Path(source).is_dir() and Path(source).resolve() != (root / "assets").resolve():
-        for file in Path(source).iterdir():
-            if file.is_file() and not (root / "assets" / file.name).exists():
-                (root / "assets").mkdir(exist_ok=True)
-                shutil.copyfile(file, root / "assets" / file.name)
-
-
-def save_requirements(root: Path) -> None:
-    """Write the oldest usable library versions, which sentence-transformers reads at load but never writes."""
-    file = root / "config_sentence_transformers.json"
-    if not file.is_file():
-        return
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config["requirements"] = {
-        library: {"specifier": specifier, "reason": reason} for library, (specifier, reason) in MINIMUM_VERSIONS.items()
-    }
-    config["sealed"] = MANIFEST  # so that a folder that lost its manifest is not taken for one that had none
-    write_text(file, json.dumps(config, indent=2, sort_keys=True))
-
-
 class IdentifiedCardData(SentenceTransformerModelCardData):
     """Card data whose ``model_name`` is unique to the weights, since mteb files results under it.
 
-    None for a model as it was loaded from the Hub (mteb then takes id and commit), else
-    ``local/<name>-<fingerprint>``, computed when asked for, as training changes it. The card keeps the plain name.
+    None for a model as it was loaded from the Hub (mteb then takes id and commit), else ``local/<name>-<fingerprint>``,
+    computed when asked for. The card keeps the plain name.
     """
 
     _from_hub = _writing_card = False
@@ -233,39 +250,19 @@ class IdentifiedCardData(SentenceTransformerModelCardData):
             self._writing_card = False
 
 
-def identify_by_weights(model: SentenceTransformer) -> None:
-    """Give the plain card data of a model that is ready the unique name; other card data stay as they are."""
-    card = model.model_card_data
-    if type(card) is SentenceTransformerModelCardData:
-        card.__class__ = IdentifiedCardData
-    if isinstance(card, IdentifiedCardData):
-        card._from_hub = bool(card.base_model_revision) and not Path(str(card.base_model)).exists()
-
-
 def fingerprint(model: SentenceTransformer) -> str:
     """Return a hash of all that the vectors depend on: weights, module settings, tokenizer, prompts."""
     settings: list[Any] = [model.prompts, model.default_prompt_name, model.truncate_dim, model.similarity_fn_name]
-    settings += [model.max_seq_length, _tokenizer_settings(model.tokenizer)]
-    settings += [[type(module).__name__, module.get_config_dict()] for module in model]
-    settings += [_without_places(module.config) for module in model.modules() if hasattr(module, "config")]
+    settings += [model.max_seq_length, [[type(module).__name__, module.get_config_dict()] for module in model]]
+    for config in (module.config for module in model.modules() if hasattr(module, "config")):
+        values = config.to_dict() if hasattr(config, "to_dict") else {"config": str(config)}
+        settings.append({key: values[key] for key in values.keys() - {"_name_or_path", "transformers_version"}})
+    tokenizer = getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
+    state = json.loads(tokenizer.to_str()) if hasattr(tokenizer, "to_str") else {"repr": repr(tokenizer)}
+    settings.append({key: state[key] for key in state.keys() - {"truncation", "padding"}})  # those of its last call
+    settings += [getattr(model.tokenizer, f"{action}_side", None) for action in ("padding", "truncation")]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):  # loading may register them in another order
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:40]
-
-
-def _tokenizer_settings(tokenizer: Any) -> object:
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    if not hasattr(backend, "to_str"):
-        return repr(tokenizer)
-    last_call = ("truncation", "padding")  # left over from it
-    state = {key: value for key, value in json.loads(backend.to_str()).items() if key not in last_call}
-    return [state, getattr(tokenizer, "padding_side", None), getattr(tokenizer, "truncation_side", None)]
-
-
-def _without_places(config: Any) -> object:
-    if not hasattr(config, "to_dict"):
-        return str(config)
-    where_and_when = ("_name_or_path", "transformers_version")
-    return {key: value for key, value in config.to_dict().items() if key not in where_and_when}

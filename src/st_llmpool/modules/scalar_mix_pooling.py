@@ -47,13 +47,8 @@ class ScalarMixPooling(TrainablePooling):
         self.gamma = nn.Parameter(torch.ones(1))  # not a scalar: FSDP2 shards no zero-dimensional tensors
 
     def pool(self, features: dict[str, Any]) -> Tensor:
-        """Returns the embeddings (B, D)."""
+        """Return the embeddings (B, D)."""
         summaries = self.layer_summaries(features, self.num_layers)
         normed = F.layer_norm(summaries.float(), (self.embedding_dimension,))
         mixed = (self.layer_scores.softmax(dim=0).unsqueeze(-1) * normed).sum(dim=1)
         return (self.gamma * mixed).to(summaries.dtype)
-
-    def layer_shares(self, features: dict[str, Any]) -> Tensor:
-        """Returns softmax(w), the same for every text, (B, L)."""
-        texts = self.layer_summaries(features, self.num_layers).shape[0]
-        return self.layer_scores.softmax(dim=0).expand(texts, -1)

@@ -7,12 +7,12 @@ import reprlib
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigurationError, nearest
+from .errors import ConfigurationError, check_choice
 from .layer_readout import unflatten
 from .portable import PortableModule
 
@@ -23,9 +23,8 @@ _LARGEST_SIZE, _LARGEST_MATRIX = 2**20, 2**32
 class TrainablePooling(PortableModule):
     """Base of the poolings with parameters: a subclass defines in ``pool`` how features become (B, D).
 
-    Parameters stay float32 when the model is cast, by ``model.to(torch.bfloat16)`` or by sentence-transformers,
-    which casts every module to the backbone's dtype at load. In bfloat16 a weight near 1 moves in steps of 0.004
-    to 0.008, so nearly all updates of size 1e-5 would round to nothing. Autocast is off inside for the same reason.
+    Parameters stay float32 when the model is cast, as sentence-transformers does at load, and autocast is off inside:
+    in bfloat16 nearly all updates of size 1e-5 would round to nothing.
 
     Args:
         embedding_dimension: Hidden size D of the backbone and size of the embedding.
@@ -49,25 +48,25 @@ class TrainablePooling(PortableModule):
     def __init__(self, embedding_dimension: int, *, readout_skip: bool = False) -> None:
         super().__init__()
         check_sizes(embedding_dimension=embedding_dimension)
-        check_boolean("readout_skip", readout_skip)
+        check_choice("readout_skip", readout_skip, (True, False))
         self.embedding_dimension = embedding_dimension
         self.readout_skip = readout_skip
         self.to_embedding: nn.Module = nn.Identity()
 
     @abstractmethod
     def pool(self, features: dict[str, Any]) -> Tensor:
-        """Returns the embeddings (B, D); runs without autocast."""
+        """Return the embeddings (B, D); runs without autocast."""
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Adds ``sentence_embedding`` (B, D) to the features; `kwargs` are other modules'."""
+        """Add ``sentence_embedding`` (B, D) to the features; `kwargs` are other modules'."""
         device = next(iter(self.parameters()), torch.empty(0)).device.type
-        has_autocast = torch.amp.is_autocast_available(device)  # the meta device has none
-        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
+        # The meta device has no autocast.
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             features["sentence_embedding"] = self.pool(features)
         return features
 
     def embeddings_from(self, features: dict[str, Any], pooled: Tensor, *, dtype: torch.dtype) -> Tensor:
-        """Returns r + U · pooled in the dtype of ``readout`` r (B, D); without the skip U · pooled in `dtype`."""
+        """Return r + U · pooled in the dtype of ``readout`` r (B, D); without the skip U · pooled in `dtype`."""
         projected = self.to_embedding(pooled)
         if not self.readout_skip:
             return projected.to(dtype)
@@ -75,17 +74,16 @@ class TrainablePooling(PortableModule):
         return (readout.float() + projected).to(readout.dtype)
 
     def tokens(self, features: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Returns the last layer's tokens (B, T, D) and True for the real ones (B, T); pads flat input on the right."""
+        """Return the last layer's tokens (B, T, D) and True for the real ones (B, T); pads flat input on the right."""
         tokens = self._require(features, "token_embeddings")
         if "cu_seq_lens_q" in features:
             return unflatten(tokens, features["cu_seq_lens_q"])
-        return tokens, self._require(features, "attention_mask").bool()
+        return tokens, features["attention_mask"].bool()
 
     def layer_summaries(self, features: dict[str, Any], num_layers: int) -> Tensor:
-        """Returns the layers' summaries (B, L, D)."""
+        """Return the layers' summaries (B, L, D)."""
         summaries = self._require(features, "layer_summaries")
-        found = summaries.shape[1]
-        if found != num_layers:
+        if (found := summaries.shape[1]) != num_layers:
             raise ConfigurationError(
                 f"{type(self).__name__} was built with num_layers={num_layers}, but the backbone gives {found} layer "
                 f"summaries. Build it with num_layers={found}, or set the backbone's layers to {num_layers} layers."
@@ -93,14 +91,12 @@ class TrainablePooling(PortableModule):
         return summaries
 
     def _require(self, features: dict[str, Any], key: str) -> Tensor:
-        """Returns a feature that an earlier module gave; vectors have the size that the pooling was built for."""
         if key not in features:
             raise ConfigurationError(
                 f"{type(self).__name__} reads the feature {key!r}, which no earlier module gives. Use LLMTransformer "
                 f"with the layers that the pooling reads; other backbones only give tokens: use readout_skip=False."
             )
-        found = features[key].shape[-1]
-        if key != "attention_mask" and found != self.embedding_dimension:
+        if (found := features[key].shape[-1]) != self.embedding_dimension:
             raise ConfigurationError(
                 f"{type(self).__name__} was built with embedding_dimension={self.embedding_dimension}, but the "
                 f"backbone gives {found}. Build it with embedding_dimension={found}."
@@ -108,56 +104,40 @@ class TrainablePooling(PortableModule):
         return features[key]
 
     def get_embedding_dimension(self) -> int:
-        """Returns D."""
+        """Return D."""
         return self.embedding_dimension
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves as asked but keeps float32; ``to``, ``half``, ``bfloat16``, ``cuda`` and ``float`` all end here."""
+        """Move as asked but keep float32; ``to``, ``half``, ``bfloat16``, ``cuda`` and ``float`` all end here."""
 
         def keep_float32(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            if not result.is_floating_point() or result.dtype == torch.float32:
-                return result
-            return tensor.to(device=result.device, dtype=torch.float32)
+            half = result.is_floating_point() and result.dtype != torch.float32
+            return tensor.to(device=result.device, dtype=torch.float32) if half else result
 
         return super()._apply(keep_float32, recurse)
 
 
 def zero_linear(inputs: int, outputs: int) -> nn.Linear:
-    """Returns a projection without bias whose weights are zero."""
+    """Return a projection without bias whose weights are zero."""
     linear = nn.Linear(inputs, outputs, bias=False)
     nn.init.zeros_(linear.weight)
     return linear
 
 
 def check_sizes(**sizes: Any) -> None:
-    """Raises ConfigurationError if a size is no positive integer, or a matrix of all of them would not be sensible."""
+    """Raise ConfigurationError if a size is no positive integer, or a matrix of all of them would not be sensible."""
     for name, value in sizes.items():
         if type(value) is not int or not 0 < value <= _LARGEST_SIZE:
-            _refuse(name, value, f"a positive integer up to {_LARGEST_SIZE:,}")
+            raise ConfigurationError(
+                f"{name}={reprlib.repr(value)} must be a positive integer up to {_LARGEST_SIZE:,}."
+            )
     if math.prod(sizes.values()) > _LARGEST_MATRIX:
         product = " x ".join(f"{name}={value}" for name, value in sizes.items())
         raise ConfigurationError(f"{product}: a matrix may hold {_LARGEST_MATRIX:,} numbers. Use smaller sizes.")
 
 
 def check_number(name: str, value: Any, lowest: float, highest: float) -> None:
-    """Raises ConfigurationError unless `value` is a number from `lowest` to `highest`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
-        _refuse(name, value, f"a number from {lowest:g} to {highest:g}")
-
-
-def check_boolean(name: str, value: Any) -> None:
-    """Raises ConfigurationError unless `value` is True or False; ``"no"`` would count as true."""
-    if not isinstance(value, bool):
-        _refuse(name, value, "True or False")
-
-
-def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
-    """Raises ConfigurationError unless `value` is one of the known names."""
-    if value not in known:
-        hint = nearest(reprlib.repr(value).strip("'"), known)
-        raise ConfigurationError(f"{name}={reprlib.repr(value)} is not one of {[*known]}.{hint}")
-
-
-def _refuse(name: str, value: Any, allowed: str) -> NoReturn:
-    raise ConfigurationError(f"{name}={reprlib.repr(value)} must be {allowed}.")
+    """Raise ConfigurationError unless `value` is a number from `lowest` to `highest`."""
+    if type(value) not in (int, float) or not lowest <= value <= highest:
+        raise ConfigurationError(f"{name}={reprlib.repr(value)} must be a number from {lowest:g} to {highest:g}.")

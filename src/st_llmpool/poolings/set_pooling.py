@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..modules.errors import ConfigurationError
-from ..modules.trainable_pooling import TrainablePooling, check_choice, check_sizes, zero_linear
+from ..modules.errors import ConfigurationError, check_choice
+from ..modules.trainable_pooling import TrainablePooling, check_sizes, zero_linear
 
 
 class SetPooling(TrainablePooling):

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import ByT5Tokenizer
 
-from st_llmpool.modules.eos import append_eos
+from st_llmpool.base_tokenizer import append_eos
 from st_llmpool.training.mntp.masked_texts import MaskedTexts, collate, tokenize
 from st_llmpool.training.mntp.masking import IGNORE, Vocabulary
 from st_llmpool.training.recipe import MaskingSettings

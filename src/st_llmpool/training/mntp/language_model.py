@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...attention_proof import verify_attention
-from ...modules.attention import is_encoder, set_attention
+from ...modules.attention import is_encoder, set_attention, text_config
 from ...modules.errors import ConfigurationError
 from .recipe import AdaptRecipe
 
@@ -49,7 +49,7 @@ def load_language_model(recipe: AdaptRecipe, base: str, *, dtype: torch.dtype) -
     except (OSError, ValueError, ImportError) as error:
         raise ConfigurationError(f"base={base!r} cannot be loaded as a causal language model: {error}") from error
     model, report = loaded
-    if is_encoder(model):
+    if is_encoder(text_config(model)):
         raise ConfigurationError(
             f"base={base!r} is an encoder ({model.config.model_type}), which attends in both directions and predicts "
             f"masked tokens as it is. Use a decoder, or leave this stage out."

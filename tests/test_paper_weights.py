@@ -13,9 +13,10 @@ from st_llmpool.modules.cross_attention import CrossAttentionPooling
 from st_llmpool.modules.errors import ConfigurationError
 from st_llmpool.modules.latent_attention_pooling import LatentAttentionPooling
 from st_llmpool.modules.multi_layer_pooling import MultiLayerPooling
+from st_llmpool.paper_weights import pooling_from_paper
 from tests.modules.cross_attention_reference import slow_cross_attention
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 HEADS = 4
 
 
@@ -50,16 +51,16 @@ def assert_reproduces(pooling: CrossAttentionPooling, golden: dict[str, Tensor])
 
 
 def test_multi_layer_output_is_the_papers_folded_and_not(multi_layer):
-    assert_reproduces(MultiLayerPooling.from_paper_state_dict(multi_layer, num_heads=HEADS), multi_layer)
+    assert_reproduces(pooling_from_paper(MultiLayerPooling, multi_layer, num_heads=HEADS), multi_layer)
 
 
 def test_last_layer_output_is_the_papers_folded_and_not(last_layer):
-    assert_reproduces(LatentAttentionPooling.from_paper_state_dict(last_layer, num_heads=HEADS), last_layer)
+    assert_reproduces(pooling_from_paper(LatentAttentionPooling, last_layer, num_heads=HEADS), last_layer)
 
 
 def test_keys_without_prefix_give_the_same_pooling(multi_layer):
     bare = {name.removeprefix("weights."): tensor for name, tensor in multi_layer.items()}
-    assert_reproduces(MultiLayerPooling.from_paper_state_dict(bare, num_heads=HEADS), multi_layer)
+    assert_reproduces(pooling_from_paper(MultiLayerPooling, bare, num_heads=HEADS), multi_layer)
 
 
 def test_slow_reference_is_the_papers_function(multi_layer, last_layer):
@@ -71,7 +72,7 @@ def test_slow_reference_is_the_papers_function(multi_layer, last_layer):
 
 
 def test_sizes_are_inferred_and_the_skip_is_off(multi_layer):
-    config = MultiLayerPooling.from_paper_state_dict(multi_layer, num_heads=HEADS).get_config_dict()
+    config = pooling_from_paper(MultiLayerPooling, multi_layer, num_heads=HEADS).get_config_dict()
     assert config == {
         "embedding_dimension": 48,
         "num_layers": 5,
@@ -87,7 +88,7 @@ def test_sizes_are_inferred_and_the_skip_is_off(multi_layer):
 
 def test_half_precision_checkpoint_gives_float32_parameters(multi_layer):
     half = {name: tensor.half() for name, tensor in multi_layer.items()}
-    pooling = MultiLayerPooling.from_paper_state_dict(half, num_heads=HEADS)
+    pooling = pooling_from_paper(MultiLayerPooling, half, num_heads=HEADS)
     assert {parameter.dtype for parameter in pooling.parameters()} == {torch.float32}
 
 
@@ -113,15 +114,15 @@ def test_half_precision_checkpoint_gives_float32_parameters(multi_layer):
 def test_state_dict_that_does_not_fit_is_refused(multi_layer, change, message):
     change(multi_layer)
     with pytest.raises(ConfigurationError, match=message):
-        MultiLayerPooling.from_paper_state_dict(multi_layer, num_heads=HEADS)
+        pooling_from_paper(MultiLayerPooling, multi_layer, num_heads=HEADS)
 
 
 def test_layer_weights_are_refused_by_the_pooling_that_has_none(multi_layer):
     with pytest.raises(ConfigurationError, match=r"pos_emb.weight.*MultiLayerPooling.*num_layers"):
-        LatentAttentionPooling.from_paper_state_dict(multi_layer, num_heads=HEADS)
+        pooling_from_paper(LatentAttentionPooling, multi_layer, num_heads=HEADS)
 
 
 @pytest.mark.parametrize("num_heads", [5, 0])
 def test_heads_that_do_not_divide_are_refused(multi_layer, num_heads):
     with pytest.raises(ConfigurationError, match=f"num_heads={num_heads}"):
-        MultiLayerPooling.from_paper_state_dict(multi_layer, num_heads=num_heads)
+        pooling_from_paper(MultiLayerPooling, multi_layer, num_heads=num_heads)

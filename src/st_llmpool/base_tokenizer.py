@@ -1,4 +1,7 @@
-"""EOS and padding tokens: every text ends in EOS, after truncation too, and padding has a token of its own."""
+"""Prepare a base's tokenizer: every text ends in EOS, after truncation too, and padding has a token of its own.
+
+Both are saved with the tokenizer, so that a saved model needs none of this.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,14 @@ from contextlib import contextmanager
 from tokenizers import processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .errors import ConfigurationError
+from .modules.errors import ConfigurationError
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, *, add_eos_token: bool) -> None:
+    """Call :func:`append_eos`, if asked for, and :func:`ensure_pad_token`."""
+    if add_eos_token:
+        append_eos(tokenizer)
+    ensure_pad_token(tokenizer)
 
 
 def append_eos(tokenizer: PreTrainedTokenizerBase) -> None:

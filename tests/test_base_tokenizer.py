@@ -25,7 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from st_llmpool.modules.eos import append_eos, ensure_pad_token
+from st_llmpool.base_tokenizer import append_eos, ensure_pad_token
 from st_llmpool.modules.errors import ConfigurationError
 from tests.conftest import tiny_tokenizer
 
