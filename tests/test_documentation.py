@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from st_llmpool import build_embedder
 from st_llmpool.cli import app
+from st_llmpool.evaluation import evaluate
 from st_llmpool.evaluation import tasks as evaluation_tasks
 from st_llmpool.training import Recipe, train
 from tests.conftest import tiny_tokenizer
@@ -45,16 +46,14 @@ NOT_RUN = {
     "st-llmpool batch-size": "starts a process for every size; the search has a test of its own",
     "st-llmpool push": "needs a Hub; tests/hub/test_push.py has one",
     "st-llmpool submission": "needs a Hub; tests/hub/test_submission.py has one",
-    "st-llmpool study quick --data DATA --out": "takes minutes; tests/study/test_runner.py",
+    "st-llmpool study study.yaml --out": "takes minutes; tests/study/test_runner.py",
 }
 #: Start of a command -> what makes it small.
 SMALL = {
     "st-llmpool train recipe.yaml": ["training.max_steps=2", "training.batch_size=8", "loss.mini_batch_size=4"],
     "st-llmpool train staged.yaml": [
-        "stages.0.training.max_steps=1",
-        "stages.1.training.max_steps=1",
-        "training.max_steps=1",
-        "training.batch_size=8",
+        *(f"stages.{stage}.training.{small}" for stage in (0, 1) for small in ("max_steps=1", "batch_size=8")),
+        *("training.max_steps=1", "training.batch_size=8"),
     ],
     "st-llmpool adapt": ["training.max_steps=2", "training.batch_size=4"],
 }
@@ -92,6 +91,16 @@ def write_results(folder: str, model: str, score: float) -> None:
         file.write_text(json.dumps(result | {"kg_co2_emissions": None, "scores": {"test": scores}}))
 
 
+class Docstring:
+    def __init__(self, number: int) -> None:
+        self.query, self.positive, self.negative = f"query {number}", f"document {number}", "other"
+
+
+def docstrings(split: str) -> list[Docstring]:
+    """In place of those of a full environment, which take 45 seconds to parse."""
+    return [Docstring(number) for number in range(20)]
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with what the pages name."""
@@ -106,27 +115,26 @@ def made(tmp_path_factory):
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
         LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **heads)).save_pretrained(BASE)
         tokenizer.save_pretrained(BASE)
-        pairs = [{"question": f"fox {row}?", "answer": f"the lazy dog {row}"} for row in range(16)]
+        pairs = [{"question": f"fox {row}?", "answer": f"the lazy dog {row}"} for row in range(80)]
         write_rows("pairs.jsonl", pairs)
         write_rows("held_out.jsonl", pairs[:8])
         Path("texts.txt").write_text("".join(f"the quick brown fox jumps over {row} dogs\n" for row in range(40)))
         texts = pd.DataFrame({"text": [f"text {row}" for row in range(6)]})
         texts.to_parquet("pool.parquet")
         texts[:2].to_parquet("task.parquet")
-        Path("DATA").mkdir()
+        (study,) = (code for language, code in blocks("docs/study.md") if language == "yaml")
+        Path("study.yaml").write_text(study, encoding="utf-8")
         (recipe,) = (code for language, code in blocks("README.md") if language == "yaml")
         train(Recipe.from_dict(yaml.safe_load(recipe), SMALL["st-llmpool train recipe.yaml"]))
         build_embedder(BASE, pooling="mean").save_pretrained("runs/mean/model")
         for name in ("you", "runs/a", "runs/b"):
             shutil.copytree("runs/mine/model", f"{name}/model")
-        for number, name in enumerate(["mine", "other", "a", "b"]):
-            write_results(f"runs/{name}/results", f"org__{name}", 0.5 + number / 10)
+        for score, name in ((0.5, "a"), (0.6, "b")):
+            write_results(f"runs/{name}/results", f"org__{name}", score)
+        patch.setattr(evaluation_tasks, "docstring_pairs", docstrings)
+        for name, model in (("mine", "mine"), ("other", "mean")):
+            evaluate(f"runs/{model}/model", output_dir=f"runs/{name}/results")
     return folder
-
-
-class Docstring:
-    def __init__(self, number: int) -> None:
-        self.query, self.positive, self.negative = f"query {number}", f"document {number}", "other"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -136,8 +144,7 @@ def test_every_block_of_a_page_runs(page, made, tmp_path, monkeypatch):
         shutil.rmtree(tmp_path / "runs/mine")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    # The docstrings of a full environment take 45 seconds to parse.
-    monkeypatch.setattr(evaluation_tasks, "docstring_pairs", lambda split: [Docstring(row) for row in range(20)])
+    monkeypatch.setattr(evaluation_tasks, "docstring_pairs", docstrings)
     names: dict[str, object] = {"__name__": "page"}
     for language, code in blocks(page):
         for long, short in SMALLER.items():
