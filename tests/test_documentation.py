@@ -192,7 +192,7 @@ def test_commands_options_and_fields_that_a_page_names_exist(page):
         known = {option for parameter in group.commands[verb].params for option in parameter.opts}
         assert {word.partition("=")[0] for word in words if word.startswith("--")} <= known | {"--help"}, command
     recipe = Recipe.from_dict({"output_dir": "x", "model": {"base": "x"}, "data": [{"source": "x"}]})
-    for section, name in re.findall(r"`(model|loss|training|evaluation)\.(?!json`)(\w+)[:`]", text):
+    for section, name in re.findall(r"`(model|loss|training|evaluation)\.(?!json`|png`)(\w+)[:`]", text):
         assert hasattr(getattr(recipe, section), name), f"{section}.{name}"
 
 
