@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.metadata
 import os
 import re
@@ -194,3 +195,21 @@ def test_no_file_names_a_path_of_the_machine_it_was_written_on():
         if machine.search(line)
     ]
     assert found == []
+
+
+def test_no_two_files_import_each_other_not_even_in_a_circle():
+    files = {file.relative_to(PACKAGE).with_suffix("").parts: file for file in PACKAGE.rglob("*.py")}
+    files = {(parts[:-1] if parts[-1] == "__init__" else parts): file for parts, file in files.items()}
+    imports = {}
+    for name, file in files.items():
+        found = imported_from_package(file)
+        places = (
+            next((target[:end] for end in (len(target), len(target) - 1) if target[:end] in files), ())
+            for target in found
+        )
+        imports[name] = {place for place in places if place and place != name}
+    order = graphlib.TopologicalSorter(imports)
+    try:
+        order.prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(".".join(name) for name in error.args[1]))

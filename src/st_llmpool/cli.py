@@ -227,6 +227,11 @@ def evaluate(
     """Evaluate MODEL with mteb: a local suite (no network), a benchmark, or single tasks."""
     from rich.console import Console
 
+    from .evaluation.suite import read_suite
+    from .utils.files import check_model_path
+
+    check_model_path(model)  # before imports that take seconds
+    read_suite(suite or "builtin")
     from .evaluation import evaluate as run
 
     result = run(
@@ -240,7 +245,7 @@ def evaluate(
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
     )
-    Console().print(result.to_rich_table())
+    Console().print(result.to_rich())
 
 
 @app.command(rich_help_panel=_EVALUATE)
@@ -268,14 +273,15 @@ def study(
     """
     from rich.console import Console
 
-    from .study.forecast import forecast
-    from .study.runner import StudyRunner
     from .study.settings import Study
 
-    plan = Study.load(study_file)
+    plan = Study.load(study_file)  # before imports that take seconds
+    from .study.forecast import forecast
+    from .study.runner import StudyRunner
+
     folder = out or Path("runs") / plan.name
     runner = StudyRunner(
-        plan, folder, work=work, data_dir=data, jobs=jobs, take_from=take_from or (), report_only=report_only
+        plan, folder, work=work, data_dir=data, jobs=jobs, reuse_from=take_from or (), report_only=report_only
     )
     console = Console()
     if int(os.environ.get("RANK", 0)) == 0 and not report_only:
@@ -323,12 +329,13 @@ def compare(
     """Compare models on mteb results: paired tests over tasks, corrected for multiplicity, with their power."""
     from rich.console import Console
 
-    from .stats import compare as run
     from .stats import read_results, read_task_types
-    from .stats.tables import to_json, to_rich, write
 
     types = read_task_types(task_types) if task_types else None
-    results = read_results(paths, task_types=types, models=model)
+    results = read_results(paths, task_types=types, models=model)  # before imports that take seconds
+    from .stats import compare as run
+    from .stats.tables import to_json, to_rich, write
+
     comparison = run(results, contrast or (), metric=metric, allow_mixed_revisions=allow_mixed_revisions)
     console = Console()
     console.print(to_rich(comparison))
@@ -428,13 +435,16 @@ def layers(
 
     from rich.console import Console
 
+    from .utils.files import check_model_path
+
+    check_model_path(model)  # before imports that take seconds
     from .analysis.layers import analyze_layers
     from .hub.loading import load_model
     from .model_card.figures import draw_layers
 
     lines = None if texts is None else [line for line in texts.read_text(encoding="utf-8").splitlines() if line]
     report = analyze_layers(None, load_model(model, trust_remote_code=trust_remote_code), lines)
-    Console().print(report.to_table())
+    Console().print(report.to_rich())
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
         Console().print(f"Written: {json_file}")

@@ -9,7 +9,6 @@ import torch
 from scipy.stats import spearmanr
 
 from st_llmpool import build_embedder
-from st_llmpool.analysis.layer_probes import Probes, sample_probes, search_score
 from st_llmpool.analysis.layers import (
     LayerAnalysis,
     analyze_layers,
@@ -17,7 +16,7 @@ from st_llmpool.analysis.layers import (
     linear_cka,
     similarity_correlation,
 )
-from st_llmpool.modules.errors import ConfigurationError, DataError
+from st_llmpool.modules.errors import ConfigurationError
 
 TEXTS = ["the quick fox", "a lazy dog jumps", "over", "brown foxes and dogs", "it jumps"]
 
@@ -100,14 +99,6 @@ def test_attention_to_layers_is_that_of_the_formula(model):
     assert report.weight_norms == pytest.approx(np.linalg.norm(model[1].layer_table.detach().numpy(), axis=1))
 
 
-def test_search_score_of_one_answer_is_the_discount_of_its_rank():
-    documents = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
-    queries = torch.tensor([[0.7, 0.7], [0.6, 0.8]])  # to the first the second document is nearest, then both others
-    assert search_score(queries, documents) == pytest.approx((1 / math.log2(4) + 1) / 2)
-    far = torch.cat([torch.tensor([[-1.0, 0.0]]), torch.tensor([[1.0, 0.0]]).repeat(10, 1)])
-    assert search_score(torch.tensor([[1.0, 0.0]]), far) == 0
-
-
 def test_the_same_model_before_and_after_has_not_changed(model):
     report = analyze_layers(model, model, TEXTS)
     assert report.change == pytest.approx([1.0] * 4)
@@ -121,8 +112,6 @@ def test_design_that_reads_no_layers_has_no_shares(tiny_llm):
     assert len(report.after.similarity) == len(report.after.search) == 4
 
 
-def test_what_cannot_be_examined_is_refused(model):
+def test_too_few_texts_are_refused(model):
     with pytest.raises(ConfigurationError, match="at least 3"):
         analyze_layers(None, model, TEXTS[:2])
-    with pytest.raises(DataError, match="a document for each query"):
-        Probes(sample_probes().pairs, ("a", "b"), ("a",))

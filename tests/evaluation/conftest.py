@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from tests.clean import clean_run  # noqa: F401
 from tests.evaluation.tiny_suite import static_model, write_suite
 
 

@@ -10,7 +10,7 @@ import torch
 from mteb.mocks.mock_tasks import MockRetrievalTask, MockSTSTask
 from sentence_transformers import SentenceTransformer
 
-from st_llmpool.evaluation import EvaluationResult, TaskScore, evaluate
+from st_llmpool.evaluation import evaluate
 from st_llmpool.modules.errors import ConfigurationError, DataError
 from tests.evaluation.tiny_suite import STS, static_model, write_table
 
@@ -136,21 +136,3 @@ def test_wrong_data_are_refused_before_a_model_is_loaded(tmp_path, suite, forbid
     write_table(suite.parent / "sts/test.parquet", {"sentence1": ["a"]})
     with pytest.raises(DataError, match=r"sts/test.parquet has no column 'sentence2'"):
         evaluate("some/model", suite=suite, output_dir=tmp_path / "out")
-
-
-def test_tables_show_every_task(suite_of, tmp_path, model):
-    from rich.console import Console
-
-    result = evaluate(model, suite=suite_of(STS_ONLY), output_dir=tmp_path, show_progress=False)
-    console = Console(record=True, width=100)
-    console.print(result.to_rich_table())
-    score = f"{result.scores['TinySts']:.4f}"
-    for shown in (console.export_text(), result.to_markdown()):
-        assert "TinySts" in shown
-        assert score in shown
-    assert json.loads(result.to_json())["rows"][0]["metric"] == "cosine_spearman"
-
-
-def test_score_that_is_not_defined_is_null_in_json():
-    result = EvaluationResult("local/m", "1", (TaskScore("Sts", "STS", "cosine_spearman", float("nan")),))
-    assert json.loads(result.to_json())["rows"][0]["score"] is None

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from st_llmpool.cli import app
 from st_llmpool.modules.errors import ConfigurationError, DataError
 from st_llmpool.stats import Results, compare, read_results
-from tests.stats.test_compare import table_of
+from tests.stats.test_comparison import table_of
 from tests.stats.tiny_results import task_result, write_csv, write_json, write_model
 
 TASKS = [f"STS{number}" for number in (12, 13, 14, 15, 16, 17, 22)]
@@ -36,12 +36,12 @@ def two_models(tmp_path, second: dict, **more) -> list:
 )
 def test_results_of_different_revisions_are_compared_only_on_request(tmp_path, change, words):
     paths = two_models(tmp_path, change)
-    with pytest.raises(DataError, match=f"not evaluated alike: {words}.*--allow-mixed-revisions") as refused:
+    with pytest.raises(DataError, match=f"evaluated differently: {words}.*--allow-mixed-revisions") as refused:
         compare(read_results(paths))
     assert "\n" not in str(refused.value)
     comparison = compare(read_results(paths), allow_mixed_revisions=True)
     assert comparison.types[0].pairs[0].winner == "org/a"
-    assert any("Not evaluated alike, accepted" in note and "STS12" in note for note in comparison.notes)
+    assert any("Evaluated differently, accepted" in note and "STS12" in note for note in comparison.notes)
 
 
 def test_the_command_has_the_same_option(tmp_path):

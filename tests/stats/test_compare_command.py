@@ -95,7 +95,7 @@ def test_wrong_input_is_one_message_without_a_traceback(tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("library", "code", "extra"),
     [
-        ("statsmodels", "import st_llmpool.stats", "eval"),
+        ("statsmodels", "from st_llmpool.stats import compare", "eval"),
         ("scikit_posthocs", "from st_llmpool.stats import plots; plots.require_libraries()", "plots"),
     ],
 )

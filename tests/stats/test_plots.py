@@ -77,7 +77,7 @@ def test_diagram_joins_what_is_not_told_apart_and_names_the_critical_difference(
 def test_diagram_says_when_nothing_could_be_told_apart(tmp_path, drawn):
     table = simulated_scores(np.random.default_rng(0), "abc", tasks=2)
     draw_critical_difference(compare(table).types[0], tmp_path / "x.png")
-    assert "these tasks cannot tell any two apart" in texts(drawn[0])
+    assert "these tasks cannot separate any two" in texts(drawn[0])
 
 
 def test_two_designs_have_no_diagram(tmp_path):

@@ -43,3 +43,8 @@ def write_model(
 def write_csv(path: Path, *lines: str) -> Path:
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def main_scores(results):
+    rows = results.scores[results.scores["metric"] == "main_score"]
+    return {(row.design, row.option, row.task): row.score for row in rows.itertuples()}

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from st_llmpool.stats import Plan, compare, detectable_item_effect, item_test, paired_test
-from st_llmpool.stats.compare import TypeComparison
+from st_llmpool.stats.comparison import TypeComparison
 
 SPREAD = 0.01  # standard deviation of a score between tasks, after the difficulty of the task
 DESIGNS = ("1", "2", "3", "4", "5", "mean-bidirectional")

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from st_llmpool.study.settings import DesignSettings, Study
+from tests.clean import clean_run  # noqa: F401
 
 TOPICS = {"sea": ["the ship sails", "a wave rolls", "the fish swims"], "land": ["a dog runs", "the hill", "dry grass"]}
 

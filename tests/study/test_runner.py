@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -16,8 +17,7 @@ from st_llmpool.modules.errors import ConfigurationError
 from st_llmpool.stats import compare
 from st_llmpool.stats.results import Results
 from st_llmpool.study import worker
-from st_llmpool.study.measurements import measure_run
-from st_llmpool.study.records import RunRecord, finished, read_scores, reuse_runs, write_record
+from st_llmpool.study.records import RunRecord, finished, reuse_runs, write_record
 from st_llmpool.study.runner import StudyError, StudyRunner, environment_of_run
 from st_llmpool.study.settings import Study
 from st_llmpool.study.worker import LOCKED, carry_out, lock_of
@@ -46,6 +46,8 @@ def test_a_study_is_run_once_and_compared(tiny_study, study_data, tmp_path):
         assert list(record.data) == ["data/pairs.jsonl"]
         assert record.machine["threads"] == 1
         assert not list((out / "work" / record.id).rglob("optimizer.pt"))
+        log = (out / "work" / record.id / "log.txt").read_text()
+        assert not re.search(r"\bWARNING\b|Warning:|Padding is computed", log)
     again = runner_of(tiny_study, study_data, out)
     again._carry_out = None  # would fail if it were called
     assert again.run() == records
@@ -56,59 +58,18 @@ def test_a_study_is_run_once_and_compared(tiny_study, study_data, tmp_path):
     assert str(tmp_path) not in written.replace(tiny_study.bases["tiny"], "")
 
 
-def test_a_stopped_run_goes_on_and_gives_the_numbers_of_one_that_was_not(tiny_study, study_data, tmp_path, monkeypatch):
-    run = tiny_study.runs()[1]
-    carry_out(tiny_study, run, out=tmp_path / "whole", work=tmp_path / "work-1", data_dir=study_data)
-
-    def stop(folder, stage, **facts):
-        if facts.get("step") == 3:
-            raise KeyboardInterrupt
-
-    def start():
-        carry_out(tiny_study, run, out=tmp_path / "stopped", work=tmp_path / "work-2", data_dir=study_data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(worker, "write_progress", stop)
-        with pytest.raises(KeyboardInterrupt):
-            start()
-    assert not finished([run], tmp_path / "stopped")
-    assert (tmp_path / "work-2" / run.id / "training" / "checkpoints" / "checkpoint-2").is_dir()
-    start()
-
-    folders = [tmp_path / name for name in ("whole", "stopped")]
-    one, other = (read_scores(finished([run], folder), folder) for folder in folders)
-    pd.testing.assert_frame_equal(one.scores, other.scores, check_exact=True)
-    whole, stopped = (finished([run], folder)[0] for folder in folders)
-    assert whole.training["losses"] == stopped.training["losses"]
-    assert whole.validation == stopped.validation
-
-
-def test_designs_see_the_same_texts_in_the_same_order(tiny_study, study_data, tmp_path, monkeypatch):
-    from st_llmpool.training.trainer import EmbedderTrainer
-
-    seen: list[list[list[int]]] = []
-    original = EmbedderTrainer.compute_loss
-
-    def spy(self, model, inputs, *args, **kwargs):
-        features, _ = self.collect_features(inputs)
-        seen[-1].append([column["input_ids"].tolist() for column in features])
-        return original(self, model, inputs, *args, **kwargs)
-
-    monkeypatch.setattr(EmbedderTrainer, "compute_loss", spy)
-    for run in tiny_study.runs():
-        seen.append([])
-        carry_out(tiny_study, run, out=tmp_path / "out", work=tmp_path / "work", data_dir=study_data)
-    assert len(seen[0]) == 4
-    assert seen[0] == seen[1]
-
-
 def test_a_run_that_another_process_has_is_left_to_it(tiny_study, study_data, tmp_path):
     runner = runner_of(tiny_study, study_data, tmp_path / "out")
-    runner.out.mkdir()
-    (runner.out / "study.yaml").write_text(json.dumps(tiny_study.to_dict()))
+    runner.output_dir.mkdir()
+    (runner.output_dir / "study.yaml").write_text(json.dumps(tiny_study.to_dict()))
     run = tiny_study.runs()[0]
-    arguments = {"study": runner.out / "study.yaml", "run": run.id, "out": runner.out, "work": runner.work}
-    with FileLock(lock_of(run.id, runner.out).lock_file):
+    arguments = {
+        "study": runner.output_dir / "study.yaml",
+        "run": run.id,
+        "out": runner.output_dir,
+        "work": runner.work,
+    }
+    with FileLock(lock_of(run.id, runner.output_dir).lock_file):
         assert runner._carry_out(run, slot=0) == LOCKED
         assert worker.main([f"--{name}={value}" for name, value in arguments.items()]) == LOCKED
     assert not runner.work.exists()
@@ -186,7 +147,5 @@ def test_a_planted_model_in_a_studys_folder_is_not_run(tiny_study, study_data, t
     recipe.to_yaml(training / "recipe.yaml")
     (training / "training.json").write_text("{}")
     with pytest.raises(ConfigurationError, match=r"errors\.py .*trust_remote_code"):
-        carry_out(tiny_study, run, out=tmp_path / "out", work=tmp_path / "work", data_dir=study_data)
-    with pytest.raises(ConfigurationError, match=r"errors\.py .*trust_remote_code"):
-        measure_run(training / "model", recipe, tmp_path / "out", [], layers=False)
+        carry_out(tiny_study, run, output_dir=tmp_path / "out", work=tmp_path / "work", data_dir=study_data)
     assert not (tmp_path / "it_ran").exists()

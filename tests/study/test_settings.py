@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,11 @@ def test_unknown_study_names_the_nearest_preset():
 def test_missing_data_folder_is_named(study):
     with pytest.raises(ConfigurationError, match="--data DIR"):
         study.runs()[0].to_recipe(None, Path("o"))
+
+
+def test_a_wrong_name_is_refused_without_heavy_imports():
+    code = "import sys; from st_llmpool.study.settings import Study\ntry: Study.load('no_such_study')\n"
+    code += "except Exception as error: print(type(error).__name__)\n"
+    code += "print([name for name in ('torch', 'transformers', 'mteb', 'scipy', 'pandas') if name in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split("\n") == ["DataError", "[]", ""]

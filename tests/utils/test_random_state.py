@@ -44,7 +44,7 @@ def test_random_state_is_the_same_after_an_error_inside():
 def test_import_of_the_package_leaves_the_random_state():
     code = (
         "import random, numpy, torch; random.seed(1); numpy.random.seed(1); torch.manual_seed(1)\n"
-        "import st_llmpool.evaluation\n"
+        "from st_llmpool.evaluation import evaluate\n"
         "print(random.random(), numpy.random.rand(), float(torch.rand(())), torch.initial_seed())"
     )
     seed(1)

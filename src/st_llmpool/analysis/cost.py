@@ -33,7 +33,7 @@ class LengthCost:
         flops: Floating-point operations of matrix products and attention in one forward, a multiply-add as two. What
             the pooling keeps between calls is not counted again. Causal attention counts in full, masked part too.
         latency_ms: Median time from text to vector, one text at a time.
-        peak_memory_mb: Most memory that the forward held beside the weights, MiB; None but on a CPU or a CUDA device.
+        peak_memory_mb: Peak memory of the forward on top of the weights, MiB; None but on a CPU or a CUDA device.
         reason: Why figures are None; empty if none is that a CUDA device would have.
     """
 
@@ -97,8 +97,8 @@ def measure_cost(
 
     Args:
         model: The model, on the device and in the dtype that it will be used in.
-        lengths: Tokens of the texts to measure; a length that the model cannot read whole gives None.
-        repeats: How often each time is taken, after one forward that is not counted.
+        lengths: Tokens of the texts to measure; a length above the model's limit gives None.
+        repeats: Timed repetitions, after one warm-up.
         training_batch: Pairs of texts and tokens of each text, to time a step of contrastive training; None for none.
 
     Raises:
@@ -134,7 +134,7 @@ def measure_cost(
 def _measure_length(model: SentenceTransformer, tokens: int, repeats: int) -> LengthCost:
     limit = model.max_seq_length
     if limit is not None and tokens > limit:
-        return LengthCost(tokens, None, None, None, f"the model reads {limit} tokens at most")
+        return LengthCost(tokens, None, None, None, f"the model reads at most {limit} tokens")
     try:
         with _text_of(model, tokens) as text:
             features = _features(model, [text])
@@ -147,7 +147,7 @@ def _measure_length(model: SentenceTransformer, tokens: int, repeats: int) -> Le
 
 @contextmanager
 def _text_of(model: SentenceTransformer, tokens: int) -> Iterator[str]:
-    """Yields a text that the model reads as exactly so many tokens while the context lasts."""
+    """Yields a text that the model reads as exactly `tokens` tokens while the context lasts."""
     limit = model.max_seq_length
     try:
         model.max_seq_length = tokens  # cuts the text, and keeps EOS
@@ -186,7 +186,7 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
 
 @torch.no_grad()
 def _peak_memory(model: SentenceTransformer, features: dict[str, Any]) -> float | None:
-    """Returns the most memory of tensors during a forward, beside what was there before, in MiB."""
+    """Returns the most memory of tensors during a forward, on top of what was allocated before, in MiB."""
     if model.device.type == "cpu":
         return _peak_of_tensors(lambda: model(dict(features))) / _MEBIBYTE
     if model.device.type != "cuda":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from scipy.stats import spearmanr
@@ -12,61 +13,8 @@ from torch.nn.functional import normalize
 
 from ..modules.errors import DataError
 
-# A text, the same said otherwise, and another of the same topic.
-_TRIPLES = (
-    (
-        "The bank raised its interest rates again.",
-        "Borrowing at the bank has become dearer once more.",
-        "The bank opened a branch in the old town.",
-    ),
-    ("How do I reset my password?", "I cannot log in and need a new password.", "How long must a password be?"),
-    (
-        "The cat sleeps on the warm stones.",
-        "On the sunny terrace a cat is dozing.",
-        "The cat caught two mice in the barn.",
-    ),
-    ("Plants turn sunlight into sugar.", "Photosynthesis stores the energy of light.", "Most plants bloom in spring."),
-    (
-        "A fast train connects the two cities.",
-        "One can travel between both towns by express rail.",
-        "The train was late because of snow.",
-    ),
-    (
-        "The court declared the contract void.",
-        "According to the judges the agreement never held.",
-        "The court moved to a new building.",
-    ),
-    (
-        "Vaccines teach the body to fight a virus.",
-        "Immunity is trained by an injection.",
-        "The hospital needs more nurses.",
-    ),
-    (
-        "The team won the final in overtime.",
-        "Victory came only after extra minutes of play.",
-        "The team has hired a new coach.",
-    ),
-    (
-        "Boil the pasta for eight minutes.",
-        "Noodles are done when cooked for eight minutes.",
-        "Pasta dough needs flour and eggs.",
-    ),
-    (
-        "The river flooded three villages.",
-        "After heavy rain the stream left its banks and houses stood in water.",
-        "The river is home to many fish.",
-    ),
-    (
-        "She learned the violin as a child.",
-        "From an early age she played a string instrument.",
-        "The violin was built in Italy.",
-    ),
-    (
-        "Sorting a list takes longer the more items it has.",
-        "The time to order elements grows with their number.",
-        "A list may hold items of any type.",
-    ),
-)
+#: A text, a paraphrase, and another text of the same topic on each line.
+_TRIPLES = Path(__file__).with_name("probes.tsv")
 
 
 @dataclass(frozen=True)
@@ -107,7 +55,8 @@ def sample_probes() -> Probes:
         >>> len(sample_probes().texts)
         36
     """
-    firsts, same, others = (tuple(texts) for texts in zip(*_TRIPLES, strict=True))
+    rows = [line.split("\t") for line in _TRIPLES.read_text(encoding="utf-8").splitlines()]
+    firsts, same, others = (tuple(texts) for texts in zip(*rows, strict=True))
     unrelated = same[1:] + same[:1]
     pairs = [(text, second, 2.0) for text, second in zip(firsts, same, strict=True)]
     pairs += [(text, second, 1.0) for text, second in zip(firsts, others, strict=True)]

@@ -1,4 +1,4 @@
-"""What the layers of a backbone hold before and after training, and what the trained pooling reads from each."""
+"""Layer analysis: similarity and scores of single layers before and after training, and their use by the pooling."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class LayerAnalysis:
         before: The model that it was before training; None if none was given.
         change: Linear CKA of each layer with itself before training.
         read: Numbers of the layers that the pooling reads, from 1.
-        attention: Share of the pooling's weights that each of these gets, mean over texts.
+        attention: Fraction of the pooling's weight on each of these, mean over texts.
         weight_norms: Length of each of these layers' rows in the trained layer weights W.
         moved: How far the embedding moves without each of these, see `layer_use`.
     """
@@ -78,7 +78,7 @@ class LayerAnalysis:
         looks = {name: content[name] and LayerProfile(**content[name]) for name in ("after", "before")}
         return cls(**{**content, **looks})
 
-    def to_table(self) -> Table:
+    def to_rich(self) -> Table:
         """Returns a table for the terminal, a row for each layer."""
         table = Table(title=f"Each layer ({self.readout} of its tokens, {self.texts} texts)", title_justify="left")
         own = {name: dict(zip(self.read, getattr(self, name) or [], strict=False)) for name in _OF_READ_LAYERS}
@@ -102,14 +102,14 @@ def analyze_layers(
     probes: Probes | None = None,
     batch_size: int = 32,
 ) -> LayerAnalysis:
-    """Looks at every layer of a model, whatever layers its design reads; one forward of each text.
+    """Analyses every layer of a model, including those that its design does not read; one forward per text.
 
     Args:
         before: The model before training, of the same depth; None if there is only one.
         after: The model.
         texts: For the similarities between layers, three at least; by default the probes' texts.
         probes: For the scores of single layers; by default the built-in ones.
-        batch_size: Texts at a time.
+        batch_size: Batch size.
 
     Raises:
         ConfigurationError: If there are too few texts, a backbone is no `LLMTransformer`, or the depths differ.
@@ -222,10 +222,10 @@ def linear_cka(first: Tensor, second: Tensor) -> Tensor:
 
 
 def similarity_correlation(embeddings: Tensor) -> Tensor:
-    """Returns how alike layers order pairs of texts, (L, L) in float64.
+    """Returns how similarly layers order pairs of texts, (L, L) in float64.
 
     Of each layer the cosine similarities of all pairs of different texts; between layers Spearman's correlation of
-    these; NaN where a layer finds all pairs alike.
+    these; NaN where all similarities of a layer are equal.
 
     Args:
         embeddings: (N, L, D).
@@ -255,7 +255,7 @@ def _look(embeddings: Tensor, chosen: list[int], row: Mapping[str, int], probes:
 def layer_attention(pooling: Any, features: Mapping[str, Any]) -> Tensor | None:
     """Return how much each layer counts in a pooling over layers, (B, L); the latents' attention, by latent and head.
 
-    None for other poolings, and with ``queries="inputs"``, where the layers attend to the latents and all count alike.
+    None for other poolings, and with ``queries="inputs"``, where the layers attend to the latents with equal weight.
     """
     if hasattr(pooling, "layer_scores"):
         return pooling.layer_scores.softmax(dim=0).expand(len(features["layer_summaries"]), -1)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from ..utils.extras import needs
-from ..utils.random_state import preserve_rng_state
+import importlib
+from typing import TYPE_CHECKING
 
-with needs("eval", "Evaluation"), preserve_rng_state():  # importing mteb seeds Python, numpy and torch
+from ..utils.extras import needs
+
+if TYPE_CHECKING:
     from .bm25 import bm25_baseline
     from .result import EvaluationResult, TaskScore
     from .run import evaluate
-    from .suite import Suite, load_suite, read_suite, shipped_suites
+    from .suite import Suite, TaskSpec, read_suite, shipped_suites
     from .suite_evaluator import SuiteEvaluator
-    from .tasks import TASK_TYPES, TaskSpec
+    from .tasks import TASK_TYPES, load_suite
 
 __all__ = [
     "TASK_TYPES",
@@ -26,3 +28,24 @@ __all__ = [
     "read_suite",
     "shipped_suites",
 ]
+
+_FILES = {
+    "TASK_TYPES": ".tasks",
+    "EvaluationResult": ".result",
+    "Suite": ".suite",
+    "SuiteEvaluator": ".suite_evaluator",
+    "TaskScore": ".result",
+    "TaskSpec": ".suite",
+    "bm25_baseline": ".bm25",
+    "evaluate": ".run",
+    "load_suite": ".tasks",
+    "read_suite": ".suite",
+    "shipped_suites": ".suite",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _FILES:  # on first use: importing mteb takes seconds
+        with needs("eval", "Evaluation"):
+            return getattr(importlib.import_module(_FILES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

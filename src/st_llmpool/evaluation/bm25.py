@@ -1,6 +1,6 @@
 """BM25 as the yardstick of every retrieval table: what plain word overlap scores on the same task.
 
-mteb's own BM25 needs a stemmer package beside bm25s; this is bm25s as it comes, scored by mteb's own task.
+mteb's own BM25 needs a stemmer package on top of bm25s; this is plain bm25s, scored by mteb's own task.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from typing import Any
 
 import bm25s
 from datasets import Dataset
-from mteb.abstasks import AbsTask, AbsTaskRetrieval
-from mteb.abstasks.task_metadata import TaskMetadata
-from mteb.models import ModelMeta
-from mteb.types import EncodeKwargs
 
 from ..modules.errors import ConfigurationError
+from ..utils.extras import importing_mteb
 from ..utils.random_state import preserve_rng_state
+
+with importing_mteb():
+    from mteb.abstasks import AbsTask, AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.models import ModelMeta
+    from mteb.types import EncodeKwargs
 
 
 def bm25_baseline(task: AbsTask) -> float:

@@ -10,14 +10,17 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from mteb.abstasks import AbsTask
-from mteb.models import SentenceTransformerEncoderWrapper
-from mteb.models.abs_encoder import get_prompt
-from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 
 from ..modules.errors import InputError
+from ..utils.extras import importing_mteb
 from .tasks import LocalTask
+
+with importing_mteb():
+    from mteb.abstasks import AbsTask
+    from mteb.models import SentenceTransformerEncoderWrapper
+    from mteb.models.abs_encoder import get_prompt
+    from mteb.types import PromptType
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata

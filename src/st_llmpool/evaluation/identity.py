@@ -1,6 +1,6 @@
-"""Names a model so that two models never share results: mteb files results under a name and a revision.
+"""Names a model so that results of two models never mix: mteb files results under a name and a revision.
 
-Left to itself mteb takes the name from the model card, so every unnamed model of plain sentence-transformers, and every
+By default mteb uses the name from the model card, so every unnamed model of plain sentence-transformers, and every
 fine-tuned copy of one base, gets the scores of whichever came first.
 """
 
@@ -20,7 +20,7 @@ _IN_EVERY_RUN = re.compile(r"model|training|checkpoints|checkpoint-\d+")
 def identify(model: SentenceTransformer, source: str | None = None) -> tuple[str, str]:
     """Returns a name and a revision that are the model's own.
 
-    A model that was loaded from the Hub by its id keeps id and commit, so that its results stand beside the
+    A model that was loaded from the Hub by its id keeps id and commit, so that its results line up with the
     leaderboard's. Any other is `local/<folder or card name>` with `fingerprint(model)` as its revision. Folders that
     have the same name in every run, ``model`` and ``checkpoint-60``, are named after their run.
 

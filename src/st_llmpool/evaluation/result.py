@@ -56,7 +56,7 @@ class EvaluationResult:
         """Task name to main score."""
         return {row.task: row.score for row in self.rows}
 
-    def to_rich_table(self) -> Table:
+    def to_rich(self) -> Table:
         """Returns a table for `rich.print`."""
         table = Table(
             "Task", "Type", "Metric", title=f"{self.model} @ {self.revision[:8]}", caption=self.inference or None

@@ -1,4 +1,4 @@
-"""Evaluates one model on a local suite, on mteb tasks by name, or on a whole mteb benchmark."""
+"""Evaluates one model on a local suite, on mteb tasks by name, or on an mteb benchmark."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import datasets
-import mteb
-from mteb.abstasks import AbsTask
-from mteb.cache import ResultCache
-from mteb.models import ModelMeta
-from mteb.results import TaskResult
 from sentence_transformers import SentenceTransformer
 
 from ..fast_inference import optimized_inference
 from ..hub.loading import load_model
 from ..modules.errors import ConfigurationError, nearest
+from ..utils.extras import importing_mteb
 from ..utils.files import write_atomically
 from ..utils.random_state import preserve_rng_state
 from .encoder import FiniteEncoder
 from .identity import identify
 from .result import EvaluationResult, TaskScore
-from .suite import load_suite, read_suite
-from .tasks import MTEB_TASKS
+from .suite import read_suite
+from .tasks import MTEB_TASKS, load_suite
+
+with importing_mteb():
+    import mteb
+    from mteb.abstasks import AbsTask
+    from mteb.cache import ResultCache
+    from mteb.models import ModelMeta
+    from mteb.results import TaskResult
 
 
 def evaluate(
@@ -39,27 +42,29 @@ def evaluate(
     show_progress: bool = True,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    token: str | None = None,
 ) -> EvaluationResult:
     """Scores a model and leaves mteb's result files in `output_dir/results`, and the main scores in `scores.json`.
 
     Tasks that the folder already holds for the same weights, settings and data are read from there, so a run that was
-    stopped goes on where it was. All data are checked before the model is loaded (mteb's own are downloaded when their
+    stopped is resumed. All data are checked before the model is loaded (mteb's own are downloaded when their
     turn comes). The global random state is as before afterwards.
 
     Args:
         model: A model, or the folder or Hub id to load one from.
-        output_dir: Where results go.
+        output_dir: Output folder.
         suite: A shipped suite (`shipped_suites()`) or a suite file, see `st_llmpool.evaluation.suite`; None is
             "builtin" where no benchmark is named.
         data_dir: Where the folders of the suite's tasks are.
         benchmark: An mteb benchmark, such as "MTEB(eng, v2)", instead of a suite. Needs a network.
-        tasks: Names of the tasks to run, from the suite or the benchmark; a name that it does not have is taken from
+        tasks: Names of the tasks to run, from the suite or the benchmark; other names are looked up in
             mteb. None for all of it.
         limit: The most rows, queries or documents of each task of the suite.
-        batch_size: Texts at a time.
+        batch_size: Batch size.
         show_progress: Show mteb's progress bars.
         trust_remote_code: Run code of the model that is not the installed package's.
         revision: Branch, tag or commit of a Hub model.
+        token: Hub token.
 
     Raises:
         ConfigurationError: If a suite, benchmark, task or setting is unknown or does not go together.
@@ -68,7 +73,7 @@ def evaluate(
 
     Example:
         >>> result = evaluate("my-model", suite="squad", data_dir="data", output_dir="results")  # doctest: +SKIP
-        >>> rich.print(result.to_rich_table())  # doctest: +SKIP
+        >>> rich.print(result.to_rich())  # doctest: +SKIP
     """
     for name, value in {"suite": suite, "data_dir": data_dir, "limit": limit}.items():
         if benchmark is not None and value is not None:
@@ -82,7 +87,7 @@ def evaluate(
         chosen = _choose(suite or "builtin", data_dir, benchmark, tasks, limit)
         source = None if isinstance(model, SentenceTransformer) else str(model)
         if not isinstance(model, SentenceTransformer):
-            model = load_model(str(source), trust_remote_code=trust_remote_code, revision=revision)
+            model = load_model(str(source), trust_remote_code=trust_remote_code, revision=revision, token=token)
         encoder = FiniteEncoder(model, chosen, identify(model, source))
         meta, cache = encoder.mteb_model_meta, ResultCache(output_dir)
         _drop_stale(cache, meta, chosen)

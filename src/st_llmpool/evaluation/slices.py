@@ -8,7 +8,7 @@
 - ``part: 2/5``: the value falls to the second of five parts. The different values are put in the order of their
   hashes and dealt out in turn, so rows with equal values stay together.
 
-Every condition looks at the whole table and not at what the others leave, so that slices with ranges or parts side by
+Every condition applies to the full table, not to what the others leave, so that slices with ranges or parts side by
 side divide the table: no row twice, none left out.
 """
 
@@ -110,9 +110,9 @@ def _starts(where: str, values: Sequence[str], words: Sequence[str]) -> list[boo
     return [start.match(value) is not None for value in values]
 
 
-def _length(where: str, values: Sequence[str], shares: Sequence[float]) -> list[bool]:
+def _length(where: str, values: Sequence[str], bounds: Sequence[float]) -> list[bool]:
     order = sorted(range(len(values)), key=lambda row: len(values[row]))  # stable: equal lengths keep their order
-    first, end = (round(share * len(values)) for share in shares)
+    first, end = (round(bound * len(values)) for bound in bounds)
     rows = set(order[first:end])
     return [row in rows for row in range(len(values))]
 

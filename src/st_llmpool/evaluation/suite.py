@@ -25,17 +25,45 @@ without an answer left, and training texts of classes that are not in the test t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..modules.errors import ConfigurationError, DataError, nearest
-from ..utils.random_state import preserve_rng_state
 from ..utils.reading import exists, read_yaml
 from ..utils.settings import from_mapping
-from .tasks import LocalTask, TaskSpec, make_task
+from .slices import Where
 
 _SHIPPED = Path(__file__).parent / "suites"
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task of a suite file; `make_task` checks it and makes the task.
+
+    Args:
+        name: Name of the task and of its result file; none of mteb's.
+        type: A key of `TASK_TYPES`.
+        folder: Folder of its files, below the data folder.
+        source: A key of `SOURCES`, instead of a folder.
+        files: Role to file name, where it is not `role.parquet` or `role.jsonl`.
+        columns: Column of the task to its name in the files, where that differs.
+        metric: Main score, by default the one that mteb's tasks of the type have.
+        prompt: Text before every input, or one each for `query` and `document`, for models that bring none.
+        limit: The most rows, queries or documents.
+        where: Which rows the task keeps, see `slices`; the limit comes after it.
+    """
+
+    name: str
+    type: str
+    folder: str | None = None
+    source: str | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
+    metric: str | None = None
+    prompt: str | Mapping[str, str] | None = None
+    limit: int | None = None
+    where: Where = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,45 +126,3 @@ def read_suite(name_or_file: str | Path) -> Suite:
     if not tasks or len(set(names)) < len(names):
         raise ConfigurationError(f"{path} must list tasks, each name once; it has {', '.join(names) or 'none'}.")
     return Suite(str(name_or_file), None if shipped else path.parent, content.description, tuple(tasks))
-
-
-def load_suite(
-    name_or_file: str | Path,
-    data_dir: str | Path | None = None,
-    *,
-    tasks: Sequence[str] | None = None,
-    limit: int | None = None,
-) -> list[LocalTask]:
-    """Makes the mteb tasks of a suite and checks all their data.
-
-    Args:
-        name_or_file: A shipped suite or a YAML file.
-        data_dir: Where the tasks' folders are; by default beside the suite file.
-        tasks: Names of the tasks to make; None for all.
-        limit: The most rows, queries or documents of each task, chosen the same way every time.
-
-    Raises:
-        ConfigurationError: If the suite or an argument names something that does not exist.
-        DataError: If data are missing or not what a task needs. The message names the file.
-
-    Example:
-        >>> [task.metadata.name for task in load_suite("squad", "data")]  # doctest: +SKIP
-        ['LocalSquadRetrieval', 'LocalStsBenchmark', 'LocalBanking77', 'LocalSquadTopicsP2P', 'LocalSquadTopicsS2S']
-    """
-    suite = read_suite(name_or_file)
-    known = [task.name for task in suite.tasks]
-    for name in tasks or ():
-        if name not in known:
-            raise ConfigurationError(
-                f"suite {suite.name} has no task {name!r}; it has {', '.join(known)}.{nearest(name, known)}"
-            )
-    if limit is not None and limit < 1:
-        raise ConfigurationError(f"limit={limit} must be at least 1.")
-    chosen = [task for task in suite.tasks if tasks is None or task.name in tasks]
-    folder = suite.folder if data_dir is None else Path(data_dir)
-    if folder is None:
-        if any(task.folder for task in chosen):
-            raise DataError(f"suite {suite.name} reads folders: say where they are (data_dir, or --data DIR).")
-        folder = Path()
-    with preserve_rng_state():
-        return [make_task(task, folder, limit) for task in chosen]

@@ -13,7 +13,7 @@ from ..modules.errors import ConfigurationError
 from ..utils.random_state import preserve_rng_state
 from .encoder import FiniteEncoder
 from .run import run_tasks
-from .suite import load_suite
+from .tasks import load_suite
 
 
 class SuiteEvaluator(BaseEvaluator):
@@ -27,7 +27,7 @@ class SuiteEvaluator(BaseEvaluator):
         data_dir: Where the folders of the suite's tasks are.
         tasks: Names of the tasks to run; None for all.
         limit: The most rows, queries or documents of each task; None for all of them.
-        batch_size: Texts at a time.
+        batch_size: Batch size.
         name: Put before the names of the metrics.
 
     Raises:

@@ -6,34 +6,39 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from datasets import Dataset, DatasetDict
-from mteb.abstasks import (
-    AbsTask,
-    AbsTaskClassification,
-    AbsTaskClustering,
-    AbsTaskPairClassification,
-    AbsTaskRetrieval,
-    AbsTaskSTS,
-)
-from mteb.abstasks.classification import ClassificationMetrics
-from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
-from mteb.abstasks.sts import STSMetrics
-from mteb.abstasks.task_metadata import TaskMetadata
-from mteb.get_tasks import TASK_LIST
-from mteb.types import PromptType
 
 from ..data import docstring_pairs
 from ..modules.errors import ConfigurationError, DataError, nearest
+from ..utils.extras import importing_mteb
+from ..utils.random_state import preserve_rng_state
 from .sampling import sample, sample_retrieval, select_rows
 from .slices import Where, check_where, cut
+from .suite import TaskSpec, read_suite
 from .task_files import Column, file_digest, find_table, read_table
+
+with importing_mteb():
+    from mteb.abstasks import (
+        AbsTask,
+        AbsTaskClassification,
+        AbsTaskClustering,
+        AbsTaskPairClassification,
+        AbsTaskRetrieval,
+        AbsTaskSTS,
+    )
+    from mteb.abstasks.classification import ClassificationMetrics
+    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+    from mteb.abstasks.sts import STSMetrics
+    from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.get_tasks import TASK_LIST
+    from mteb.types import PromptType
 
 SPLIT = "test"
 
@@ -49,37 +54,8 @@ _RETRIEVAL_METRICS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class TaskSpec:
-    """One task of a suite file; `make_task` checks it and makes the task.
-
-    Args:
-        name: Name of the task and of its result file; none of mteb's.
-        type: A key of `TASK_TYPES`.
-        folder: Folder of its files, below the data folder.
-        source: A key of `SOURCES`, instead of a folder.
-        files: Role to file name, where it is not `role.parquet` or `role.jsonl`.
-        columns: Column of the task to its name in the files, where that differs.
-        metric: Main score, by default the one that mteb's tasks of the type have.
-        prompt: Text before every input, or one each for `query` and `document`, for models that bring none.
-        limit: The most rows, queries or documents.
-        where: Which rows the task keeps, see `slices`; the limit comes after it.
-    """
-
-    name: str
-    type: str
-    folder: str | None = None
-    source: str | None = None
-    files: Mapping[str, str] = field(default_factory=dict)
-    columns: Mapping[str, str] = field(default_factory=dict)
-    metric: str | None = None
-    prompt: str | Mapping[str, str] | None = None
-    limit: int | None = None
-    where: Where = field(default_factory=dict)
-
-
 class LocalTask(AbsTask):
-    """What all local tasks share; the class of a task is made by `make_task` from one of the subclasses."""
+    """Base of all local tasks; `make_task` derives the class of a task from one of the subclasses."""
 
     tables: ClassVar[dict[str, tuple[Column, ...]]]
     metrics: ClassVar[frozenset[str]]
@@ -134,7 +110,7 @@ class LocalPairClassification(LocalTask, AbsTaskPairClassification):
 
 
 class LocalClustering(LocalTask, AbsTaskClustering):
-    """Texts with the topic that they should be found to share; all of them are embedded."""
+    """Texts with their topics, which clusters should recover; all of them are embedded."""
 
     tables = {SPLIT: (Column("text", "text"), Column("label", "label"))}
     metrics = frozenset({"v_measure", "ami"})
@@ -192,7 +168,7 @@ class LocalClassification(LocalTask, AbsTaskClassification):
         assert self.dataset is not None
         for subset, values in scores.items():
             right = np.equal(predictions[subset][split], self.dataset[split]["label"]).mean(axis=0)
-            values["accuracy_by_text"] = {str(text): share for text, share in enumerate(right.tolist())}
+            values["accuracy_by_text"] = {str(text): rate for text, rate in enumerate(right.tolist())}
         return scores
 
 
@@ -316,6 +292,48 @@ def _docstring_tables() -> dict[str, Table]:
 SOURCES: dict[str, Callable[[], dict[str, Table]]] = {"docstrings": _docstring_tables}
 
 
+def load_suite(
+    name_or_file: str | Path,
+    data_dir: str | Path | None = None,
+    *,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
+) -> list[LocalTask]:
+    """Makes the mteb tasks of a suite and checks all their data.
+
+    Args:
+        name_or_file: A shipped suite or a YAML file.
+        data_dir: Where the tasks' folders are; by default the suite file's folder.
+        tasks: Names of the tasks to make; None for all.
+        limit: The most rows, queries or documents of each task, chosen the same way every time.
+
+    Raises:
+        ConfigurationError: If the suite or an argument names something that does not exist.
+        DataError: If data are missing or not what a task needs. The message names the file.
+
+    Example:
+        >>> [task.metadata.name for task in load_suite("squad", "data")]  # doctest: +SKIP
+        ['LocalSquadRetrieval', 'LocalStsBenchmark', 'LocalBanking77', 'LocalSquadTopicsP2P', 'LocalSquadTopicsS2S']
+    """
+    suite = read_suite(name_or_file)
+    known = [task.name for task in suite.tasks]
+    for name in tasks or ():
+        if name not in known:
+            raise ConfigurationError(
+                f"suite {suite.name} has no task {name!r}; it has {', '.join(known)}.{nearest(name, known)}"
+            )
+    if limit is not None and limit < 1:
+        raise ConfigurationError(f"limit={limit} must be at least 1.")
+    chosen = [task for task in suite.tasks if tasks is None or task.name in tasks]
+    folder = suite.folder if data_dir is None else Path(data_dir)
+    if folder is None:
+        if any(task.folder for task in chosen):
+            raise DataError(f"suite {suite.name} reads folders: say where they are (data_dir, or --data DIR).")
+        folder = Path()
+    with preserve_rng_state():
+        return [make_task(task, folder, limit) for task in chosen]
+
+
 def make_task(spec: TaskSpec, data_dir: Path, limit: int | None = None) -> LocalTask:
     """Makes a task and reads its data once, so that nothing can fail after a model is loaded.
 
@@ -403,7 +421,7 @@ def _task_class(spec: TaskSpec) -> type[LocalTask]:
 
 
 def _revision(spec: TaskSpec, limit: int | None, paths: Mapping[str, Path]) -> str:
-    """Returns a hash of everything that the scores depend on beside the model."""
+    """Returns a hash of everything that the scores depend on besides the model."""
     content: Any = SOURCES[spec.source]() if spec.source else {role: file_digest(path) for role, path in paths.items()}
     settings = {key: value for key, value in asdict(spec).items() if key not in ("folder", "files", "limit")}
     if not spec.where:  # tasks from before there were slices keep their revision

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pandas as pd
 
 from ..modules.errors import ConfigurationError, DataError
+from ..utils.words import listed
 from .results import MAIN_SCORE
 from .statistics import DECIMALS
 
@@ -46,7 +47,7 @@ def check_scores(scores: pd.DataFrame) -> None:
 
 
 def check_main_metrics(scores: pd.DataFrame) -> None:
-    """Check that the main score of a task is the same metric for all models, as far as their files tell.
+    """Check that the main score of a task is the same metric for all models, as far as their files say.
 
     Args:
         scores: Rows of all metrics with ``model``, ``task``, ``split``, ``subset``, ``seed``, ``metric``, ``score``.
@@ -74,22 +75,22 @@ def check_main_metrics(scores: pd.DataFrame) -> None:
 
 
 def source_differences(scores: pd.DataFrame, items: pd.DataFrame) -> list[str]:
-    """Return a sentence for each kind of difference between the evaluations of tasks that several models share.
+    """Return a sentence for each kind of difference between the evaluations of tasks that several models have.
 
     Args:
         scores: Rows with ``model``, ``task`` and the columns of `results.SOURCE_COLUMNS`; an empty value is not known.
         items: Scores of single queries or texts with ``model``, ``task``, ``split``, ``subset``, ``metric``, ``item``.
     """
-    shared = scores[scores.groupby("task")["model"].transform("nunique") > 1]
+    common = scores[scores.groupby("task")["model"].transform("nunique") > 1]
     found = []
     for column, words in _SOURCES.items():
-        known = shared[shared[column] != ""]
+        known = common[common[column] != ""]
         values = known.drop_duplicates(["task", "subset", column]).groupby(["task", "subset"])[column].agg(list)
         tasks = list(dict.fromkeys(values[values.str.len() > 1].index.get_level_values("task")))
         if tasks:
             rows = known[known["task"] == tasks[0]].drop_duplicates(["model", column])
             example = ", ".join(f"{model} {value}" for model, value in zip(rows["model"], rows[column], strict=True))
-            found.append(f"{words} of {_listed(tasks)} ({tasks[0]}: {example})")
+            found.append(f"{words} of {listed(tasks, most=_SHOWN)} ({tasks[0]}: {example})")
     return [*found, *_item_differences(items)]
 
 
@@ -98,7 +99,7 @@ def unknown_sources(scores: pd.DataFrame) -> Iterator[str]:
     for column in ("dataset_revision", "mteb_version"):
         known = scores.groupby("model", sort=False)[column].agg(lambda values: (values != "").any())
         if known.any() and not known.all():
-            yield f"The {_SOURCES[column]} is not known of {_listed(list(known[~known].index))}."
+            yield f"The {_SOURCES[column]} is not known of {listed(known[~known].index, most=_SHOWN)}."
 
 
 def constant_scores(cells: pd.DataFrame) -> dict[str, float]:
@@ -125,8 +126,4 @@ def _item_differences(items: pd.DataFrame) -> Iterator[str]:
     if tasks:
         first = sets.xs(tasks[0], level="task")
         example = ", ".join(f"{model} {len(found)}" for model, found in first.groupby("model").first().items())
-        yield f"evaluated queries or texts of {_listed(tasks)} ({tasks[0]}: {example})"
-
-
-def _listed(names: Sequence[object]) -> str:
-    return ", ".join(map(str, names[:_SHOWN])) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        yield f"evaluated queries or texts of {listed(tasks, most=_SHOWN)} ({tasks[0]}: {example})"

@@ -11,12 +11,13 @@ from typing import Any
 
 import pandas as pd
 
+from ..evaluation.suite import read_suite, shipped_suites
 from ..modules.errors import DataError
-from ..utils.random_state import preserve_rng_state
+from ..utils.extras import importing_mteb
 from ..utils.reading import read_json, read_json_object, shown
 from .results import ITEM_COLUMNS, SOURCE_COLUMNS
 
-with preserve_rng_state():  # importing mteb seeds Python, numpy and torch
+with importing_mteb():
     from mteb.abstasks.aggregated_task import AbsTaskAggregate
     from mteb.get_tasks import TASK_LIST
     from mteb.results import TaskResult
@@ -94,8 +95,10 @@ def read_models(models: Sequence[ModelFiles], designs: Sequence[tuple[str, str]]
         notes.append(f"{others[0]}{more}: no result of mteb, left out.")
     table = pd.DataFrame(rows, columns=[*ITEM_COLUMNS, *SOURCE_COLUMNS])
     parts = _parts_of_aggregates(set(table["task"]))
-    for whole, names in parts.items():
-        notes.append(f"{whole} is the mean of {', '.join(names)}: these are left out, not to count twice.")
+    for aggregate, names in parts.items():
+        notes.append(
+            f"{aggregate} is the mean of {', '.join(names)}: these are left out so that they do not count twice."
+        )
     dropped = {name for names in parts.values() for name in names}
     return table[~table["task"].isin(dropped)], notes
 
@@ -109,8 +112,6 @@ def known_task_types(tasks: Sequence[str]) -> dict[str, str]:
     """
     types = {task.metadata.name: str(task.metadata.type) for task in TASK_LIST}
     if not types.keys() >= set(tasks):
-        from ..evaluation.suite import read_suite, shipped_suites  # takes seconds
-
         types |= {task.name: task.type for suite in shipped_suites() for task in read_suite(suite).tasks}
     return {task: types[task] for task in tasks if task in types}
 
@@ -178,4 +179,4 @@ def _parts_of_aggregates(tasks: set[str]) -> dict[str, list[str]]:
     parts = {
         task.metadata.name: sorted({part.metadata.name for part in task.metadata.tasks} & tasks) for task in aggregates
     }
-    return {whole: names for whole, names in parts.items() if names}
+    return {aggregate: names for aggregate, names in parts.items() if names}

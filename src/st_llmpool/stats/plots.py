@@ -10,7 +10,7 @@ import numpy as np
 
 from ..utils.extras import require
 from ..utils.words import counted
-from .compare import TypeComparison
+from .comparison import TypeComparison
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +36,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def draw_critical_difference(kind: TypeComparison, path: Path) -> None:
-    """Draws the mean ranks of all designs; bars join those that Nemenyi's test does not tell apart (Demšar 2006).
+    """Draws the mean ranks of all designs; bars join those that Nemenyi's test does not separate (Demšar 2006).
 
     Args:
         kind: A task type with `ranks`.
@@ -64,10 +64,10 @@ def draw_critical_difference(kind: TypeComparison, path: Path) -> None:
     )
     title = [
         f"{kind.title}: mean rank over {counted(ranks.tasks, 'task')}, 1 is best",
-        f"bars join what the Nemenyi test does not tell apart (critical difference {ranks.critical_difference:.2f})",
+        f"bars join what the Nemenyi test does not separate (critical difference {ranks.critical_difference:.2f})",
     ]
     if not ranks.reachable:
-        title.append(f"ranks differ by {len(ranks.mean_ranks) - 1} at most: these tasks cannot tell any two apart")
+        title.append(f"ranks differ by {len(ranks.mean_ranks) - 1} at most: these tasks cannot separate any two")
     axes.set_title("\n".join(title), fontsize=9)
     save_figure(figure, path)
 
@@ -106,7 +106,7 @@ def draw_pairs(kind: TypeComparison, path: Path) -> None:
     axes.set_yticks(range(len(models)), models, fontsize=8)
     counts = [family.plan.tests for family in kind.families]
     tests = " and ".join([*map(str, counts[:-1]), counted(counts[-1], "test")])
-    named = "; [ ] named beforehand" if len(models) > 2 and any(pair.confirmatory for pair in kind.pairs) else ""
+    named = "; [ ] pre-registered" if len(models) > 2 and any(pair.confirmatory for pair in kind.pairs) else ""
     axes.set_title(
         f"{kind.title}: mean difference, row minus column (blue: row is better)\n"
         f"* significant after Holm over {tests}{named}",

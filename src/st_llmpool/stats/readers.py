@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from ..evaluation.suite import read_suite
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..utils.reading import check_file, check_rows, read_yaml
+from ..utils.words import listed
 from .results import COLUMNS, ITEM_COLUMNS, MAIN_SCORE, SOURCE_COLUMNS, Results
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def read_results(
 
     Raises:
         DataError: If a path or a column is missing, a value is not what it should be, a task has no type, or a score
-            is there twice. The message names the file.
+            is repeated. The message names the file.
         ConfigurationError: If `models` or ``NAME=PATH`` does not fit what is there.
 
     Example:
@@ -64,7 +66,7 @@ def read_results(
     known = {design for table in tables for design in table["design"]} | {model.name for _, _, model in files}
     for model in models or ():
         if model not in known:
-            raise ConfigurationError(f"no result is of {model!r}; there are {_list(known)}.{nearest(model, known)}")
+            raise ConfigurationError(f"no result is of {model!r}; there are {listed(known)}.{nearest(model, known)}")
     if models:
         tables = [table[table["design"].isin(models)] for table in tables]
         files = [entry for entry in files if entry[2].name in models]
@@ -103,8 +105,6 @@ def read_task_types(path: Path) -> dict[str, str]:
     """
     content = read_yaml(check_file(path))
     if isinstance(content, dict) and isinstance(content.get("tasks"), list):
-        from ..evaluation.suite import read_suite  # takes seconds
-
         return {task.name: task.type for task in read_suite(path).tasks}
     if not isinstance(content, dict) or not all(isinstance(kind, str) for kind in content.values()):
         raise ConfigurationError(f"{path} must be a suite file, or have lines such as MyTask: Retrieval.")
@@ -181,7 +181,7 @@ def _renamed(table: pd.DataFrame, name: str, path: Path) -> pd.DataFrame:
         return table
     designs = table["design"].unique()
     if len(designs) > 1:
-        raise ConfigurationError(f"{name}={path}: the name must be of one model, there are {_list(designs)}.")
+        raise ConfigurationError(f"{name}={path}: the name must be of one model, there are {listed(designs)}.")
     return table.assign(design=name)
 
 
@@ -190,7 +190,7 @@ def _designs(files: Sequence[tuple[str, Path, ModelFiles]]) -> list[tuple[str, s
     for name, path, _ in files:
         models = [model for other, other_path, model in files if (other, other_path) == (name, path)]
         if name and len(models) > 1:
-            found = _list(f"{model.name} @ {model.variant}" for model in models)
+            found = listed(f"{model.name} @ {model.variant}" for model in models)
             raise ConfigurationError(f"{name}={path}: the name must be of one model, there are {found}.")
     names = [name or model.name for name, _, model in files]
     variants = {
@@ -213,7 +213,7 @@ def _types_of_tasks(table: pd.DataFrame, given: Mapping[str, str]) -> dict[str, 
     for task, rows in table.groupby("task", sort=False):
         found = sorted(set(rows["task_type"]) - {""})
         if len(found) > 1 and task not in given:
-            files = _list(rows["file"])
+            files = listed(rows["file"])
             raise DataError(f"task {task} has several types, {', '.join(found)}, in {files}; it must have one.")
         types[str(task)] = given.get(str(task), found[0] if found else "")
     unknown = [task for task, kind in types.items() if not kind]
@@ -223,9 +223,9 @@ def _types_of_tasks(table: pd.DataFrame, given: Mapping[str, str]) -> dict[str, 
         types |= known_task_types(unknown)
     unknown = [task for task, kind in types.items() if not kind]
     if unknown:
-        files = _list(table.loc[table["task"].isin(unknown), "file"])
+        files = listed(table.loc[table["task"].isin(unknown), "file"])
         raise DataError(
-            f"the type of {_list(unknown)} is not known ({files}): no column 'task_type' gives it, and neither mteb "
+            f"the type of {listed(unknown)} is not known ({files}): no column 'task_type' gives it, and neither mteb "
             f"nor a shipped suite has such a task. Say it: task_types, or --task-types FILE."
         )
     return types
@@ -241,14 +241,8 @@ def _without_repeats(table: pd.DataFrame) -> pd.DataFrame:
         same = table[(table[keys] == first[keys]).all(axis=1)]
         key = ", ".join(f"{name} {first[name]}" for name in keys if first[name] not in ("", _DEFAULTS.get(name)))
         raise DataError(
-            f"{_list(same['file'])}: there are several scores ({_list(same['score'])}) of {key}. If they are of "
+            f"{listed(same['file'])}: there are several scores ({listed(same['score'])}) of {key}. If they are of "
             f"several seeds, splits or subsets, say so in columns of these names; if they are of several models, name "
             f"each: NAME=PATH."
         )
     return table
-
-
-def _list(values: object) -> str:
-    """Names the first few of some values, each once."""
-    different = list(dict.fromkeys(str(value) for value in values))  # type: ignore[attr-defined]
-    return ", ".join(different[:10]) + (f" and {len(different) - 10} more" if len(different) > 10 else "")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = ["base", "design", "option", "seed", "task", "task_type", "split", "subset", "metric", "score"]
 ITEM_COLUMNS = [*COLUMNS[:-1], "item", "score"]
 SOURCE_COLUMNS = ["dataset_revision", "mteb_version", "languages", "file"]  # of each score, empty where not known
 MAIN_SCORE = "main_score"  # mteb's name for the score that a task is judged by
+MAX_CONTRASTS = 6
+MAX_MODELS = 30
 
 
 @dataclass(frozen=True)
@@ -27,3 +31,13 @@ class Results:
     scores: pd.DataFrame
     items: pd.DataFrame
     notes: tuple[str, ...] = ()
+
+
+def label(design: str, option: str = "") -> str:
+    """Returns what a design with an option is called in tables and contrasts.
+
+    Example:
+        >>> label("5"), label("5", "last 4 layers")
+        ('5', '5 (last 4 layers)')
+    """
+    return f"{design} ({option})" if option else design

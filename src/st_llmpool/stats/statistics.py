@@ -35,7 +35,7 @@ class PairedTest:
         high: Upper end.
         w_plus: Sum of the ranks of the positive differences.
         w_minus: Sum of the ranks of the negative differences.
-        p: Two-sided p-value, exact also where differences tie: twice the share of the 2^m assignments of signs to
+        p: Two-sided p-value, exact also where differences tie: twice the fraction of the 2^m assignments of signs to
             the m ranks whose smaller sum is as small, m the pairs that differ.
     """
 
@@ -65,7 +65,7 @@ def paired_test(differences: ArrayLike, *, decimals: int = DECIMALS) -> PairedTe
 
     Args:
         differences: One finite number for each pair (n,), first minus second.
-        decimals: Differences are rounded to so many decimals before they are ranked.
+        decimals: Decimals to which differences are rounded before they are ranked.
 
     Raises:
         ValueError: If there is no difference, or one is not finite.
@@ -134,7 +134,7 @@ def signed_rank_p(ranks: ArrayLike) -> NDArray[np.float64]:
 
 
 def smallest_p(n: int) -> float:
-    """Returns the smallest two-sided p-value that n pairs can give: all signs alike, 2 of the 2^n assignments.
+    """Returns the smallest two-sided p-value that n pairs can give: all signs equal, 2 of the 2^n assignments.
 
     Example:
         >>> smallest_p(5), smallest_p(6)
@@ -150,7 +150,7 @@ class ItemTest:
     Args:
         tasks: Tasks T.
         items: Items in all tasks.
-        mean_difference: Mean over tasks of the mean over their items: every task counts alike, as in the test over
+        mean_difference: Mean over tasks of the mean over their items: every task has equal weight, as in the test over
             tasks.
         low: Lower end of the 95 % interval for tasks like these.
         high: Upper end.
@@ -176,7 +176,7 @@ class ItemTest:
 
 
 def item_test(differences: Mapping[str, ArrayLike]) -> ItemTest:
-    """Tests the mean difference over items, whose errors are taken as related within a task.
+    """Tests the mean difference over items, with errors clustered within a task.
 
     **Tasks like these** (`p`): a linear model of the item differences with a constant only, every task weighing the
     same, standard errors clustered by task (CR1) and T - 1 degrees of freedom. With these weights it is the t test of
@@ -235,7 +235,7 @@ class RankTest:
 
     Args:
         tasks: Number of tasks N.
-        mean_ranks: Mean rank of each of the k designs, 1 is best, ties share; best first.
+        mean_ranks: Mean rank of each of the k designs, 1 is best, ties averaged; best first.
         chi_square: Friedman's statistic, corrected for ties.
         p_chi_square: Its p-value, from k - 1 degrees of freedom.
         f: Iman and Davenport's F = (N - 1) χ² / (N (k - 1) - χ²), less conservative for few tasks.

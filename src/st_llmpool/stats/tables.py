@@ -19,14 +19,14 @@ from rich.text import Text
 
 from ..utils.files import slug
 from ..utils.words import counted, markdown
-from .compare import Comparison, Family, Pair, TypeComparison
+from .comparison import Comparison, Family, Pair, TypeComparison
 from .plots import draw, require_libraries
 from .results import MAIN_SCORE
 from .statistics import ItemTest, PairedTest
 
 INDEPENDENCE = (
-    "The tests take tasks as independent. Slices of one corpus are not: then p-values are too small, and whatever is "
-    "found holds for these data only."
+    "The tests treat tasks as independent. Slices of one corpus are not: then p-values are too small, and the results "
+    "hold for these data only."
 )
 _LEGEND = (
     "Difference: first minus second, mean over tasks, with its 95 % bootstrap interval (none below 6 tasks). "
@@ -35,7 +35,7 @@ _LEGEND = (
     "p Holm: corrected for the tests of the same table; * at or below {alpha}."
 )
 _ITEM_LEGEND = (
-    "Every task counts alike. Tasks like these: 95 % interval from standard errors clustered by task. These tasks "
+    "Every task has equal weight. Tasks like these: 95 % interval from standard errors clustered by task. These tasks "
     "only: interval for other items of the same tasks, its p not corrected; no verdict rests on it."
 )
 
@@ -87,7 +87,7 @@ def sheets(comparison: Comparison) -> list[Sheet]:
 
 
 def sheets_of_type(kind: TypeComparison) -> list[Sheet]:
-    """Returns the tables of one task type: the pairs named beforehand, then all others."""
+    """Returns the tables of one task type: the pre-registered comparisons, then all others."""
     found = []
     for family in kind.families:
         pairs, *items = sheets_of_family(kind, family)
@@ -264,20 +264,20 @@ def _pairs(kind: TypeComparison, family: Family) -> Sheet:
         ("p Holm", lambda pair: p_text(pair.p_holm) + ("*" if pair.significant else "")),
         ("Effect", lambda pair: f"{pair.test.effect_size:+.2f}"),
     ]
-    named = "named beforehand" if family.confirmatory and len(kind.scores.columns) > 2 else "the only pair"
-    what = named if family.confirmatory else "exploratory, not named beforehand"
+    named = "pre-registered" if family.confirmatory and len(kind.scores.columns) > 2 else "the only pair"
+    what = named if family.confirmatory else "exploratory"
     if not family.plan.reachable:
         what += " (cannot reach significance: no marks)"
     verdicts = [pair.verdict for pair in family.pairs if family.confirmatory or pair.significant]
     if not family.plan.reachable:
         verdicts = ["No verdict: more tasks are needed."]
     elif not verdicts:
-        verdicts = ["No exploratory pair stands out."]
+        verdicts = ["No exploratory pair is significant."]
     return Sheet(
         f"{kind.title}: {what}",
         tuple(name for name, _ in columns),
         tuple(tuple(cell(pair) for _, cell in columns) for pair in family.pairs),
-        (f"At best: {family.plan}", *verdicts),
+        (f"Power: {family.plan}", *verdicts),
     )
 
 
@@ -316,7 +316,7 @@ def about_type(kind: TypeComparison) -> tuple[str, ...]:
             f"Friedman over {len(ranks.mean_ranks)} models and {counted(ranks.tasks, 'task')}: "
             f"chi² {ranks.chi_square:.2f}, F {ranks.f:.2f}, p {p_text(ranks.p)}. Mean ranks: {order}; "
             f"critical difference {ranks.critical_difference:.2f}"
-            + ("." if ranks.reachable else ", which so few tasks cannot reach.")
+            + ("." if ranks.reachable else ", which these tasks cannot reach.")
         )
     if kind.seeds is not None:
         seeds = kind.seeds
@@ -332,7 +332,7 @@ def footnotes(comparison: Comparison) -> Iterator[str]:
     yield _LEGEND.format(alpha=comparison.alpha)
     yield INDEPENDENCE
     if not any(pair.confirmatory for kind in comparison.types for pair in kind.pairs):
-        yield "No contrast was named, so every pair is exploratory. Name up to six beforehand: --contrast A:B."
+        yield "No comparison was pre-registered, so every pair is exploratory. Name up to six: --contrast A:B."
     yield from comparison.notes
 
 

@@ -1,1 +1,1 @@
-"""Studies: designs trained and evaluated alike, compared, and reported."""
+"""Studies: designs trained and evaluated under equal conditions, compared, and reported."""

@@ -1,4 +1,4 @@
-"""What a study will cost and what it could find at best, before anything runs."""
+"""Forecast of a study before anything runs: its cost, and the power of its tests."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from ..data.training_data import DatasetSettings, read_rows
 from ..designs import resolve_base
 from ..evaluation.suite import read_suite
 from ..saved_embedder import read_architecture
-from ..stats.power import Plan
+from ..stats.power_analysis import Plan
 from ..training.recipe import DEFAULT_LENGTH, TrainingSettings
 from ..utils.parameters import count_weights
 from ..utils.words import counted
 from .records import RunRecord
 from .settings import PlannedRun, Study
 
-_UTILISATION = 0.4  # share of the matrix rate that training of a transformer typically reaches
+_UTILISATION = 0.4  # fraction of the matrix rate that training of a transformer typically reaches
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is known of a study beforehand.
+    """Forecast of a study.
 
     Args:
         runs: All runs.
         finished: How many of them are finished.
         flops: Run to floating-point operations of its training, an upper bound: texts may be shorter than the limit.
-        seconds: How long all that is missing takes at one run at a time; evaluation counts only where runs are finished
-            already, whose times are then what is forecast.
+        seconds: Time for all missing runs one after the other: by the finished runs if there are any, else the training
+            alone by its operations.
         from_finished: Whether `seconds` goes by finished runs; else by the operations.
-        confirmatory: Task type to what the table of the contrasts can find.
-        exploratory: Task type to what the table of all other pairs can find.
+        confirmatory: Task type to the power of the pre-registered comparisons.
+        exploratory: Task type to the power of all other pairs.
     """
 
     runs: tuple[PlannedRun, ...]
@@ -68,10 +68,10 @@ class Forecast:
                 run.option,
                 f"{self.flops[run.id]:.1e}",
             )
-        power = Table(title="What each table can find at best", title_justify="left")
-        for heading in ("task type", "pairs", "at best"):
+        power = Table(title="Power of each table", title_justify="left")
+        for heading in ("task type", "pairs", "power"):
             power.add_column(heading)
-        for name, plans in (("named beforehand", self.confirmatory), ("exploratory", self.exploratory)):
+        for name, plans in (("pre-registered", self.confirmatory), ("exploratory", self.exploratory)):
             for kind, best in plans.items():
                 power.add_row(kind, name, str(best))
         how = "by the time of the finished runs" if self.from_finished else "training alone, by its operations"
@@ -87,7 +87,7 @@ def forecast(study: Study, records: Sequence[RunRecord], *, data_dir: Path | Non
     Args:
         study: The study.
         records: Its finished runs.
-        data_dir: What ``{data}`` stands for; needed where a recipe counts in epochs.
+        data_dir: Folder to put in place of ``{data}``; needed where a recipe counts in epochs.
 
     Raises:
         ConfigurationError: If `data_dir` is needed and not given.

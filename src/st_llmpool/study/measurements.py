@@ -1,4 +1,4 @@
-"""Looks at the models of finished runs: what each design costs, and what its layers hold before and after training."""
+"""Measurements of the models of finished runs: cost, and layers before and after training."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _PAIRS, _SEARCHES = 300, 150  # of the suite, to probe single layers with
 
 
 def measure_run(model_dir: Path, recipe: Recipe, folder: Path, tasks: Sequence[LocalTask], *, layers: bool) -> None:
-    """Measures cost and layers of a run's model and writes them beside its record; what is there stays.
+    """Measures cost and layers of a run's model and writes them next to its record; existing files are kept.
 
     Args:
         model_dir: The trained model.
         recipe: What it was trained with.
         folder: The run's folder in ``runs``.
         tasks: The suite, whose similarity and search tasks probe single layers.
-        layers: Look at the layers too.
+        layers: Analyse the layers too.
     """
     wanted = [name for name in (COST, *([LAYERS] if layers else [])) if not (folder / name).is_file()]
     if not wanted:
@@ -50,19 +50,19 @@ def suite_probes(tasks: Sequence[LocalTask]) -> Probes:
     """Returns pairs and searches from a suite's tasks; the built-in ones where it has none.
 
     Args:
-        tasks: Tasks of type STS and Retrieval are used, each for an equal share.
+        tasks: Tasks of type STS and Retrieval are used, each with an equal number of rows.
     """
     pairs: list[tuple[str, str, float]] = []
     searches: dict[str, str] = {}  # an answer to its query, so that no document answers two
     for task in tasks:
         task.load_data()
-        share = sum(other.metadata.type == task.metadata.type for other in tasks)
+        number = sum(other.metadata.type == task.metadata.type for other in tasks)
         data: Any = task.dataset
         if task.metadata.type == "STS":
-            rows = data[SPLIT].select(range(min(len(data[SPLIT]), _PAIRS // share)))
+            rows = data[SPLIT].select(range(min(len(data[SPLIT]), _PAIRS // number)))
             pairs += zip(rows["sentence1"], rows["sentence2"], rows["score"], strict=True)
         elif task.metadata.type == "Retrieval":
-            searches |= _searches(data["default"][SPLIT], _SEARCHES // share)
+            searches |= _searches(data["default"][SPLIT], _SEARCHES // number)
         task.unload_data()
     if len(pairs) < 2 or not searches:
         return sample_probes()

@@ -41,8 +41,8 @@ class RunRecord:
         design: Name of the design.
         option: Its option.
         seed: The seed.
-        recipe: The recipe's values, in which ``{data}`` stands for the data folder.
-        evaluation: What the scores depend on beside the model.
+        recipe: The recipe's values, with ``{data}`` for the data folder.
+        evaluation: Settings that the scores depend on besides the model.
         training: What is in ``training.json`` of the run.
         evaluation_seconds: How long the evaluation took.
         stages: Of each stage before the recipe's own training: its name, steps, seconds, losses, masked accuracy.
@@ -90,34 +90,34 @@ class RunRecord:
         return [(int(step), float(metrics[name])) for step, metrics in entries if name in metrics]
 
 
-def write_record(record: RunRecord, results: Results, out: Path) -> None:
+def write_record(record: RunRecord, results: Results, output_dir: Path) -> None:
     """Write the folder of a run atomically.
 
     Args:
         record: The facts.
         results: The scores, of this run only; base, design, option and seed are the record's.
-        out: The study's folder.
+        output_dir: The study's folder.
     """
     names = {name: str(getattr(record, name)) for name in _RUN}
-    with atomic_folder(out / "runs" / record.id) as place:
+    with atomic_folder(output_dir / "runs" / record.id) as place:
         _rows(results).assign(**names).to_parquet(place / _SCORES, index=False, compression="zstd")
         (place / _FACTS).write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
 
 
-def write_results(records: Sequence[RunRecord], results: Results, out: Path) -> Path:
+def write_results(records: Sequence[RunRecord], results: Results, output_dir: Path) -> Path:
     """Write ``results.parquet``: all scores, and the facts of all runs in the file's metadata; return its path.
 
     Args:
         records: The finished runs.
         results: Their scores.
-        out: The study's folder.
+        output_dir: The study's folder.
     """
     table = pa.Table.from_pandas(_rows(results), preserve_index=False)
     facts = base64.b64encode(zlib.compress(json.dumps([asdict(record) for record in records]).encode()))
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), _FACTS_OF_ALL: facts})
-    with atomic_file(out / _SCORES) as partial:
+    with atomic_file(output_dir / _SCORES) as partial:
         pq.write_table(table, partial, compression="zstd")
-    return out / _SCORES
+    return output_dir / _SCORES
 
 
 def _rows(results: Results) -> pd.DataFrame:
@@ -210,40 +210,40 @@ class RunStore:
         return (self._folder / record.id / _FACTS).is_file()
 
 
-def reuse_runs(runs: Iterable[PlannedRun], other: Path, out: Path) -> list[str]:
+def reuse_runs(runs: Iterable[PlannedRun], other: Path, output_dir: Path) -> list[str]:
     """Copy those runs of another study that are the same to the last setting, and return their ids.
 
     Args:
         runs: The runs that the study asks for.
         other: The other study's folder, or its ``results.parquet``.
-        out: The study's folder.
+        output_dir: The study's folder.
 
     Raises:
         DataError: If `other` holds no runs.
     """
-    store, own = RunStore(other), RunStore(out)
+    store, own = RunStore(other), RunStore(output_dir)
     if not store.exists:
         raise DataError(f"{other} holds no runs of a study: neither a folder 'runs' nor a results.parquet with them.")
-    taken = []
+    reused = []
     for run in runs:
         record = store.record(run.id)
         if record is not None and record.key == run.key and own.record(run.id) is None:
-            write_record(record, store.results([record]), out)
-            taken.append(run.id)
-    return taken
+            write_record(record, store.results([record]), output_dir)
+            reused.append(run.id)
+    return reused
 
 
-def finished(runs: Iterable[PlannedRun], out: Path) -> list[RunRecord]:
+def finished(runs: Iterable[PlannedRun], output_dir: Path) -> list[RunRecord]:
     """Return the records of those planned runs that are finished.
 
     Args:
         runs: The runs that the study asks for.
-        out: The study's folder.
+        output_dir: The study's folder.
 
     Raises:
         ConfigurationError: If a run was made with other settings than the study has now; the message names them.
     """
-    store = RunStore(out)
+    store = RunStore(output_dir)
     records = []
     for run in runs:
         record = store.record(run.id)
@@ -254,21 +254,21 @@ def finished(runs: Iterable[PlannedRun], out: Path) -> list[RunRecord]:
             changes = differences(before, {"recipe": run.recipe, "evaluation": run.evaluation})
             raise ConfigurationError(
                 f"run {run.id} was made with other settings: {', '.join(changes) or 'an earlier version'} changed. "
-                f"Delete {out / 'runs' / run.id} and {out / _SCORES} to run it again, give the changed design an "
-                f"option of its own, or choose another output folder."
+                f"Delete {output_dir / 'runs' / run.id} and {output_dir / _SCORES} to run it again, give the changed "
+                f"design an option of its own, or choose another output folder."
             )
         records.append(record)
     return records
 
 
-def read_scores(records: Sequence[RunRecord], out: Path) -> Results:
+def read_scores(records: Sequence[RunRecord], output_dir: Path) -> Results:
     """Read the scores of finished runs into one table.
 
     Args:
         records: The runs.
-        out: The study's folder.
+        output_dir: The study's folder.
     """
-    return RunStore(out).results(records)
+    return RunStore(output_dir).results(records)
 
 
 def _read_scores(file: Path) -> pd.DataFrame:

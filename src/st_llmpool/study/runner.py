@@ -1,4 +1,4 @@
-"""Runs a study: every planned run once, several at a time, on as many machines as share the folder; then the report."""
+"""Runs a study: every planned run once, several at a time, on one or more machines; then the report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rich.live import Live
 from rich.progress import track
 from rich.table import Table
 
-from ..evaluation.suite import load_suite
+from ..evaluation.tasks import load_suite
 from ..modules.errors import ConfigurationError, StLlmpoolError
 from ..stats.plots import require_libraries
 from ..stats.results import Results
@@ -34,7 +34,7 @@ from .records import RunRecord, finished, read_record, read_scores, reuse_runs, 
 from .settings import PlannedRun, Study
 from .worker import LOCKED, PROGRESS, lock_of
 
-_PATIENCE = 10.0  # seconds until a run that another process has is looked at again
+_RETRY_SECONDS = 10.0  # between two attempts at a run that another process has locked
 _LOG_LINES = 15
 
 
@@ -54,24 +54,24 @@ class _State:
 
 
 class StudyRunner:
-    """Carries out what is missing of a study.
+    """Runs what is missing of a study.
 
-    Finished runs are skipped, and a run that was stopped goes on from its checkpoint, with the same numbers. Several
-    machines, or the processes of ``accelerate launch``, may work on one folder: a lock on each run shares them out.
+    Finished runs are skipped, and an interrupted run resumes from its checkpoint, with the same numbers. Several
+    machines, or the processes of ``accelerate launch``, may work on one folder: each run has a lock.
 
     Args:
         study: The study.
-        out: Its folder. ``study.yaml``, ``results.parquet``, ``summary.md`` and its pictures are worth committing;
-            ``runs``, ``report`` and ``mteb`` can be removed when the study is finished.
-        work: Folder for checkpoints, models and logs; None is ``work`` in `out`.
+        output_dir: Output folder. ``study.yaml``, ``results.parquet``, ``summary.md`` and its pictures are worth
+            committing; ``runs``, ``report`` and ``mteb`` can be removed when the study is finished.
+        work: Folder for checkpoints, models and logs; None is ``work`` in `output_dir`.
         data_dir: What ``{data}`` in the recipe stands for, and where the suite's folders are.
-        jobs: Runs at a time in this process; several GPUs are shared out over them.
-        take_from: Folders of other studies, or their ``results.parquet``; identical runs are reused.
+        jobs: Runs at a time in this process; GPUs are assigned in turn.
+        reuse_from: Folders of other studies, or their ``results.parquet``; identical runs are reused.
         report_only: Report on what is finished; needs no data.
         console: Where progress is shown; None is standard error.
 
     Raises:
-        ConfigurationError: If a recipe does not fit, or `out` holds runs that were made with other settings.
+        ConfigurationError: If a recipe does not fit, or `output_dir` holds runs that were made with other settings.
         DataError: If data of the suite are missing or wrong.
 
     Example:
@@ -82,12 +82,12 @@ class StudyRunner:
     def __init__(
         self,
         study: Study,
-        out: str | Path,
+        output_dir: str | Path,
         *,
         work: str | Path | None = None,
         data_dir: str | Path | None = None,
         jobs: int = 1,
-        take_from: Sequence[Path] = (),
+        reuse_from: Sequence[Path] = (),
         report_only: bool = False,
         console: Console | None = None,
     ) -> None:
@@ -97,11 +97,11 @@ class StudyRunner:
         if jobs < 1:
             raise ConfigurationError(f"jobs={jobs} must be at least 1.")
         self.study = study
-        self.out = Path(out)
-        self.work = self.out / "work" if work is None else Path(work)
+        self.output_dir = Path(output_dir)
+        self.work = self.output_dir / "work" if work is None else Path(work)
         self.data_dir = None if data_dir is None else Path(data_dir)
         self.jobs = jobs
-        self.take_from = take_from
+        self.reuse_from = reuse_from
         self.console = console or Console(stderr=True)
         self.runs = study.runs()
         if not report_only:
@@ -115,7 +115,7 @@ class StudyRunner:
     @property
     def records(self) -> list[RunRecord]:
         """The finished runs, in the order of the study."""
-        return finished(self.runs, self.out)
+        return finished(self.runs, self.output_dir)
 
     def run(self) -> list[RunRecord]:
         """Carries out all runs that are not finished, and returns the records of all.
@@ -123,12 +123,12 @@ class StudyRunner:
         Raises:
             StudyError: If runs failed; the others are finished by then. The message names their logs.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._write_study(self.out / "study.yaml")
-        for other in self.take_from:
-            with lock_of("take_from", self.out).acquire(timeout=-1):  # one of several processes copies
-                taken = reuse_runs(self.runs, other, self.out)
-            self.console.print(f"{counted(len(taken), 'run')} reused from {other}", highlight=False)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self._write_study(self.output_dir / "study.yaml")
+        for other in self.reuse_from:
+            with lock_of("reuse", self.output_dir).acquire(timeout=-1):  # one of several processes copies
+                reused = reuse_runs(self.runs, other, self.output_dir)
+            self.console.print(f"{counted(len(reused), 'run')} reused from {other}", highlight=False)
         states = {run.id: _State(run) for run in self.runs}
         for record in self.records:
             states[record.id].stage, states[record.id].record = "finished before", record
@@ -154,7 +154,7 @@ class StudyRunner:
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:])
             raise StudyError(
                 f"{len(failed)} of {counted(len(states), 'run')} failed: {', '.join(failed)}. End of {log}:\n{tail}\n"
-                f"Start the study again to go on from the last checkpoints."
+                f"Start the study again to resume from the last checkpoints."
             )
         return self.records
 
@@ -165,18 +165,18 @@ class StudyRunner:
         """
         from .measurements import measure_run
 
-        with lock_of("examine", self.out).acquire(timeout=-1):
+        with lock_of("measure", self.output_dir).acquire(timeout=-1):
             measured = {r.id for r in self.records if r.cost and (r.layers or not self.study.layers)}
             first = [run for run in self.runs if run.seed == self.study.seeds[0] and run.id not in measured]
             models = [
                 (run, self.work / run.id / "training" / "model")
                 for run in first
-                if (self.out / "runs" / run.id).is_dir()
+                if (self.output_dir / "runs" / run.id).is_dir()
             ]
             here = [(run, model) for run, model in models if model.is_dir()]
             for run, model in track(here, "cost and layers", console=self.console):
                 recipe = run.to_recipe(self.data_dir, self.work / run.id / "training")
-                measure_run(model, recipe, self.out / "runs" / run.id, self.tasks, layers=self.study.layers)
+                measure_run(model, recipe, self.output_dir / "runs" / run.id, self.tasks, layers=self.study.layers)
 
     @property
     def results(self) -> Results:
@@ -186,12 +186,12 @@ class StudyRunner:
             StudyError: If none is finished.
         """
         if not self.records:
-            raise StudyError(f"no run in {self.out / 'runs'} is finished: start the study first.")
-        return read_scores(self.records, self.out)
+            raise StudyError(f"no run in {self.output_dir / 'runs'} is finished: start the study first.")
+        return read_scores(self.records, self.output_dir)
 
     def write_results(self) -> Path:
         """Write ``results.parquet`` with scores and facts of all finished runs, and return its path."""
-        return write_results(self.records, self.results, self.out)
+        return write_results(self.records, self.results, self.output_dir)
 
     def report(self) -> Path:
         """Write results, report and summary of what is finished, and return the report's page.
@@ -202,9 +202,9 @@ class StudyRunner:
         from .report import write_report
 
         self.write_results()
-        page = write_report(self.study, self.records, self.results, self.out / "report")
+        page = write_report(self.study, self.records, self.results, self.output_dir / "report")
         for file in (page.parent / "summary").iterdir():
-            write_atomically(self.out / file.name, file.read_bytes())
+            write_atomically(self.output_dir / file.name, file.read_bytes())
         return page
 
     def _write_study(self, path: Path) -> None:
@@ -215,7 +215,7 @@ class StudyRunner:
         return self.work / run_id / "log.txt"
 
     def _work(self, slot: int, waiting: queue.Queue[PlannedRun], states: dict[str, _State]) -> None:
-        """Takes runs until none is left."""
+        """Process runs until none is left."""
         while not self._stop.is_set():
             try:
                 run = waiting.get_nowait()
@@ -228,9 +228,9 @@ class StudyRunner:
             if returned == LOCKED:
                 state.stage, state.started = "elsewhere", None
                 waiting.put(run)
-                self._stop.wait(_PATIENCE)
+                self._stop.wait(_RETRY_SECONDS)
             else:
-                state.record = read_record(self.out / "runs" / run.id)
+                state.record = read_record(self.output_dir / "runs" / run.id)
                 if returned == 0 and state.record is not None:
                     state.stage = "finished"
                 elif not self._stop.is_set():
@@ -238,15 +238,15 @@ class StudyRunner:
 
     def _carry_out(self, run: PlannedRun, slot: int) -> int:
         try:
-            with lock_of(run.id, self.out):  # asked here too, since a worker takes seconds to start
-                if read_record(self.out / "runs" / run.id) is not None:
+            with lock_of(run.id, self.output_dir):  # asked here too, since a worker needs seconds to start
+                if read_record(self.output_dir / "runs" / run.id) is not None:
                     return 0
         except Timeout:
             return LOCKED
         self.log(run.id).parent.mkdir(parents=True, exist_ok=True)
         study = self.log(run.id).with_name("study.yaml")  # that of the folder may be another study's by now
         self._write_study(study)
-        folders = {"study": study, "run": run.id, "out": self.out, "work": self.work}
+        folders = {"study": study, "run": run.id, "out": self.output_dir, "work": self.work}
         if self.data_dir is not None:
             folders["data"] = self.data_dir
         command = [sys.executable, "-m", "st_llmpool.study.worker"]
@@ -262,53 +262,53 @@ class StudyRunner:
 
     def _watch(self, threads: Sequence[threading.Thread], states: dict[str, _State], began: float) -> None:
         """Shows the runs until all threads are through: a table on a terminal, lines elsewhere."""
-        told: dict[str, str] = {}
+        printed: dict[str, str] = {}
         with Live(console=self.console, auto_refresh=False, transient=False) as live:
             while True:
                 alive = any(thread.is_alive() for thread in threads)
                 if self.console.is_terminal:
                     live.update(self._table(states, began), refresh=True)
                 else:
-                    self._tell(states, told)
+                    self._print_changes(states, printed)
                 if not alive:
                     return
                 for thread in threads:
                     thread.join(1.0 / len(threads))
 
-    def _tell(self, states: dict[str, _State], told: dict[str, str]) -> None:
+    def _print_changes(self, states: dict[str, _State], printed: dict[str, str]) -> None:
         for run_id, state in states.items():
             stage = self._progress(state).get("stage", state.stage)
-            if told.get(run_id, "waiting") != stage:
-                told[run_id] = stage
+            if printed.get(run_id, "waiting") != stage:
+                printed[run_id] = stage
                 done = sum(other.stage.startswith("finished") for other in states.values())
                 self.console.print(f"{run_id}: {stage}  ({done} of {len(states)} finished)", highlight=False)
 
     def _progress(self, state: _State) -> dict[str, Any]:
-        """Returns what the run's own process tells, while it is at it."""
+        """Return the progress that a running process wrote."""
         if state.stage not in ("starting", "elsewhere"):
             return {}
         try:
-            told = json.loads((self.work / state.run.id / PROGRESS).read_text(encoding="utf-8"))
+            progress = json.loads((self.work / state.run.id / PROGRESS).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return dict(told)
+        return dict(progress)
 
     def _table(self, states: dict[str, _State], began: float) -> Table:
         table = Table(title=f"{self.study.name}: {self._left(states, began)}", title_justify="left")
         for heading in ("run", "stage", "step", "loss", "time"):
             table.add_column(heading, justify="left" if heading in ("run", "stage") else "right")
         for run_id, state in states.items():
-            told = self._progress(state)
+            progress = self._progress(state)
             seconds = state.seconds if state.started is None else time.monotonic() - state.started
             if state.stage in ("finished", "failed"):
                 seconds = state.seconds
-            step = f"{told['step']}/{told['steps']}" if "step" in told else ""
-            loss = told.get("loss")
+            step = f"{progress['step']}/{progress['steps']}" if "step" in progress else ""
+            loss = progress.get("loss")
             if state.record is not None and state.record.training.get("losses"):
                 step, loss = str(state.record.training["steps"]), state.record.training["losses"][-1][1]
             table.add_row(
                 run_id,
-                str(told.get("stage", state.stage)),
+                str(progress.get("stage", state.stage)),
                 step,
                 "" if loss is None else f"{float(loss):.3f}",
                 f"{seconds:.0f} s" if seconds else "",
@@ -333,7 +333,7 @@ def environment_of_run(slot: int, jobs: int, threads: int | None) -> dict[str, s
     Args:
         slot: Which of the runs at a time it is.
         jobs: Runs at a time.
-        threads: CPU threads; None shares the cores out.
+        threads: CPU threads; None divides the cores among concurrent runs.
     """
     launched = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "TORCHELASTIC_")
     environment = {

@@ -1,14 +1,14 @@
-"""What a study compares: bases, designs, seeds, and the one recipe and suite that all of them share.
+"""What a study compares: bases, designs, seeds, and their common recipe and suite.
 
 ```yaml
-description: Does the pooling over all layers pay on our data?
+description: Does pooling over all layers help on our data?
 bases: {qwen: Qwen/Qwen3-0.6B}          # name in tables: Hub id, folder or builtin
 seeds: [0, 1, 2]
 designs:
   - {design: mean-bidirectional}
   - {design: "5"}
   - {design: "5", option: last 4 layers, change: {model: {layers: [-4, -3, -2, -1]}}}
-contrasts: ["5:mean-bidirectional"]     # named before anything runs; all other pairs are exploratory
+contrasts: ["5:mean-bidirectional"]     # pre-registered; all other pairs are exploratory
 recipe:                                 # as of `st-llmpool train`; {data} is the folder given as --data
   model: {tune: lora}
   data: [{source: "{data}/pairs.parquet"}]
@@ -26,9 +26,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..designs import DESIGNS
+from ..evaluation.suite import read_suite
 from ..modules.errors import ConfigurationError, DataError, nearest
-from ..stats.compare import MAX_CONTRASTS, MAX_MODELS, label
+from ..stats.results import MAX_CONTRASTS, MAX_MODELS, label
 from ..training.recipe import Recipe
 from ..utils.files import slug
 from ..utils.reading import read_yaml, shown
@@ -38,7 +38,7 @@ _PRESETS = Path(__file__).parent / "presets"
 _FORMAT = 1  # part of every key: raise it when the same settings come to give other numbers
 _DATA = "{data}"
 
-#: What verdicts rest on unless a study says otherwise, as far as it has these designs.
+#: Pre-registered comparisons by default, as far as a study has these designs.
 DEFAULT_CONTRASTS = ("5:mean-bidirectional", "5:4", "4:2", "5:3", "3:1", "5:1")
 
 
@@ -48,8 +48,8 @@ class DesignSettings:
 
     Attributes:
         design: A name in ``DESIGNS``; any other name where `change` says attention or pooling.
-        option: What tells it from the plain design, in tables; empty for that.
-        change: What the recipe has in place of the shared one.
+        option: Name of the variant of the design in tables; empty for the plain design.
+        change: Changes to the common recipe.
     """
 
     design: str
@@ -75,8 +75,8 @@ class PlannedRun:
         design: Name of the design.
         option: Its option.
         seed: The seed.
-        recipe: The recipe's values, in which ``{data}`` stands for the data folder.
-        evaluation: What the scores depend on beside the model.
+        recipe: The recipe's values, with ``{data}`` for the data folder.
+        evaluation: Settings that the scores depend on besides the model.
     """
 
     id: str
@@ -102,11 +102,11 @@ class PlannedRun:
         """Returns the recipe to train with.
 
         Args:
-            data_dir: What ``{data}`` stands for.
+            data_dir: Folder to put in place of ``{data}``.
             output_dir: Folder of the training run.
 
         Raises:
-            ConfigurationError: If a value does not fit, or ``{data}`` stands for nothing.
+            ConfigurationError: If a value does not fit, or `data_dir` is needed and missing.
         """
         text = json.dumps(self.recipe)
         if _DATA in text and data_dir is None:
@@ -121,19 +121,19 @@ class Study:
 
     Attributes:
         designs: What is compared.
-        recipe: The recipe that all runs share, without ``output_dir``, ``seed``, ``model.base`` and ``model.design``.
+        recipe: The common recipe of all runs, without ``output_dir``, ``seed``, ``model.base`` and ``model.design``.
         name: What the report is called.
         description: The question, for the report.
         bases: Name to Hub id, folder or ``builtin``.
         seeds: Each design is trained once with each.
-        contrasts: At most six pairs ``A:B`` that verdicts rest on; None takes those of `DEFAULT_CONTRASTS` that the
+        contrasts: At most six pairs ``A:B`` that verdicts rest on; None is those of `DEFAULT_CONTRASTS` that the
             study has designs for.
         suite: A suite of local tasks.
         limit: The most rows, queries or documents of each task.
-        batch_size: Texts at a time in the evaluation.
-        threads: CPU threads of a run; None shares the cores out over the runs at a time. Sums depend on it in the last
+        batch_size: Batch size of the evaluation.
+        threads: CPU threads of a run; None divides the cores among concurrent runs. Sums depend on it in the last
             digit, so fix it where numbers must not depend on ``--jobs``.
-        layers: Examine the layers in the runs of the first seed.
+        layers: Analyse the layers in the runs of the first seed.
 
     Raises:
         ConfigurationError: From the constructor, if settings contradict each other.
@@ -163,6 +163,8 @@ class Study:
             raise ConfigurationError(f"a study compares 2 to {MAX_MODELS} designs; this one has {len(labels)}.")
         if not self.bases:
             raise ConfigurationError("bases is empty; name one, such as bases: {builtin: builtin}.")
+        from ..designs import DESIGNS  # imports torch, which takes seconds
+
         for design in self.designs:
             own = design.change.get("model", {})
             if design.design not in DESIGNS and not {"attention", "pooling"} & set(own):
@@ -220,7 +222,7 @@ class Study:
         return [design.label for design in self.designs]
 
     def runs(self) -> list[PlannedRun]:
-        """Returns all runs, seed by seed, so that a study that is stopped early has whole comparisons.
+        """Returns all runs, seed by seed, so that a study that is stopped early has complete comparisons.
 
         Example:
             >>> Study.load("quick").runs()[0].id
@@ -230,13 +232,13 @@ class Study:
 
     @cached_property
     def _tasks_digest(self) -> str:
-        """A hash of what the suite says of its tasks; that their data are the same, mteb's revisions tell."""
-        from ..evaluation.suite import read_suite  # imports mteb, which takes seconds
-
+        """A hash of the suite's settings; mteb's revisions cover the data."""
         tasks = [asdict(task) for task in read_suite(self.suite).tasks]
         return hashlib.sha256(json.dumps(tasks, sort_keys=True).encode()).hexdigest()[:16]
 
     def _run(self, base: str, design: DesignSettings, seed: int) -> PlannedRun:
+        from ..designs import DESIGNS
+
         model: dict[str, Any] = {"base": self.bases[base]}
         if design.design in DESIGNS and not {"attention", "pooling"} & set(design.change.get("model", {})):
             model["design"] = design.design

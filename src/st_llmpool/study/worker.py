@@ -1,7 +1,7 @@
 """Carries out one run of a study: trains, evaluates, measures, and leaves the run's record.
 
-Each run is a process of its own, `python -m st_llmpool.study.worker`, so that runs share neither random state nor
-memory, a crash takes no other run with it, and the system frees the run's lock when the process ends in whatever way.
+Each run is a process of its own, `python -m st_llmpool.study.worker`, so that random state and memory
+are its own, a crash leaves other runs alone, and the system frees the run's lock however the process ends.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from ..utils.reading import read_json_object
 from .records import RunRecord, finished, write_record
 from .settings import PlannedRun, Study
 
-#: What the process returns if another one is at this run.
+#: Exit code if another process runs this run.
 LOCKED = 75
 
 PROGRESS = "progress.json"
+_OF_THE_PLAN = ("id", "key", "base", "design", "option", "seed", "recipe", "evaluation")
 
 
 class ProgressFile(TrainerCallback):
@@ -58,19 +59,19 @@ class ProgressFile(TrainerCallback):
 
 
 def write_progress(folder: Path, stage: str, **facts: Any) -> None:
-    """Notes how far a run is."""
+    """Write the progress of a run."""
     write_atomically(folder / PROGRESS, json.dumps({"stage": stage, **facts}), durable=False)
 
 
-def carry_out(study: Study, run: PlannedRun, *, out: Path, work: Path, data_dir: Path | None) -> RunRecord:
-    """Trains and evaluates one run; goes on from its checkpoint if it was stopped before.
+def carry_out(study: Study, run: PlannedRun, *, output_dir: Path, work: Path, data_dir: Path | None) -> RunRecord:
+    """Trains and evaluates one run; resumes from its checkpoint if it was stopped.
 
     Args:
         study: The study.
         run: One of its runs.
-        out: The study's folder; the record goes to ``runs``, mteb's result files to ``mteb``.
+        output_dir: The study's folder; the record goes to ``runs``, mteb's result files to ``mteb``.
         work: Folder for checkpoints and models.
-        data_dir: What ``{data}`` stands for.
+        data_dir: Folder to put in place of ``{data}``.
     """
     from ..evaluation import evaluate
     from ..stats.readers import read_results
@@ -84,7 +85,7 @@ def carry_out(study: Study, run: PlannedRun, *, out: Path, work: Path, data_dir:
     started = time.monotonic()
     scores = evaluate(
         result.model,
-        output_dir=out / "mteb" / run.id,
+        output_dir=output_dir / "mteb" / run.id,
         suite=study.suite,
         data_dir=data_dir,
         limit=study.limit,
@@ -93,14 +94,7 @@ def carry_out(study: Study, run: PlannedRun, *, out: Path, work: Path, data_dir:
     )
     write_progress(folder, f"evaluated by {scores.inference}")
     record = RunRecord(
-        id=run.id,
-        key=run.key,
-        base=run.base,
-        design=run.design,
-        option=run.option,
-        seed=run.seed,
-        recipe=run.recipe,
-        evaluation=run.evaluation,
+        **{name: getattr(run, name) for name in _OF_THE_PLAN},
         training=result.report,
         stages=_stages(folder / "training" / "stages"),
         evaluation_seconds=round(time.monotonic() - started, 1),
@@ -108,37 +102,37 @@ def carry_out(study: Study, run: PlannedRun, *, out: Path, work: Path, data_dir:
         machine=_machine(),
     )
     results = read_results([str(scores.folder)], task_types={row.task: row.type for row in scores.rows})
-    write_record(record, results, out)
+    write_record(record, results, output_dir)
     shutil.rmtree(folder / "training" / "checkpoints", ignore_errors=True)  # the optimizer's state
     return record
 
 
-def lock_of(run_id: str, out: Path) -> FileLock:
+def lock_of(run_id: str, output_dir: Path) -> FileLock:
     """Returns the lock of a run, to be entered; that raises Timeout if another process is at the run.
 
     It is the system's own lock: it is gone with the process, so a crashed worker's run is free at once.
 
     Args:
         run_id: Name of the run.
-        out: The study's folder.
+        output_dir: The study's folder.
     """
-    (out / "locks").mkdir(parents=True, exist_ok=True)
-    return FileLock(out / "locks" / f"{run_id}.lock", timeout=0)
+    (output_dir / "locks").mkdir(parents=True, exist_ok=True)
+    return FileLock(output_dir / "locks" / f"{run_id}.lock", timeout=0)
 
 
 def main(arguments: list[str]) -> int:
-    """Takes the run's lock and carries it out; returns `LOCKED` if another process has it."""
+    """Run one run under its lock; returns `LOCKED` if another process has it."""
     parser = argparse.ArgumentParser(prog="python -m st_llmpool.study.worker")
     for name in ("study", "run", "out", "work", "data"):
         parser.add_argument(f"--{name}", required=name != "data")
     given = parser.parse_args(arguments)
-    study, out = Study.load(given.study), Path(given.out)
+    study, output_dir = Study.load(given.study), Path(given.output_dir)
     run = next(run for run in study.runs() if run.id == given.run)
     try:
-        with lock_of(run.id, out):
-            if not finished([run], out):
+        with lock_of(run.id, output_dir):
+            if not finished([run], output_dir):
                 data_dir = None if given.data is None else Path(given.data)
-                carry_out(study, run, out=out, work=Path(given.work), data_dir=data_dir)
+                carry_out(study, run, output_dir=output_dir, work=Path(given.work), data_dir=data_dir)
     except Timeout:
         return LOCKED
     return 0

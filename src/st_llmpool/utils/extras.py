@@ -54,5 +54,14 @@ def needs(extra: str, purpose: str) -> Iterator[None]:
         raise _missing(purpose, str(error.name), extra) from error
 
 
+@contextmanager
+def importing_mteb() -> Iterator[None]:
+    """Keeps the random state, which mteb seeds when it is imported, and names the extra if it is not installed."""
+    from .random_state import preserve_rng_state  # imports torch
+
+    with needs("eval", "Evaluation"), preserve_rng_state():
+        yield
+
+
 def _missing(purpose: str, what: str, extra: str) -> MissingExtraError:
     return MissingExtraError(f'{purpose} needs {what}: pip install "st-llmpool[{extra}]"')

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..modules.errors import ConfigurationError, StLlmpoolError
+from ..modules.errors import ConfigurationError, DataError, StLlmpoolError
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _SUFFIX = ".partial"
@@ -43,6 +43,24 @@ def refuse_existing(target: Path) -> None:
     """
     if target.exists():
         raise ConfigurationError(f"{target} exists; name a folder that does not, or remove it.")
+
+
+def check_model_path(model: str) -> None:
+    """Checks that `model` exists if it is a path and not a Hub id; to be called before heavy imports.
+
+    Raises:
+        DataError: If it does not.
+
+    Example:
+        >>> check_model_path("org/model")
+        >>> check_model_path("./none")
+        Traceback (most recent call last):
+        ...
+        st_llmpool.modules.errors.DataError: ./none does not exist: name a folder with a saved model, or a Hub id.
+    """
+    is_path = model.startswith((".", "/", "~")) or os.path.isabs(model) or model.count("/") > 1
+    if is_path and not Path(model).exists():
+        raise DataError(f"{model} does not exist: name a folder with a saved model, or a Hub id.")
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:

@@ -42,5 +42,5 @@ def markdown(text: str, *, start: bool = False) -> str:
         >>> markdown("*a|b* and _c_ [d](e)"), markdown("1. x", start=True)
         ('\\*a\\|b\\* and \\_c\\_ [d]\\(e)', '1\\. x')
     """
-    text = re.sub(r"[\\`*<|]|&(?=[#\w])|(?<!\w)_|_(?!\w)|(?<=\])\(", r"\\\g<0>", " ".join(text.split()))
-    return re.sub(r"^(\d*)(?=[-+#>=\[]|(?<=\d)[.)])", r"\1\\", text) if start else text
+    text = re.sub(r"[\\`*<|]|&(?=[#\w])|(?<![^\W_])_|_(?![^\W_])|(?<=\])\(", r"\\\g<0>", " ".join(text.split()))
+    return re.sub(r"^(\d*)(?=[-+#>=~\[]|(?<=\d)[.)])", r"\1\\", text) if start else text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ...stats.compare import Comparison, Pair
+from ...stats.comparison import Comparison, Pair
 from ...stats.tables import Sheet, p_text
 from .document import Document
 

@@ -7,8 +7,9 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...stats.compare import Comparison, Pair, TypeComparison, label
+from ...stats.comparison import Comparison, Pair, TypeComparison
 from ...stats.plots import has_ranks
+from ...stats.results import label
 from ...stats.tables import INDEPENDENCE, Sheet, about_type, footnotes, p_text, sheets_of_family
 from ...utils.files import slug
 from ...utils.words import counted, listed

@@ -9,7 +9,8 @@ import numpy as np
 
 from ...analysis.layers import LayerAnalysis, LayerProfile
 from ...model_card.figures import draw_layers
-from ...stats.compare import Comparison, label
+from ...stats.comparison import Comparison
+from ...stats.results import label
 from ...stats.tables import Sheet
 from ...utils.files import slug
 from ..records import RunRecord

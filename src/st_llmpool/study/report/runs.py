@@ -1,4 +1,4 @@
-"""What was run, whether all designs were trained alike, whether training converged, and the limits of it all."""
+"""What was run, whether all designs were trained equally, whether training converged, and the limits of it all."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from ...designs import DESIGNS
+from ...evaluation.suite import read_suite
 from ...modules.errors import StLlmpoolError, __version__
-from ...stats.compare import Comparison, label
-from ...stats.results import Results
+from ...stats.comparison import Comparison
+from ...stats.results import Results, label
 from ...stats.tables import Sheet
 from ...training.pooling_share import NOTHING
 from ...training.recipe import DEFAULT_LENGTH
@@ -63,8 +64,6 @@ def write_set_up(document: Document, study: Study, records: Sequence[RunRecord],
 
 def suite_description(suite: str) -> str:
     """Return the description in the suite's file; empty if the file is not on this machine."""
-    from ...evaluation.suite import read_suite  # imports mteb, which takes seconds
-
     try:
         return read_suite(suite).description
     except (StLlmpoolError, OSError):

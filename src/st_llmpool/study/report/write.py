@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ...modules.errors import DataError, __version__
 from ...stats import tables
-from ...stats.compare import Comparison, compare, label
+from ...stats.comparison import Comparison, compare
 from ...stats.plots import require_libraries
-from ...stats.results import Results
+from ...stats.results import Results, label
 from ...utils.files import atomic_folder
 from ...utils.words import counted, markdown
 from ..records import RunRecord

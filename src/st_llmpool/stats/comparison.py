@@ -12,10 +12,10 @@ import pandas as pd
 from scipy import stats
 
 from ..modules.errors import ConfigurationError, DataError, nearest
-from ..utils.words import counted
+from ..utils.words import counted, listed
 from .comparability import check_main_metrics, check_scores, constant_scores, source_differences, unknown_sources
-from .power import ALPHA, POWER, Plan
-from .results import MAIN_SCORE, SOURCE_COLUMNS, Results
+from .power_analysis import ALPHA, POWER, Plan
+from .results import MAIN_SCORE, MAX_CONTRASTS, MAX_MODELS, SOURCE_COLUMNS, Results, label
 from .statistics import (
     DECIMALS,
     ItemTest,
@@ -30,9 +30,6 @@ from .statistics import (
     smallest_p,
 )
 
-MAX_CONTRASTS = 6
-MAX_MODELS = 30
-
 _CELL = ["task", "split", "subset"]
 
 
@@ -43,7 +40,7 @@ class Pair:
     Args:
         first: A design.
         second: Another.
-        confirmatory: Whether the pair was named beforehand.
+        confirmatory: Whether the comparison was pre-registered.
         test: The test over tasks.
         p_holm: Its p-value, corrected for the pairs of the same table.
         reachable: Whether any scores could have made it significant.
@@ -112,18 +109,18 @@ class Pair:
         if self.doubt:
             return f"No verdict on {self.first} and {self.second}: {self.doubt}."
         if not self.reachable:
-            return f"Cannot tell {self.first} and {self.second} apart: {tasks} cannot give a significant result."
+            return f"Undecided between {self.first} and {self.second}: {tasks} cannot give a significant result."
         if not self.significant:
             return (
-                f"No difference seen between {self.first} and {self.second}; with their spread {tasks} find "
-                f"{self.detectable:.2g} or more ({100 * POWER:.0f} % power)."
+                f"No significant difference between {self.first} and {self.second}; the minimal detectable difference "
+                f"over {tasks} is {self.detectable:.2g} ({100 * POWER:.0f} % power)."
             )
         if self.contradictory:
-            return f"No verdict: ranks and mean difference of {self.first} and {self.second} point in different ways."
+            return f"No verdict: ranks and mean difference of {self.first} and {self.second} disagree in sign."
         if self.within_seed_noise:
             return (
                 f"No verdict: {better} scores above {worse} in these runs, but by less ({difference:.2g}) than seeds "
-                f"alone can make ({self.seed_difference:.2g})."
+                f"alone make ({self.seed_difference:.2g})."
             )
         if not self.confirmatory:
             return f"{better} scores above {worse}, by {difference:.2g} on average: to be confirmed on other data."
@@ -135,8 +132,8 @@ class Family:
     """The pairs that one table shows; Holm corrects for their number.
 
     Args:
-        confirmatory: Whether they were named beforehand, or there is only one.
-        plan: What the table could find at best.
+        confirmatory: Whether they were pre-registered, or there is only one.
+        plan: Power of the table.
         pairs: The pairs.
     """
 
@@ -198,16 +195,6 @@ class Comparison:
         return [f"{found.title}: {pair.verdict}" for found in self.types for pair in found.pairs if pair.confirmatory]
 
 
-def label(design: str, option: str = "") -> str:
-    """Returns what a design with an option is called in tables and contrasts.
-
-    Example:
-        >>> label("5"), label("5", "last 4 layers")
-        ('5', '5 (last 4 layers)')
-    """
-    return f"{design} ({option})" if option else design
-
-
 def compare(
     results: Results | pd.DataFrame,
     contrasts: Sequence[str | tuple[str, str]] = (),
@@ -223,7 +210,7 @@ def compare(
 
     Args:
         results: What `read_results` returns, or its `scores`.
-        contrasts: At most six pairs that were chosen before the results were seen: ``("A", "B")`` or ``"A:B"``, read
+        contrasts: At most six pre-registered comparisons: ``("A", "B")`` or ``"A:B"``, read
             as A minus B.
         metric: The score to compare. A task that lacks it and has only one is compared by that one.
         alpha: Level of significance.
@@ -233,8 +220,8 @@ def compare(
     Raises:
         ConfigurationError: If a contrast or the metric is unknown, main scores are of different metrics, or there are
             fewer than two designs or too many.
-        DataError: If no two designs share a task, a score is NaN or out of range, or a task was evaluated differently
-            and `allow_mixed_revisions` is not set.
+        DataError: If no two designs have a task in common, a score is NaN or out of range, or a task was evaluated
+            differently and `allow_mixed_revisions` is not set.
 
     Example:
         >>> rows = [("Task%d" % t, "STS", m, 0.5 + 0.01 * t * (m == "b")) for t in range(1, 9) for m in "ab"]
@@ -289,13 +276,13 @@ def _labelled(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _mixed(differences: Sequence[str], allowed: bool) -> list[str]:
-    """Returns a note on tasks that were not evaluated alike, or refuses them."""
+    """Returns a note on tasks that were evaluated differently, or refuses them."""
     if differences and not allowed:
         raise DataError(
-            f"the models were not evaluated alike: {'; '.join(differences)} differ. Evaluate again, compare only some "
+            f"the models were evaluated differently: {'; '.join(differences)} differ. Evaluate again, compare fewer "
             f"models (--model), or accept it: allow_mixed_revisions, --allow-mixed-revisions."
         )
-    return [f"Not evaluated alike, accepted as asked: {difference}." for difference in differences]
+    return [f"Evaluated differently, accepted as requested: {difference}." for difference in differences]
 
 
 def _of_metric(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -334,7 +321,7 @@ def _resolve(contrasts: Sequence[str | tuple[str, str]], models: Sequence[str]) 
                 raise ConfigurationError(f"contrast {':'.join(contrast)} names {name!r}; {known}")
         pair = names[contrast[0]], names[contrast[1]]
         if pair[0] == pair[1] or pair in pairs or pair[::-1] in pairs:
-            raise ConfigurationError(f"contrast {':'.join(contrast)} is of one model, or is there twice.")
+            raise ConfigurationError(f"contrast {':'.join(contrast)} names one model twice, or is repeated.")
         pairs.append(pair)
     return pairs
 
@@ -473,7 +460,7 @@ def _gaps(found: TypeComparison, scores: pd.DataFrame, models: Sequence[str]) ->
     for model in found.scores:
         lacking = list(found.scores.index[found.scores[model].isna()])
         if lacking:
-            shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
+            shown = listed(lacking, most=5)
             notes.append(f"{found.title}: {model} has no score on {shown}; its pairs leave them out.")
         seeds = scores[scores["model"] == model].groupby("seed")["task"].nunique()
         if seeds.nunique() > 1:
@@ -486,7 +473,7 @@ def _gaps(found: TypeComparison, scores: pd.DataFrame, models: Sequence[str]) ->
         notes.append(f"{found.title}: compared on the splits and subsets that both have: {', '.join(tasks[:5])}.")
     notes += [f"{found.title}: {pair.verdict}" for pair in found.pairs if pair.identical or pair.doubt]
     if found.seeds is None:
-        notes.append("One run of each model: how much a new seed would change is not known, and no p-value covers it.")
+        notes.append("One run per model: seed noise is unknown, and no p-value covers it.")
     if not found.families:
-        notes.append(f"{found.title}: no two models share a task; left out.")
+        notes.append(f"{found.title}: no two models have a task in common; left out.")
     return notes

@@ -1,4 +1,4 @@
-"""What a study could find at best: the smallest p-value it can reach, and the effect it would find."""
+"""Power of a study: the smallest p-value that it can reach, and the minimal detectable effect."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LARGEST_EFFECT = 50.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What one table of a study can find, known before anything runs.
+    """Power of one table of a study, known before anything runs.
 
     Args:
         tasks: Tasks over which each pair of designs is compared.
@@ -31,8 +31,8 @@ class Plan:
 
     Example:
         >>> print(Plan(tasks=12, tests=6))
-        12 tasks, 6 tests: smallest corrected p 0.00293; finds a mean difference of 1.27 standard deviations of the
-        task differences at 80 % power.
+        12 tasks, 6 tests: smallest corrected p 0.00293; minimal detectable effect 1.27 standard deviations
+        of the task differences at 80 % power.
         >>> print(Plan(tasks=5, tests=1))
         5 tasks, 1 test: smallest corrected p 0.0625; cannot reach 0.05 whatever the scores are.
     """
@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def effect(self) -> float:
-        """What is found at 80 % power, see `detectable_effect`."""
+        """Minimal detectable effect at 80 % power, see `detectable_effect`."""
         return detectable_effect(self.tasks, tests=self.tests, alpha=self.alpha)
 
     def __str__(self) -> str:
@@ -63,8 +63,8 @@ class Plan:
         if not self.reachable:
             return f"{start}; cannot reach {self.alpha} whatever the scores are."
         return (
-            f"{start}; finds a mean difference of {self.effect:.2f} standard deviations of the task differences "
-            f"at {100 * POWER:.0f} % power."
+            f"{start}; minimal detectable effect {self.effect:.2f} standard deviations of the task differences at "
+            f" {100 * POWER:.0f} % power."
         )
 
 
@@ -72,7 +72,7 @@ def power(effect: float, tasks: int, *, tests: int = 1, alpha: float = ALPHA) ->
     """Returns how often the signed-rank test over tasks finds an effect, at the level alpha / tests.
 
     That is the first step of Holm's correction, the hardest one: a pair that is tested together with others that
-    differ too is found at least as often. Differences are taken as normal; 10,000 simulated studies, always the same.
+    differ too is found at least as often. Differences are normal; 10,000 simulated studies from a fixed seed.
 
     Args:
         effect: Mean of the task differences, in their standard deviations.
@@ -101,7 +101,7 @@ def detectable_effect(tasks: int, *, tests: int = 1, alpha: float = ALPHA, rate:
         tasks: Tasks in the study.
         tests: Tests in the family.
         alpha: Level of significance.
-        rate: Share of studies in which the effect must be found.
+        rate: Fraction of studies in which the effect must be found.
 
     Returns:
         Mean of the task differences in their standard deviations, see `power`.
@@ -142,7 +142,7 @@ def detectable_item_effect(
         sd_items: Standard deviation of the difference between items of one task.
         tests: Tests in the family.
         alpha: Level of significance.
-        rate: Share of studies in which the effect must be found.
+        rate: Fraction of studies in which the effect must be found.
 
     Example:
         >>> round(detectable_item_effect(12, 100, sd_tasks=0.01, sd_items=0.1), 4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from st_llmpool.stats.power import Plan, detectable_effect, detectable_item_effect, power
+from st_llmpool.stats.power_analysis import Plan, detectable_effect, detectable_item_effect, power
 
 
 @pytest.mark.parametrize(

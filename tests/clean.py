@@ -1,0 +1,19 @@
+"""A fixture for test folders in which no run may log a warning."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def clean_run(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Fails a test during which this package, transformers or sentence-transformers logged a warning."""
+    yield
+    loud = [record for record in caplog.get_records("call") if record.levelno >= logging.WARNING]
+    found = [
+        record.getMessage() for record in loud if record.name.startswith(("st_llmpool", "transformers", "sentence"))
+    ]
+    assert not found

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from rich.console import Console
+
+from st_llmpool.stats import compare
+from st_llmpool.stats.tables import INDEPENDENCE, Sheet, to_frame, to_json, to_markdown, to_rich
+from tests.stats.test_comparison import table_of
+from tests.stats.validation import CONTRASTS, DESIGNS
+
+
+def test_json_holds_every_statistic_and_only_json(study):
+    content = json.loads(to_json(compare(study, CONTRASTS)), parse_constant=pytest.fail)
+    (kind,) = content["types"]
+    pair = kind["families"][0]["pairs"][0]
+    keys = {"n", "statistic", "p", "p_holm", "effect_size", "interval_low", "interval_high", "mean_difference"}
+    assert keys <= pair.keys()
+    assert kind["families"][0]["smallest_p_holm"] == 6 * 2**-11
+    assert kind["ranks"]["mean_ranks"].keys() == set(DESIGNS)
+    assert kind["seeds"]["runs"] == dict.fromkeys(DESIGNS, 3)
+    assert INDEPENDENCE in content["notes"]
+
+
+def test_undefined_numbers_are_null_in_json():
+    content = json.loads(to_json(compare(table_of({"a": [0.1], "b": [0.2]}))), parse_constant=pytest.fail)
+    pair = content["types"][0]["families"][0]["pairs"][0]
+    assert (pair["interval_low"], pair["detectable_difference"], pair["items"]) == (None, None, None)
+
+
+def test_screen_and_document_say_the_same(study):
+    comparison = compare(study, CONTRASTS)
+    console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(to_rich(comparison))
+    for text in (console.export_text(), to_markdown(comparison)):
+        for pair in comparison.types[0].pairs:
+            assert f"{pair.test.mean_difference:+.4f}" in text
+            assert pair.verdict in text or not pair.confirmatory
+        for wanted in ("pre-registered", "exploratory", "Power: 12 tasks, 6 tests", "Friedman", "Seeds", "*"):
+            assert wanted in text
+        assert INDEPENDENCE in text
+
+
+def test_screen_fits_eighty_columns(study):
+    console = Console(record=True, width=80, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(to_rich(compare(study, CONTRASTS)))
+    text = console.export_text()
+    assert "…" not in text
+    assert "mean-bidirectional" in text
+
+
+def test_frame_has_a_row_for_every_pair(study):
+    frame = to_frame(compare(study, CONTRASTS))
+    assert len(frame) == 15
+    assert frame["confirmatory"].sum() == 6
+
+
+def test_columns_of_numbers_are_aligned_at_the_right_and_markup_is_escaped():
+    rows = (("a|b", "+0.1 [0.0, 0.2]*", "5"), ("<b>", "-", "5 (last 4 layers)"))
+    lines = Sheet("T", ("Name", "Score", "Design"), rows).to_markdown().splitlines()
+    assert lines[3] == "| --- | ---: | --- |"
+    assert lines[4:6] == [r"| a\|b | +0.1 [0.0, 0.2]\* | 5 |", r"| \<b> | - | 5 (last 4 layers) |"]
