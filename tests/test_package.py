@@ -9,6 +9,8 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -145,8 +147,9 @@ def test_a_shared_model_asks_for_the_versions_that_the_package_asks_for():
 def test_the_lowest_versions_that_are_tested_are_those_that_are_claimed():
     lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.lower().replace("_", "-").split("==") for line in lines if "==" in line)
-    claimed = [Requirement(line) for line in importlib.metadata.requires("st-llmpool") or []]
-    for requirement in claimed:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    claimed = [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]
+    for requirement in map(Requirement, claimed):
         lowest = [bound.version for bound in requirement.specifier if bound.operator == ">="]
         if lowest:
             assert Version(pins[requirement.name.lower()]) == Version(lowest[0]), requirement.name
