@@ -217,6 +217,7 @@ def test_no_two_files_import_each_other_not_even_in_a_circle():
     except graphlib.CycleError as error:
         pytest.fail(" -> ".join(".".join(name) for name in error.args[1]))
 
+
 def test_the_script_of_the_ci_names_tests_that_exist():
     named = re.findall(r"tests/[\w/]+\.py", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
     assert named
