@@ -63,7 +63,7 @@ def test_loftq_gives_vectors_nearer_to_the_whole_model_and_survives_a_save(llm, 
     [
         ({"peft_config": LOFTQ}, "'loftq'.*not in 4 bits"),
         ({"peft_config": LOFTQ, "quantization_config": "int8"}, "not in 4 bits"),
-        ({"peft_config": LOFTQ | {"use_dora": True}, "quantization_config": "nf4"}, "use_dora do not go together"),
+        ({"peft_config": LOFTQ | {"use_dora": True}, "quantization_config": "nf4"}, "use_dora cannot be combined"),
         ({"peft_config": {"init_lora_weights": "pissa"}}, "'pissa' changes the base's weights"),
         ({"peft_config": {"init_lora_weights": "pissa"}, "quantization_config": "nf4"}, "'pissa' changes"),
     ],

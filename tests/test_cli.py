@@ -124,7 +124,7 @@ def test_what_a_user_can_mend_is_one_line(monkeypatch, capsys, error, line):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("st_llmpool.hub.doctor.examine", fail)
+    monkeypatch.setattr("st_llmpool.hub.doctor.doctor", fail)
     assert run_main(monkeypatch, capsys, "doctor", "x") == (1, line)
 
 
@@ -132,16 +132,17 @@ def test_what_is_ours_to_mend_keeps_its_traceback(monkeypatch):
     def fail(*args, **kwargs):
         raise TypeError("a bug")
 
-    monkeypatch.setattr("st_llmpool.hub.doctor.examine", fail)
+    monkeypatch.setattr("st_llmpool.hub.doctor.doctor", fail)
     monkeypatch.setattr(sys, "argv", ["st-llmpool", "doctor", "x"])
     with pytest.raises(TypeError, match="a bug"):
         main()
 
 
-def test_commands_silence_what_no_user_can_act_on(tmp_path):
+def test_commands_print_no_progress_of_quick_work_and_nothing_that_no_user_can_act_on(tiny_llm, tmp_path):
+    build_embedder(tiny_llm, verify=False).save_pretrained(str(tmp_path / "model"))
     code = (
-        "import logging, warnings; from typer.testing import CliRunner; from st_llmpool.cli import app\n"
-        f"CliRunner().invoke(app, ['train', {str(tmp_path / 'none.yaml')!r}])\n"
+        "import logging, warnings; from st_llmpool.cli import app\n"
+        f"app(['card', {str(tmp_path / 'model')!r}], standalone_mode=False)\n"
         "logging.getLogger('bitsandbytes.backends.cpu.ops').warning('Failed to load CPU gemm_4bit_forward')\n"
         "warnings.warn('Setting `save_embedding_layers` to `True` as embedding layers found')"
     )

@@ -1,4 +1,4 @@
-"""PEFT adapters on the backbone: their config, where they start, and merging them into the base."""
+"""PEFT adapters on the backbone: their config, initialisation, and merging into the base."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
 
-#: Starts that peft pays for by other weights in the base, which no adapter is saved with.
+#: Initialisations for which peft changes the weights of the base, which are not saved with an adapter.
 _CHANGES_THE_BASE = ("loftq", "pissa", "olora", "corda", "lora_ga")
 
 #: What peft and torch raise over a config that does not fit a model: its patterns are regular expressions, some of its
@@ -32,19 +32,19 @@ PEFT_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, ImportError,
 
 #: Fields of a peft config that an error shows.
 _SHOWN = ("target_modules", "modules_to_save", "trainable_token_indices", "use_dora")
-#: Fields of a peft config that say how it was saved, not what it does.
+#: Fields of a peft config that do not affect what the adapter computes.
 _ABOUT_A_SAVE = {"base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type", "auto_mapping"}
 
 
 def lora_config(peft_config: PeftConfig | Mapping[str, Any] | str) -> PeftConfig:
-    """Returns the peft config that a user's short form stands for.
+    """Returns the peft config for a user's short form.
 
     Args:
         peft_config: A ``peft`` config (returned as it is), the fields of a ``LoraConfig`` as a dict, or ``"paper"``.
 
     Raises:
-        ConfigurationError: If the name or a field is unknown, or a value is none that peft takes; or if the installed
-            peft is too old for transformers.
+        ConfigurationError: If the name or a field is unknown, peft refuses a value, or the installed peft is too
+            old for transformers.
 
     Example:
         >>> lora_config("paper").r
@@ -56,7 +56,7 @@ def lora_config(peft_config: PeftConfig | Mapping[str, Any] | str) -> PeftConfig
     if isinstance(peft_config, str):
         if peft_config != "paper":
             raise ConfigurationError(
-                f"peft_config={peft_config!r} is unknown; the one name is 'paper'. Pass a dict of LoraConfig fields."
+                f"peft_config={peft_config!r} is unknown; the only name is 'paper'. Pass a dict of LoraConfig fields."
             )
         peft_config = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1}
     if not isinstance(peft_config, Mapping):
@@ -93,7 +93,7 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
 
 
 def check_peft() -> None:
-    """Checks that the installed peft is one that the installed transformers accepts.
+    """Checks that the installed transformers accepts the installed peft.
 
     Raises:
         ConfigurationError: If it is older.
@@ -117,7 +117,7 @@ def add_adapter(model: SentenceTransformer, peft_config: PeftConfig | Mapping[st
     Args:
         model: Changed in place.
         peft_config: A ``peft`` config, the fields of a ``LoraConfig`` as a dict, or ``"paper"``. With
-            ``init_lora_weights="loftq"`` the adapter starts at what the backbone's 4 bits have lost.
+            ``init_lora_weights="loftq"`` the adapter starts at the quantisation error of a 4-bit backbone.
 
     Raises:
         ConfigurationError: If the config is unknown, or cannot train or be saved on this backbone.
@@ -128,14 +128,14 @@ def add_adapter(model: SentenceTransformer, peft_config: PeftConfig | Mapping[st
     asked = reprlib.repr({key: value for key, value in config.to_dict().items() if value and key in _SHOWN})
     try:
         model.add_adapter(config)
-        # New submodules may carry an is_causal of their own.
+        # New submodules may have an is_causal of their own.
         set_attention(model, model[0].attention)
         if getattr(model.transformers_model, "is_quantized", False):
             _try_training_forward(model)
     except PEFT_ERRORS as error:
         raise misfit(f"peft_config {asked}", type(model.transformers_model).__name__, error) from error
     if config is not wanted:
-        start_at_what_is_lost(model.transformers_model)
+        start_at_quantization_error(model.transformers_model)
 
 
 def _try_training_forward(model: SentenceTransformer) -> None:
@@ -149,12 +149,12 @@ def _try_training_forward(model: SentenceTransformer) -> None:
 
 
 def misfit(asked: str, architecture: str, error: Exception) -> ConfigurationError:
-    """Returns the error for an adapter that cannot be put on a model, with the library's own words.
+    """Returns the error for an adapter that does not fit a model, with the library's message.
 
     Args:
-        asked: What was asked for, such as ``"peft_config {'use_dora': True}"``.
+        asked: The requested config, such as ``"peft_config {'use_dora': True}"``.
         architecture: The backbone's class.
-        error: What the library raised.
+        error: The library's error.
     """
     words = " ".join(str(error).split()).rstrip(".")
     hint = (
@@ -169,14 +169,14 @@ def has_adapter(model: SentenceTransformer) -> bool:
 
 
 def continue_adapter(model: SentenceTransformer, peft_config: PeftConfig | Mapping[str, Any] | str | None) -> None:
-    """Makes a loaded adapter train on.
+    """Makes a loaded adapter trainable again.
 
     Args:
-        model: Its backbone carries the adapter; changed in place.
-        peft_config: What was asked for; None asks for nothing.
+        model: A model whose backbone has an adapter; changed in place.
+        peft_config: The requested config; None accepts any.
 
     Raises:
-        ConfigurationError: If it asks for another adapter.
+        ConfigurationError: If the loaded adapter has another config.
     """
     backbone: Any = model.transformers_model
     name = backbone.active_adapters()[0]
@@ -184,14 +184,14 @@ def continue_adapter(model: SentenceTransformer, peft_config: PeftConfig | Mappi
         saved, wanted = backbone.peft_config[name].to_dict(), lora_config(peft_config).to_dict()
         wanted = {key: value for key, value in wanted.items() if key not in _ABOUT_A_SAVE}
         if wanted.get("target_modules") == "all-linear":
-            del wanted["target_modules"]  # peft replaces it by the names that it found
+            del wanted["target_modules"]  # peft replaces it with the names of the layers
         different = [key for key in wanted if _plain(wanted[key]) != _plain(saved.get(key))]
         if different:
             found = ", ".join(f"{key}={saved.get(key)!r}" for key in different)
             asked = ", ".join(f"{key}={wanted[key]!r}" for key in different)
             raise ConfigurationError(
-                f"The saved embedder carries an adapter with {found}, and {asked} is asked for. Ask for the same to "
-                f"train it on, leave peft_config out in Python, or merge it first with st-llmpool export --merge."
+                f"The saved embedder has an adapter with {found}, but {asked} is asked for. Use the same settings to "
+                f"continue it, leave peft_config out in Python, or merge it first with st-llmpool export --merge."
             )
     backbone.set_adapter(name)  # loaded adapters are frozen
 
@@ -201,73 +201,72 @@ def _plain(value: Any) -> Any:
 
 
 def check_start(peft_config: Any, *, in_4_bits: bool) -> None:
-    """Refuses adapters that fit only a base with other weights than the base has.
+    """Refuses initialisations that change the base's weights.
 
-    What is saved is the adapter, without the base: beside the base as it is, it would give other vectors.
+    Only the adapter is saved, and on the unchanged base it would give other vectors.
 
     Args:
         peft_config: The adapter's config.
-        in_4_bits: Whether the base is quantised to 4 bits, where LoftQ changes the adapter alone.
+        in_4_bits: Whether the base is quantised to 4 bits, where LoftQ changes only the adapter.
 
     Raises:
-        ConfigurationError: If it is one.
+        ConfigurationError: If the config has such an initialisation.
     """
     start = getattr(peft_config, "init_lora_weights", None)
     if not isinstance(start, str) or not start.startswith(_CHANGES_THE_BASE):
         return
     if start != "loftq":
         raise ConfigurationError(
-            f"init_lora_weights={start!r} changes the base's weights too, which are not saved with an adapter: the "
-            f"saved model would give other vectors than the trained one. Use another start, such as gaussian or "
+            f"init_lora_weights={start!r} changes the base's weights, which are not saved with an adapter: the saved "
+            f"model would give other vectors than the trained one. Use another initialisation, such as gaussian or "
             f"orthogonal, or the default."
         )
     if not in_4_bits:
         raise ConfigurationError(
-            "init_lora_weights='loftq' starts an adapter at what 4 bits have lost of the base's weights, and this base "
-            "is not in 4 bits. Use quantization nf4 with it, or another start."
+            "init_lora_weights='loftq' starts an adapter at the error of 4-bit quantisation, and this base is not in "
+            "4 bits. Use it with quantization nf4, or another initialisation."
         )
     if peft_config.use_dora:
         raise ConfigurationError(
-            "init_lora_weights='loftq' and use_dora do not go together: DoRA measures lengths before LoftQ moves the "
-            "weights. Use one of them."
+            "init_lora_weights='loftq' and use_dora cannot be combined: DoRA measures weight norms before LoftQ "
+            "changes the weights. Use one of them."
         )
 
 
 def without_loftq(peft_config: Any) -> Any:
-    """Returns the config, with the default start if it is LoftQ's, for which peft changes the base."""
+    """Returns the config with the default initialisation in place of LoftQ, for which peft changes the base."""
     if getattr(peft_config, "init_lora_weights", None) != "loftq":
         return peft_config
     return dataclasses.replace(peft_config, init_lora_weights=True, loftq_config={})
 
 
-def start_at_what_is_lost(backbone: nn.Module) -> None:
-    """Sets each adapter on a 4-bit layer to what 4 bits have lost of the layer's weight W, as far as its rank goes.
+def start_at_quantization_error(backbone: nn.Module) -> None:
+    """Sets each adapter on a 4-bit layer to the best low-rank approximation of the quantisation error of its weight W.
 
     With Q the dequantised weight and the singular values of ``W − Q = U S Vᵀ``, ``A = √S Vᵀ`` and ``B = U √S`` of the r
-    largest (over the adapter's scale), so that Q + scale · B A is the nearest to W that the rank allows. It is LoftQ
-    (Li et al. 2023, arXiv 2310.08659, algorithm 1) with one step, which leaves Q as any load of the base gives it;
-    peft's ``replace_lora_weights_loftq`` computes the same on a GPU. The singular vectors are found by a randomised
-    method, a few per cent from the optimum.
+    largest (over the adapter's scale), Q + scale · B A is the nearest to W of this rank. This is one step of LoftQ (Li
+    et al. 2023, arXiv 2310.08659, algorithm 1), which leaves Q unchanged; peft's ``replace_lora_weights_loftq``
+    computes the same on a GPU. The singular vectors come from a randomised method, a few per cent from the optimum.
 
     Args:
-        backbone: With adapters of default start on bitsandbytes' 4-bit layers. Its weights in full are read from where
-            it was loaded, into the machine's memory, in the checkpoint's dtype.
+        backbone: A model with newly initialised adapters on bitsandbytes' 4-bit layers. Its unquantised weights are
+            loaded again, into CPU memory, in the checkpoint's dtype.
     """
     from bitsandbytes.functional import dequantize_4bit
     from peft.tuners.lora import LoraLayer
 
     base = cast("PreTrainedModel", backbone).config._name_or_path
-    whole = load_again(backbone, base, dtype="auto")
+    unquantized = load_again(backbone, base, dtype="auto")
     found: dict[str, Any] = {name: module for name, module in backbone.named_modules() if isinstance(module, LoraLayer)}
     for name, layer in found.items():
         if not _is_in_4_bits(layer.get_base_layer()):
             continue
         kept = layer.get_base_layer().weight
-        weight = whole.get_submodule(name).weight.to(device=kept.device, dtype=torch.float32)
+        weight = unquantized.get_submodule(name).weight.to(device=kept.device, dtype=torch.float32)
         if weight.shape != kept.quant_state.shape:
             raise ConfigurationError(
-                f"init_lora_weights='loftq' needs the weights that were quantised, and {base!r} holds "
-                f"{name} in 4 bits. Name the base in full with quantization nf4, or use another start."
+                f"init_lora_weights='loftq' needs the unquantised weights, and {base!r} has {name} in 4 bits. Name "
+                f"the unquantised base with quantization nf4, or use another initialisation."
             )
         lost = weight - dequantize_4bit(kept.data, kept.quant_state).float()
         for adapter, rank in layer.r.items():
@@ -279,19 +278,19 @@ def start_at_what_is_lost(backbone: nn.Module) -> None:
 
 
 def load_again(backbone: nn.Module, base: str, **kwargs: Any) -> Any:
-    """Loads a base once more, as the class and from the commit that `backbone` is of, with its own code if it has any.
+    """Loads a base again, with the class and from the commit of `backbone`.
 
     Args:
-        backbone: Loaded from `base`; an adapter may be on it.
+        backbone: A model loaded from `base`, with or without an adapter.
         base: Hub id or folder.
-        **kwargs: For ``from_pretrained``.
+        **kwargs: Passed to ``from_pretrained``.
     """
     loaded: Any = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone  # type: ignore[operator]
     return type(loaded).from_pretrained(base, revision=getattr(loaded.config, "_commit_hash", None), **kwargs)
 
 
 def is_in_4_bits(model: nn.Module) -> bool:
-    """Returns whether a model has layers that bitsandbytes holds in 4 bits."""
+    """Returns whether a model has 4-bit layers of bitsandbytes."""
     return any(_is_in_4_bits(module) for module in model.modules())
 
 
@@ -300,14 +299,14 @@ def _is_in_4_bits(module: nn.Module) -> bool:
 
 
 def merge_adapter(model: SentenceTransformer, source: Path) -> None:
-    """Replaces the adapted backbone of `model` by its base with the adapter merged in, in place.
+    """Replaces the backbone of `model` with its base and the adapter merged, in place.
 
-    The base is loaded afresh: merging a reloaded adapter in place leaves transformers with the adapter's weight
-    names, and what it then saves loads with random weights. A base that the adapter was trained on in 4 or 8 bits is
-    what these bits stand for, in full: beside it the adapter gives the vectors that it was trained to give.
+    The base is loaded again: after merging a reloaded adapter, transformers keeps the adapter's weight names, and the
+    model it then saves loads with random weights. A base in 4 or 8 bits is dequantised, so that the merged model gives
+    the vectors of the trained one.
 
     Args:
-        model: Loaded from `source`, its base quantised as it was trained.
+        model: A model loaded from `source`, with the base quantised as in training.
         source: Folder with ``adapter_config.json``.
     """
     from peft import PeftModel

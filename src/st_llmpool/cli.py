@@ -1,18 +1,22 @@
-"""The command line. Heavy imports are inside the commands, so that ``--help`` answers at once."""
+"""The command line. Heavy imports are inside the commands, so that ``--help`` stays fast."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .modules.errors import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(
     name="st-llmpool",
@@ -25,7 +29,8 @@ app = typer.Typer(
 
 
 _BUILD, _EVALUATE, _SHARE = "Build and train", "Evaluate", "Share"
-#: What the libraries for the network raise.
+_BAR_DELAY = 5  # seconds before a progress bar of a library appears
+#: Libraries whose errors are about the network.
 _NETWORK = ("httpx2", "httpx", "httpcore2", "httpcore", "huggingface_hub", "requests", "urllib3")
 
 
@@ -48,8 +53,27 @@ def _shipped(folder: str) -> str:
     return ", ".join(sorted(file.stem for file in (Path(__file__).parent / folder).glob("*.yaml")))
 
 
+_Model = Annotated[str, typer.Argument(help="Folder or Hub id of a model.", metavar="MODEL")]
+_SavedModel = Annotated[
+    Path, typer.Argument(help="Folder of a saved model.", metavar="MODEL", exists=True, file_okay=False)
+]
+_Recipe = Annotated[Path, typer.Argument(help="YAML file.", metavar="RECIPE", exists=True, dir_okay=False)]
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Changes to the recipe, such as training.learning_rate=1e-4.", metavar="[KEY=VALUE]..."),
+]
+_NewFolder = Annotated[Path, typer.Option(help="Output folder, which must not exist yet.")]
+_SuiteData = Annotated[Path | None, typer.Option(help="Folder of the suite's data sets.")]
+_BatchSize = Annotated[int, typer.Option(help="Batch size.", min=1)]
+_Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint of this run.")]
+_JsonFile = Annotated[Path | None, typer.Option("--json", help="JSON file for all numbers.")]
+_TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code of the model that is not st_llmpool's own.")
+]
+
+
 def main() -> None:
-    """Run the command line; what a user can mend is one line on standard error and exit code 1, without a traceback."""
+    """Run the command line; an error that the user can fix is one line on standard error, with exit code 1."""
     try:
         app()
     except Exception as error:
@@ -64,7 +88,7 @@ def main() -> None:
 
 
 def _message(error: Exception) -> str | None:
-    """Return the line to print for an error that a user can mend; None for one that is ours to mend."""
+    """Return the line to print for an error that the user can fix; None for a bug of ours."""
     words = " ".join(str(error).split())
     if getattr(error, "is_st_llmpool_error", False):  # also from a shared model's own copy of our code
         return f"{type(error).__name__}: {words}"
@@ -75,45 +99,55 @@ def _message(error: Exception) -> str | None:
     return words if isinstance(error, ImportError) and "pip install" in words else None
 
 
+def _console() -> Console:
+    """Return the console for a command's output; call it once the command's libraries are imported.
+
+    Messages of libraries that no user can act on (a missing optional kernel, trained embeddings that peft saves) are
+    silenced, and progress bars of loading and saving appear only after some seconds.
+    """
+    from rich.console import Console
+
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+    bars: Any = sys.modules.get("transformers.utils.logging")
+    if hasattr(bars, "set_tqdm_hook"):  # not in transformers 5.11
+        bars.set_tqdm_hook(lambda make, args, kwargs: make(*args, **{"delay": _BAR_DELAY, **kwargs}))
+    return Console()
+
+
 @app.callback(invoke_without_command=True)
 def _version(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
         typer.echo(__version__)
         raise typer.Exit
-    # What libraries print at import and at save that no user can act on: a kernel that is optional, and that peft saves
-    # the embeddings that were trained.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
 
 
 @app.command(rich_help_panel=_BUILD)
 def quickstart(
-    out: Annotated[Path, typer.Option(help="Folder for the model and its results.")] = Path("runs/quickstart"),
+    out: Annotated[Path, typer.Option(help="Output folder for the model and its results.")] = Path("runs/quickstart"),
 ) -> None:
     """Train the built-in backbone on this machine's docstrings, offline, and search with the result.
 
-    Shows the ranking quality on packages that training never saw, before and after, beside BM25.
+    Shows the ranking quality on packages that training never saw, before and after, next to BM25.
     """
-    from .quickstart import run
+    from .quickstart import quickstart as run
 
-    run(out)
+    run(out, console=_console())
 
 
 @app.command(rich_help_panel=_BUILD)
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML file.", metavar="RECIPE", exists=True, dir_okay=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Changes to the recipe, such as training.learning_rate=1e-4.", metavar="[KEY=VALUE]..."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this run.")] = False,
+    recipe: _Recipe,
+    overrides: _Overrides = None,
+    resume: _Resume = False,
 ) -> None:
     """Train an embedding model from RECIPE. On several processes: accelerate launch -m st_llmpool train RECIPE."""
     from .training import Recipe
     from .training import train as run
 
+    _console()
     chosen = Recipe.from_yaml(recipe, overrides=overrides or [])
     with _resumable(Path(chosen.output_dir)):
         run(chosen, resume=resume)
@@ -121,22 +155,19 @@ def train(
 
 @app.command("batch-size", rich_help_panel=_BUILD)
 def batch_size(
-    recipe: Annotated[Path, typer.Argument(help="YAML file.", metavar="RECIPE", exists=True, dir_okay=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to the recipe, as for train.", metavar="[KEY=VALUE]...")
-    ] = None,
+    recipe: _Recipe,
+    overrides: _Overrides = None,
     memory: Annotated[
-        float | None, typer.Option(help="GiB to stay within; by default what is free on the GPU, or this machine.")
+        float | None,
+        typer.Option(help="Memory limit in GiB; by default the free memory of the GPU or of this machine."),
     ] = None,
-    at_most: Annotated[int, typer.Option(help="The largest batch to try.", min=2)] = 4096,
+    at_most: Annotated[int, typer.Option(help="Largest batch size to try.", min=2)] = 4096,
 ) -> None:
-    """Find the largest batch that RECIPE can train with in a given memory, by two trial steps of each size."""
-    from rich.console import Console
-
+    """Find the largest batch size of RECIPE that fits in memory, with two training steps per trial."""
     from .tools.batch_size import batch_table, free_memory, largest_batch
     from .training import Recipe
 
-    console, memory = Console(), free_memory() if memory is None else memory
+    console, memory = _console(), free_memory() if memory is None else memory
     chosen = Recipe.from_yaml(recipe, overrides=overrides or [])
     with console.status("Trying ...") as status:
         trials = largest_batch(
@@ -144,44 +175,43 @@ def batch_size(
         )
     best = max(trial.batch_size for trial in trials if trial.fits)
     console.print(batch_table(trials, memory))
-    bound = " (the largest that was tried)" if best == at_most else ""
-    console.print(f"training.batch_size={best}{bound}", highlight=False)
+    typer.echo(f"training.batch_size={best}{' (the largest size tried)' if best == at_most else ''}")
     if chosen.loss.mini_batch_size is None:
-        console.print("A larger one fits with loss.mini_batch_size, which caches gradients.")
+        typer.echo("Gradient caching (loss.mini_batch_size) allows larger batches.")
 
 
 @app.command(rich_help_panel=_BUILD)
 def adapt(
-    base: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model, or builtin.")],
+    base: Annotated[
+        str, typer.Argument(help="Folder or Hub id of a causal language model, or builtin.", metavar="BASE")
+    ],
     data: Annotated[
         list[str],
-        typer.Option(help="Text: a parquet, JSONL, CSV or TXT file, a Hub dataset, or docstrings; may be repeated."),
+        typer.Option(help="Texts: a Parquet, JSONL, CSV or TXT file, a Hub dataset, or docstrings; may be repeated."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the run; the adapted base ends in model in it.")],
+    out: Annotated[Path, typer.Option(help="Output folder; the adapted base is in its subfolder model.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Any setting of an AdaptRecipe, such as max_seq_length=128.", metavar="[KEY=VALUE]..."),
+        typer.Argument(help="Other settings of an AdaptRecipe, such as max_seq_length=128.", metavar="[KEY=VALUE]..."),
     ] = None,
-    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     attention: Annotated[str, typer.Option(help="bidirectional or causal.")] = "bidirectional",
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; one pass over the data by default.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Batch size.")] = 64,
+    batch_size: _BatchSize = 64,
     learning_rate: Annotated[
         float | None, typer.Option(help="By default 2e-4 for an adapter, 2e-5 for the full model.")
     ] = None,
-    mask_share: Annotated[float, typer.Option(help="Fraction of the tokens that are masked.")] = 0.2,
-    tune: Annotated[str, typer.Option(help="What trains: lora (merged at the end) or full.")] = "lora",
+    mask_share: Annotated[float, typer.Option(help="Fraction of tokens to mask.")] = 0.2,
+    tune: Annotated[str, typer.Option(help="lora (merged at the end) or full.")] = "lora",
     merge: Annotated[
         list[float] | None,
         typer.Option(
-            help="Weight of the trained model in the result, 0 to 1 (the rest is the base); the best of several is used"
+            help="Interpolation weight of the trained model against the base, 0 to 1; the best one if repeated."
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this run.")] = False,
+    resume: _Resume = False,
 ) -> None:
     """Adapt BASE with masked next-token prediction and report the gain."""
-    from rich.console import Console
-
     from .training import AdaptRecipe
     from .training import adapt as run
     from .training.mntp.masked_accuracy import accuracy_table
@@ -196,37 +226,33 @@ def adapt(
         "merge": merge[0] if merge and len(merge) == 1 else merge,
         "training": {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate},
     }
+    console = _console()
     chosen = AdaptRecipe.from_dict(values, overrides or [])
     with _resumable(Path(chosen.output_dir)):
         result = run(chosen, resume=resume)
-    console = Console()
     if result.report:
         console.print(accuracy_table(result.report))
-    console.print(f"Written: {result.model_dir}", highlight=False, soft_wrap=True)
+    typer.echo(f"Written: {result.model_dir}")
 
 
 @app.command(rich_help_panel=_EVALUATE)
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id.", metavar="MODEL")],
-    out: Annotated[Path, typer.Option(help="Folder for mteb's result files and the table.")],
+    model: _Model,
+    out: Annotated[Path, typer.Option(help="Output folder for mteb's result files and the scores.")],
     suite: Annotated[
         str | None,
-        typer.Option(help=f"{_shipped('evaluation/suites')}, or a YAML file; builtin if no benchmark is named."),
+        typer.Option(help=f"{_shipped('evaluation/suites')}, or a YAML file; builtin without a benchmark or task."),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder that holds the suite's data sets.")] = None,
+    data: _SuiteData = None,
     benchmark: Annotated[str | None, typer.Option(help='An mteb benchmark, such as "MTEB(eng, v2)".')] = None,
-    task: Annotated[list[str] | None, typer.Option(help="An mteb task by name; may be repeated.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Name of an mteb task; may be repeated.")] = None,
     limit: Annotated[
-        int | None, typer.Option(help="The most rows, queries or documents of each task of the suite.", min=1)
+        int | None, typer.Option(help="Largest number of rows, queries or documents per task of the suite.", min=1)
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Batch size.", min=1)] = 32,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")
-    ] = False,
+    batch_size: _BatchSize = 32,
+    trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
     """Evaluate MODEL with mteb: a local suite (no network), a benchmark, or single tasks."""
-    from rich.console import Console
-
     from .evaluation.suite import read_suite
     from .utils.files import check_model_path
 
@@ -234,6 +260,7 @@ def evaluate(
     read_suite(suite or "builtin")
     from .evaluation import evaluate as run
 
+    console = _console()
     result = run(
         model,
         suite=suite,
@@ -245,7 +272,7 @@ def evaluate(
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
     )
-    Console().print(result.to_rich())
+    console.print(result.to_rich())
 
 
 @app.command(rich_help_panel=_EVALUATE)
@@ -254,25 +281,29 @@ def study(
         str,
         typer.Argument(help=f"YAML file, or a preset: {_shipped('study/presets')}.", metavar="STUDY"),
     ],
-    out: Annotated[Path | None, typer.Option(help="Folder for results and report; runs/<study> by default.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder to put in place of {data} in the study.")] = None,
-    work: Annotated[Path | None, typer.Option(help="Folder for checkpoints and models; OUT/work by default.")] = None,
-    jobs: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder for results and report; runs/<study> by default.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder that replaces {data} in the study.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for checkpoints and models; work in the output folder by default.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Number of parallel runs.", min=1)] = 1,
     take_from: Annotated[
         list[Path] | None,
-        typer.Option(help="Reuse identical runs of another study: its OUT or results.parquet; may be repeated."),
+        typer.Option(
+            help="Output folder or results.parquet of a study whose identical runs are reused; may be repeated."
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print runs, cost and power, and stop.")] = False,
-    report_only: Annotated[
-        bool, typer.Option("--report", help="Report on the finished runs, without new ones.")
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print runs, cost and statistical power, and exit.")
     ] = False,
+    report_only: Annotated[bool, typer.Option("--report", help="Report on the finished runs only.")] = False,
 ) -> None:
     """Train and evaluate several designs under equal conditions, and report paired tests. Resumes when run again.
 
-    Several machines may work on one OUT; so may the processes of: accelerate launch -m st_llmpool study STUDY.
+    Several machines may share one output folder, as may the processes of: accelerate launch -m st_llmpool study STUDY.
     """
-    from rich.console import Console
-
     from .study.settings import Study
 
     plan = Study.load(study_file)  # before imports that take seconds
@@ -283,7 +314,7 @@ def study(
     runner = StudyRunner(
         plan, folder, work=work, data_dir=data, jobs=jobs, reuse_from=take_from or (), report_only=report_only
     )
-    console = Console()
+    console = _console()
     if int(os.environ.get("RANK", 0)) == 0 and not report_only:
         console.print(forecast(plan, runner.records, data_dir=data).to_rich())
     if dry_run:
@@ -293,7 +324,7 @@ def study(
     if int(os.environ.get("RANK", 0)) == 0:
         if not report_only:
             runner.measure()
-        console.print(f"Written: {runner.report()}", highlight=False, soft_wrap=True)
+        typer.echo(f"Written: {runner.report()}")
 
 
 @app.command(rich_help_panel=_EVALUATE)
@@ -301,34 +332,34 @@ def compare(
     paths: Annotated[
         list[str],
         typer.Argument(
-            help="Folder of mteb's results, or a .csv or .parquet with task, task_type, model, score. "
-            "NAME=PATH names the model in it.",
+            help="Folder of mteb's results, or a .csv or .parquet file with task, task_type, model, score. "
+            "NAME=PATH renames its model.",
             metavar="PATH",
         ),
     ],
     contrast: Annotated[
         list[str] | None,
-        typer.Option(help="A pre-registered comparison A:B; up to six. All other pairs are exploratory."),
+        typer.Option(help="A pre-registered comparison A:B, up to six; all other pairs are exploratory."),
     ] = None,
     model: Annotated[list[str] | None, typer.Option(help="Compare only this model; may be repeated.")] = None,
-    metric: Annotated[str, typer.Option(help="The score to compare, such as ndcg_at_10.")] = "main_score",
+    metric: Annotated[str, typer.Option(help="Score to compare, such as ndcg_at_10.")] = "main_score",
     allow_mixed_revisions: Annotated[
         bool,
         typer.Option(
             "--allow-mixed-revisions",
-            help="Compare scores of different dataset revisions or mteb versions all the same; a note names them.",
+            help="Allow scores of different dataset revisions or mteb versions; a note names them.",
         ),
     ] = False,
     task_types: Annotated[
         Path | None,
-        typer.Option(help="YAML that says the type of tasks mteb does not know: a suite file, or TASK: TYPE lines."),
+        typer.Option(help="YAML with the types of tasks unknown to mteb: a suite file, or TASK: TYPE lines."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for every statistic.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the tables (CSV, Markdown) and pictures (PNG).")] = None,
+    json_file: _JsonFile = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder for tables (CSV, Markdown) and figures (PNG).")
+    ] = None,
 ) -> None:
     """Compare models on mteb results: paired tests over tasks, corrected for multiplicity, with their power."""
-    from rich.console import Console
-
     from .stats import read_results, read_task_types
 
     types = read_task_types(task_types) if task_types else None
@@ -337,51 +368,51 @@ def compare(
     from .stats.tables import to_json, to_rich, write
 
     comparison = run(results, contrast or (), metric=metric, allow_mixed_revisions=allow_mixed_revisions)
-    console = Console()
-    console.print(to_rich(comparison))
+    _console().print(to_rich(comparison))
     if json_file:
         json_file.write_text(to_json(comparison), encoding="utf-8")
     written = [json_file] if json_file else []
     if out:
         written += write(comparison, out)
     for path in written:
-        console.print(f"Written: {path}", highlight=False, soft_wrap=True)
+        typer.echo(f"Written: {path}")
 
 
 @app.command(rich_help_panel=_BUILD)
 def select(
     pool: Annotated[
-        list[str], typer.Argument(help="Parquet, JSONL, CSV or TSV file, folder or Hub data set.", metavar="POOL...")
+        list[str], typer.Argument(help="Parquet, JSONL, CSV or TSV file, folder or Hub dataset.", metavar="POOL...")
     ],
-    target: Annotated[str, typer.Option(help="The rows to look like; a file as POOL.", metavar="SET")],
-    k: Annotated[int, typer.Option("--k", help="How many rows to choose.", min=1)],
+    target: Annotated[str, typer.Option(help="Dataset to be similar to, given as POOL.", metavar="SET")],
+    k: Annotated[int, typer.Option("--k", help="Number of rows to select.", min=1)],
     out: Annotated[
         Path | None,
         typer.Option(
-            help="A new .parquet file; a note goes into .json beside it; <POOL>_selected.parquet by default, after the "
-            "first POOL.",
+            help="A new .parquet file, with a report in a .json file of the same name; by default "
+            "<POOL>_selected.parquet, after the first POOL.",
             metavar="FILE",
         ),
     ] = None,
-    model: Annotated[str, typer.Option(help="Folder or Hub id; builtin is the small one here.")] = "builtin",
+    model: Annotated[
+        str, typer.Option(help="Folder or Hub id of the model that embeds the rows, or builtin.")
+    ] = "builtin",
     column: Annotated[
-        list[str] | None, typer.Option(help="Column of POOL with text; may be repeated; text or query by default.")
+        list[str] | None, typer.Option(help="Text column of POOL; may be repeated; text or query by default.")
     ] = None,
-    target_column: Annotated[list[str] | None, typer.Option(help="The same for SET; as for POOL by default.")] = None,
-    by: Annotated[str | None, typer.Option(help="A column of POOL to count the chosen rows by, besides files.")] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens of a text that count.", min=1)] = 512,
-    batch_size: Annotated[int, typer.Option(help="Batch size.", min=1)] = 32,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")
-    ] = False,
+    target_column: Annotated[
+        list[str] | None, typer.Option(help="Text column of SET; may be repeated; as for POOL by default.")
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="Column of POOL by which the selected rows are counted too.")] = None,
+    max_length: Annotated[int, typer.Option(help="Maximum length of a text in tokens.", min=1)] = 512,
+    batch_size: _BatchSize = 32,
+    trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
     """Select the K rows of POOL that are most similar to the rows of SET."""
-    from rich.console import Console
+    from .tools.select import select as run
 
-    from .tools.select import select_rows
-
+    console = _console()
     out = out or Path(f"{Path(pool[0]).absolute().stem}_selected.parquet")
-    selection = select_rows(
+    selection = run(
         pool,
         target,
         k,
@@ -394,46 +425,42 @@ def select(
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
     )
-    console = Console()
     console.print(selection.to_rich())
-    console.print(f"Written: {out} and {out.with_suffix('.json')}", highlight=False, soft_wrap=True)
+    typer.echo(f"Written: {out} and {out.with_suffix('.json')}")
 
 
 @app.command(rich_help_panel=_SHARE)
 def doctor(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id.", metavar="MODEL")],
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")
+    model: _Model,
+    trust_remote_code: _TrustRemoteCode = False,
+    seal: Annotated[
+        bool, typer.Option("--seal", help="Seal the folder's current files if all other checks pass.")
     ] = False,
-    seal: Annotated[bool, typer.Option("--seal", help="Accept the folder's files as they are now.")] = False,
 ) -> None:
     """Check MODEL: seal, measured attention, EOS, padding, weights. Exit code 1 if a check fails.
 
-    Exit code 3 if code that is not the installed st_llmpool's keeps MODEL from being loaded and checked.
+    Exit code 3 if MODEL was not loaded because it needs code that is not st_llmpool's own.
     """
-    from rich.console import Console
+    from .hub.doctor import doctor as run
 
-    from .hub.doctor import examine
-
-    diagnosis = examine(model, trust_remote_code=trust_remote_code, seal=seal)
-    Console().print(diagnosis.to_table())
-    raise typer.Exit(1 if diagnosis.failed else 0 if diagnosis.examined else 3)
+    console = _console()
+    diagnosis = run(model, trust_remote_code=trust_remote_code, seal=seal)
+    console.print(diagnosis.to_rich())
+    raise typer.Exit(1 if diagnosis.failed else 0 if diagnosis.complete else 3)
 
 
 @app.command(rich_help_panel=_EVALUATE)
 def layers(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id.", metavar="MODEL")],
-    texts: Annotated[Path | None, typer.Option(help="A text file, one text a line; a few are built in.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="A PNG to draw.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for every figure.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")
-    ] = False,
+    model: _Model,
+    texts: Annotated[
+        Path | None, typer.Option(help="Text file with one text per line; a few built-in texts by default.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file for the figure.")] = None,
+    json_file: _JsonFile = None,
+    trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
-    """Show what each layer of MODEL gives on its own, how similar the layers are, and which the pooling reads."""
+    """Score each layer of MODEL alone, compare the layers, and show which ones the pooling uses."""
     import json
-
-    from rich.console import Console
 
     from .utils.files import check_model_path
 
@@ -442,32 +469,32 @@ def layers(
     from .hub.loading import load_model
     from .model_card.figures import draw_layers
 
+    console = _console()
     lines = None if texts is None else [line for line in texts.read_text(encoding="utf-8").splitlines() if line]
     report = analyze_layers(None, load_model(model, trust_remote_code=trust_remote_code), lines)
-    Console().print(report.to_rich())
+    console.print(report.to_rich())
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
-        Console().print(f"Written: {json_file}")
+        typer.echo(f"Written: {json_file}")
     if plot is not None and draw_layers(plot, report.to_dict()):
-        Console().print(f"Drawn: {plot}")
+        typer.echo(f"Written: {plot}")
 
 
 @app.command(rich_help_panel=_SHARE)
 def card(
-    model: Annotated[Path, typer.Argument(help="A saved model.", metavar="DIR", exists=True, file_okay=False)],
-    results: Annotated[Path | None, typer.Option(help="The --out folder of st-llmpool evaluate.")] = None,
-    run: Annotated[Path | None, typer.Option(help="The run's folder; by default the one above DIR.")] = None,
-    model_id: Annotated[str | None, typer.Option(help="The Hub id that it will have.")] = None,
+    model: _SavedModel,
+    results: Annotated[Path | None, typer.Option(help="Output folder of st-llmpool evaluate.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of the training run; by default the parent of MODEL.")
+    ] = None,
+    model_id: Annotated[str | None, typer.Option(help="Hub id that the model will have.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence of the model, such as apache-2.0.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")
-    ] = False,
+    trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
-    """Regenerate the model card of DIR: design, attention, cost, layer use, training, results."""
-    from rich.console import Console
-
+    """Regenerate the model card of MODEL: design, attention, cost, layer use, training, results."""
     from .model_card.card import read_results, write_card
 
+    _console()
     file = write_card(
         model,
         run=run,
@@ -476,98 +503,92 @@ def card(
         license=license,
         trust_remote_code=trust_remote_code,
     )
-    Console().print(f"Written: {file}")
+    typer.echo(f"Written: {file}")
 
 
 @app.command(rich_help_panel=_SHARE)
 def export(
-    source: Annotated[Path, typer.Argument(help="A saved model.", metavar="DIR", exists=True, file_okay=False)],
-    target: Annotated[Path, typer.Argument(help="A folder that does not exist yet.", metavar="OUT")],
+    model: _SavedModel,
+    out: _NewFolder,
     native: Annotated[
         bool,
         typer.Option(
             "--native",
-            help="Only sentence-transformers' own modules: loads with no flag; refused where that is not exact.",
+            help="Use only sentence-transformers' own modules, which load without a flag; refused if vectors differ.",
         ),
     ] = False,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the backbone.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")
-    ] = False,
+    trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
-    """Copy DIR to OUT, merged or native, once a fresh process has given the same vectors."""
-    from rich.console import Console
-
+    """Copy MODEL, merged or in native form, if a fresh process computes the same vectors from the copy."""
     from .hub.export import export as run
 
-    run(source, target, native=native, merge=merge, trust_remote_code=trust_remote_code)
+    _console()
+    run(model, out, native=native, merge=merge, trust_remote_code=trust_remote_code)
     flag = "" if native else ", trust_remote_code=True"
-    Console().print(f'Written: SentenceTransformer("{target}"{flag})', highlight=False)
+    typer.echo(f'Written: SentenceTransformer("{out}"{flag})')
 
 
 @app.command(rich_help_panel=_SHARE)
 def push(
-    model: Annotated[Path, typer.Argument(help="A saved model.", metavar="DIR", exists=True, file_okay=False)],
+    model: _SavedModel,
     repo_id: Annotated[
-        str | None, typer.Argument(help="user/name, or a name of your own; the folder's name by default.")
+        str | None, typer.Argument(help="user/name, or a name in your namespace; the folder's name by default.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
-    branch: Annotated[str | None, typer.Option(help="Branch, new or not, or refs/pr/N; main by default.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, created if it does not exist, or refs/pr/N; main by default.")
+    ] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the backbone first.")] = False,
     native: Annotated[
-        bool | None, typer.Option("--native/--portable", help="Form; native where the design has it by default.")
+        bool | None, typer.Option("--native/--portable", help="Form; by default native if the design has this form.")
     ] = None,
-    no_check: Annotated[bool, typer.Option("--no-check", help="Push even if the doctor's checks fail.")] = False,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Push even if a check of the doctor fails.")] = False,
     message: Annotated[str | None, typer.Option(help="Title of the commit or pull request.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")
-    ] = False,
+    trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
-    """Check DIR and upload it to the Hub in one commit, with the token of `hf auth login` or HF_TOKEN."""
-    from rich.console import Console
-
+    """Check MODEL and upload it to the Hub in one commit, with the token of `hf auth login` or HF_TOKEN."""
     from .hub.push import push as run
 
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    _console()
     pushed = run(
         model,
         repo_id,
         private=private,
-        revision=branch,
+        revision=revision,
         create_pr=create_pr,
         native=native,
         merge=merge,
         check=not no_check,
         trust_remote_code=trust_remote_code,
         commit_message=message,
-        tell=console.print,
+        progress=typer.echo,
     )
     if pushed.removed:
-        console.print(f"Removed {len(pushed.removed)} files of an earlier model: {', '.join(pushed.removed)}")
-    console.print(f"Pushed: {pushed.url}, commit {pushed.commit}\nLoad it: {pushed.how_to_load()}")
+        typer.echo(f"Deleted {len(pushed.removed)} files of an earlier push: {', '.join(pushed.removed)}")
+    typer.echo(f"Pushed: {pushed.url}, commit {pushed.commit}\nLoad it: {pushed.how_to_load()}")
 
 
 @app.command(rich_help_panel=_BUILD)
 def soup(
-    models: Annotated[list[str], typer.Argument(help="Folders or Hub ids, two at least.", metavar="MODEL...")],
-    out: Annotated[Path, typer.Option(help="A folder that does not exist yet.")],
+    models: Annotated[list[str], typer.Argument(help="Folders or Hub ids of at least two models.", metavar="MODEL...")],
+    out: _NewFolder,
     greedy: Annotated[
         str | None,
-        typer.Option(help="Keep only models that help: on a file of validation pairs, or on a suite (name or YAML)."),
+        typer.Option(
+            help="Keep only models that raise the score on a file of validation pairs or a suite (name or YAML)."
+        ),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder that holds the suite's data sets.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with them.")
-    ] = False,
+    data: _SuiteData = None,
+    trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
-    """Average the weights of MODELs trained from one base: all of them, or greedily those that help."""
-    from rich.console import Console
-
+    """Average the weights of several MODELs with one base: all of them, or greedily those that raise a score."""
     from .data.training_data import FORMATS, DatasetSettings
     from .tools.soup import soup as run
 
     is_pairs = greedy is not None and Path(greedy).suffix in FORMATS
+    _console()
     made = run(
         models,
         out,
@@ -576,40 +597,39 @@ def soup(
         data_dir=data,
         trust_remote_code=trust_remote_code,
     )
-    console = Console(soft_wrap=True, highlight=False, markup=False)
     for name, score in made.scores.items():
-        console.print(f"{score:.4f}  {name}{'  taken' if name in made.ingredients else ''}")
+        typer.echo(f"{score:.4f}  {name}{'  (used)' if name in made.ingredients else ''}")
     if made.score is not None:
-        console.print(f"{made.score:.4f}  the soup")
-    console.print(f"Written: {made.model_dir}")
+        typer.echo(f"{made.score:.4f}  average")
+    typer.echo(f"Written: {made.model_dir}")
 
 
 @app.command(rich_help_panel=_SHARE)
 def submission(
     model: Annotated[str, typer.Argument(help="Hub id, or the folder that was pushed.", metavar="MODEL")],
-    out: Annotated[Path, typer.Option(help="A folder that does not exist yet.")],
-    results: Annotated[Path | None, typer.Option(help="Of st-llmpool evaluate; mteb's cache by default.")] = None,
-    name: Annotated[str | None, typer.Option(help="For a folder: its Hub id.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit; for a Hub id the newest by default.")] = None,
-    benchmark: Annotated[str, typer.Option(help="What the results should cover.")] = "MTEB(eng, v2)",
-    license: Annotated[str | None, typer.Option(help="Licence; the model card's by default.")] = None,
-    language: Annotated[list[str] | None, typer.Option(help="Such as eng-Latn, the default; may be repeated.")] = None,
-    training_dataset: Annotated[
-        list[str] | None, typer.Option(help="mteb task that the model was trained on; may be repeated; 'none' if none.")
+    out: _NewFolder,
+    results: Annotated[
+        Path | None, typer.Option(help="Output folder of st-llmpool evaluate; mteb's cache by default.")
     ] = None,
-    training_code: Annotated[str | None, typer.Option(help="Where the training code is.")] = None,
-    training_data: Annotated[str | None, typer.Option(help="Where the training data are.")] = None,
+    name: Annotated[str | None, typer.Option(help="Hub id of MODEL if that is a folder.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit on the Hub; by default the newest of a Hub id.")] = None,
+    benchmark: Annotated[str, typer.Option(help="Benchmark that the results should cover.")] = "MTEB(eng, v2)",
+    license: Annotated[str | None, typer.Option(help="Licence; the model card's by default.")] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(help="Language and script; may be repeated; eng-Latn by default.")
+    ] = None,
+    training_dataset: Annotated[
+        list[str] | None, typer.Option(help="mteb task whose data were trained on; may be repeated; 'none' if none.")
+    ] = None,
+    training_code: Annotated[str | None, typer.Option(help="URL of the training code.")] = None,
+    training_data: Annotated[str | None, typer.Option(help="URL of the training data.")] = None,
     adapted_from: Annotated[str | None, typer.Option(help="Hub id of the base; the card's by default.")] = None,
     citation: Annotated[Path | None, typer.Option(help="BibTeX file.", exists=True, dir_okay=False)] = None,
-    contact: Annotated[list[str] | None, typer.Option(help="GitHub name to ask; may be repeated.")] = None,
+    contact: Annotated[list[str] | None, typer.Option(help="GitHub name of a contact; may be repeated.")] = None,
     release_date: Annotated[str | None, typer.Option(help="YYYY-MM-DD; today by default.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")
-    ] = False,
+    trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
-    """Write what the MTEB leaderboard asks for: results, model description, mock run, instructions."""
-    from rich.console import Console
-
+    """Write the files for a submission to the MTEB leaderboard: results, description, mock run, instructions."""
     from .hub.submission import Authorship
     from .hub.submission import submission as run
 
@@ -624,7 +644,7 @@ def submission(
         contacts=contact or (),
         release_date=release_date,
     )
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    _console()
     folder = run(
         model,
         out,
@@ -634,6 +654,6 @@ def submission(
         benchmark=benchmark,
         authorship=authorship,
         trust_remote_code=trust_remote_code,
-        tell=console.print,
+        progress=typer.echo,
     )
-    console.print(f"Written: {folder}; README.md there says what is missing and what to do")
+    typer.echo(f"Written: {folder}; see README.md there for missing results and the next steps")

@@ -1,4 +1,4 @@
-"""Designs: attention mode times pooling, by name, and the one function that builds a model from them."""
+"""Designs (attention mode × pooling) by name, and `build_embedder`, which builds a model from one."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PoolingSpec:
-    """What a pooling name stands for.
+    """A pooling by name.
 
     Attributes:
-        module: The class; called with ``embedding_dimension``, the fixed options and the user's.
-        reads: ``"tokens"`` or ``"layers"``; a pooling over layers is also given ``num_layers``. A class that can read
-            either has an option of that name, which wins.
+        module: The class, called with ``embedding_dimension``, the fixed options and the user's.
+        reads: ``"tokens"`` or ``"layers"``; a pooling over layers also gets ``num_layers``. A class that can read
+            either has an option ``reads``, which takes precedence.
         summary: One line for tables.
         options: Fixed options.
     """
@@ -54,7 +54,7 @@ class PoolingSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def reads_with(self, pooling_kwargs: Mapping[str, Any]) -> str:
-        """Returns what the pooling reads if it is built with these options."""
+        """Returns what the pooling reads when built with these options."""
         return pooling_kwargs.get("reads", self.reads)
 
     def build(self, backbone: LLMTransformer, pooling_kwargs: Mapping[str, Any]) -> Module:
@@ -72,7 +72,7 @@ class PoolingSpec:
             raise ConfigurationError(f"pooling_kwargs={dict(pooling_kwargs)} do not fit: {error}.") from error
 
 
-#: Pooling name -> spec. sentence-transformers' own mode names stand beside ours.
+#: Pooling name -> spec, including sentence-transformers' own mode names.
 POOLINGS: dict[str, PoolingSpec] = {
     "eos": PoolingSpec(Pooling, "tokens", "the last token", {"pooling_mode": "lasttoken"}),
     "lasttoken": PoolingSpec(Pooling, "tokens", "the last token", {"pooling_mode": "lasttoken"}),
@@ -87,7 +87,7 @@ POOLINGS: dict[str, PoolingSpec] = {
     "attsets": PoolingSpec(AttSetsPooling, "tokens", "a trainable softmax over the tokens for each feature"),
     "gem": PoolingSpec(GeneralizedMeanPooling, "tokens", "power means of the tokens with trainable powers"),
     "pyramid": PoolingSpec(PyramidPooling, "tokens", "trainable projection of the means of spans of tokens"),
-    "ponet": PoolingSpec(PoNetPooling, "tokens", "mean of tokens that have met text, segment and neighbours"),
+    "ponet": PoolingSpec(PoNetPooling, "tokens", "mean of tokens mixed with their text, segment and neighbours"),
 }
 
 
@@ -155,37 +155,38 @@ def build_embedder(
 ) -> SentenceTransformer:
     """Builds a sentence-transformers model from a base LLM and proves its attention on the loaded weights.
 
-    A base that is a saved embedder, of ours or any of sentence-transformers on a Transformer, is continued as it is:
-    with its modules, their weights, prompts, ending, attention and adapter, which trains on.
+    If the base is a saved embedder, of ours or any sentence-transformers model on a Transformer, all of it is kept:
+    modules, weights, prompts, EOS, attention, and the adapter, which stays trainable.
 
     Args:
-        model_name_or_path: Hub id or folder of the base or saved embedder, or ``"builtin"`` for the small base that
-            comes with the package.
-        attention: ``"bidirectional"`` or ``"causal"``; None is bidirectional for a base LLM, a saved embedder's own.
-        pooling: A name in :data:`POOLINGS`; None is ``"multi_layer"`` for a base LLM, a saved embedder's own.
+        model_name_or_path: Hub id or folder of the base or saved embedder, or ``"builtin"`` for the small base in the
+            package.
+        attention: ``"bidirectional"`` or ``"causal"``; None is bidirectional for a base LLM, and a saved embedder's
+            own.
+        pooling: A name in :data:`POOLINGS`; None is ``"multi_layer"`` for a base LLM, and a saved embedder's own.
         pooling_kwargs: Options of the pooling's class, such as ``{"preset": "paper"}``.
-        pooling_init: ``"new"`` discards a saved embedder's modules after the backbone and starts a new pooling; else
-            settings that contradict a saved embedder's are refused.
-        layers: Layers that a pooling over layers reads: ``"all"`` (None is that) or 1-based numbers, negative from the
+        pooling_init: ``"new"`` replaces a saved embedder's modules after the backbone with a new pooling; without it,
+            settings that differ from the saved embedder's are refused.
+        layers: Layers that a pooling over layers reads: ``"all"`` (the default) or 1-based numbers, negative from the
             end.
-        layer_readout: How a layer is reduced to one vector: ``"eos"`` or ``"mean"``; None is ``"eos"`` for
-            causal and ``"mean"`` for bidirectional attention.
-        include_prompt: False keeps the prompt's tokens out of the pooling; None is True.
-        max_seq_length: Longest text in tokens, EOS included; None is the base's own limit.
+        layer_readout: How each layer is reduced to one vector: ``"eos"`` or ``"mean"``; None is ``"eos"`` for causal
+            and ``"mean"`` for bidirectional attention.
+        include_prompt: False excludes the prompt's tokens from the pooling; None is True.
+        max_seq_length: Maximum length in tokens, including EOS; None is the base's own limit.
         add_eos_token: End every text in EOS; None is on for decoders and off for encoders.
         peft_config: A ``peft`` config, its fields as a dict (LoRA), or ``"paper"`` (r 16, alpha 32, dropout
-            0.1, all linear layers). A saved embedder's adapter must be like it, or is continued where None.
+            0.1, all linear layers). None keeps a saved embedder's adapter; another config than its own is refused.
         quantization_config: ``"nf4"``, ``"int8"`` or a ``BitsAndBytesConfig``.
-        prompts: Name -> prompt, saved with the model; mteb finds its task names and ``query``/``document``. A saved
-            embedder's others stay.
-        allow_partial: Accept layers that cannot be made bidirectional, and record them.
+        prompts: Name -> prompt, saved with the model; mteb uses task names and ``query``/``document``. Other prompts of
+            a saved embedder are kept.
+        allow_partial: Accept, and record, layers that cannot be made bidirectional.
         verify: Prove attention, padding invariance and finite weights before returning.
-        dtype: Dtype of the backbone; None is the one in its config.
-        device: Where to put the model; None is the best that is there.
+        dtype: Dtype of the backbone; None is that of its config.
+        device: Device of the model; None is the best available.
         attn_implementation: As in transformers, such as ``"sdpa"`` or ``"flash_attention_2"``.
         model_kwargs: More arguments for the model's ``from_pretrained``.
         processor_kwargs: More arguments for the tokenizer's ``from_pretrained``.
-        trust_remote_code: Allow the base to run code of its own.
+        trust_remote_code: Run code of the base's repository.
         revision: Branch, tag or commit of the base.
         token: Hub token.
 
@@ -242,8 +243,8 @@ def build_embedder(
     for name, prompt in model.prompts.items():
         try:
             model[0].check_prompt(prompt)
-        except ConfigurationError as error:  # other prompts of the model may do: refused where it is used
-            logger.warning("The prompt %r cannot be used: %s", name, error)
+        except ConfigurationError as error:  # an error only where it is used
+            logger.warning("The prompt %r will be refused in use: %s", name, error)
     if verify:
         _require_finite_weights(model)
         _prove_attention(model, allow_partial=allow_partial)
@@ -255,7 +256,7 @@ def build_embedder(
 
 
 def resolve_base(base: str) -> str:
-    """Returns the Hub id or folder of a base; ``builtin`` is the folder of the one in the package.
+    """Returns the Hub id or folder of a base; ``builtin`` becomes the folder in the package.
 
     Example:
         >>> resolve_base("Qwen/Qwen3-0.6B")
@@ -271,7 +272,7 @@ def _backbone(
     return LLMTransformer(
         base,
         **{key: value for key, value in settings.items() if value is not None},
-        verify=False,  # the full proof follows, if asked for
+        verify=False,  # the full proof follows
         model_kwargs=hub | loading["model_kwargs"],
         processor_kwargs=hub | loading["processor_kwargs"],
         config_kwargs=dict(hub),
@@ -321,7 +322,7 @@ def _require_finite_weights(model: SentenceTransformer) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not parameter.is_meta and not torch.isfinite(parameter).all():
             raise ConfigurationError(
-                f"The weight {name!r} holds NaN or infinity, so every embedding would. The base's files are damaged "
+                f"The weight {name!r} holds NaN or infinity, and so would embeddings. The base's files are damaged, "
                 f"or overflow in {parameter.dtype}: load another revision, or dtype=torch.float32."
             )
 

@@ -1,4 +1,4 @@
-"""The quickstart: from a language model and the text on this machine to a working search model, offline."""
+"""Train a search model on this machine's docstrings, offline, and show what training gained."""
 
 from __future__ import annotations
 
@@ -23,30 +23,37 @@ from .training import Recipe, train
 SEARCHES = ("shortest path between two nodes", "show a progress bar in the terminal", "remove rows with missing values")
 
 TOLERANCE = 1e-5
-MAX_SEQ_LENGTH = 64  # tokens; enough for a summary and the start of what it sums up, and twice as fast as 128
+MAX_SEQ_LENGTH = 64  # tokens; enough for a summary and the start of its text, and twice as fast as 128
 
 
-def run(out: Path, *, steps: int = 70, documents: int = 500) -> dict[str, float]:
-    """Trains design 5 on docstrings, shows what it gained on unseen packages, and answers three searches.
+def quickstart(
+    output_dir: str | Path, *, steps: int = 70, documents: int = 500, console: Console | None = None
+) -> dict[str, float]:
+    """Trains design 5 on docstrings, shows the gain on unseen packages, and answers three searches.
 
     Args:
-        out: Folder for the model, the checkpoints and mteb's result files.
+        output_dir: Folder for the model, the checkpoints and mteb's result files.
         steps: Optimizer steps.
-        documents: Size of the evaluation.
+        documents: Number of documents in the evaluation.
+        console: Where to print.
 
     Returns:
         nDCG@10 of ``bm25``, ``mean_untrained``, ``design_5_untrained`` and ``design_5_trained``.
 
     Raises:
-        InputError: If the saved model, loaded in a fresh process, gives other vectors.
+        InputError: If the saved model gives other vectors when loaded in a fresh process.
+
+    Example:
+        >>> quickstart("runs/quickstart")["design_5_trained"]  # doctest: +SKIP
+        0.71
     """
-    console, start = Console(), time.monotonic()
+    out, console, start = Path(output_dir), console or Console(), time.monotonic()
     console.rule("1. A language model becomes an embedding model")
     untrained = build_embedder(builtin_backbone(), **DESIGNS["5"].as_kwargs(), max_seq_length=MAX_SEQ_LENGTH)
     mean = build_embedder(
         builtin_backbone(), **DESIGNS["mean-bidirectional"].as_kwargs(), max_seq_length=MAX_SEQ_LENGTH
     )
-    console.print("Reading the docstrings of the packages on this machine (the first time takes about a minute).")
+    console.print("Reading the docstrings of the installed packages (about a minute the first time).")
     pairs = docstring_pairs("train")
     console.print(f"{len(pairs):,} training pairs from {len({pair.distribution for pair in pairs})} packages.")
 
@@ -56,7 +63,7 @@ def run(out: Path, *, steps: int = 70, documents: int = 500) -> dict[str, float]
     scores["design_5_untrained"] = _ndcg(untrained, out, documents)
 
     console.rule("3. Training design 5: bidirectional attention, pooling over all layers")
-    # A second call finds the finished run, an interrupted one goes on.
+    # A finished run is reused, an interrupted one continues.
     trained = train(_recipe(out, steps), resume=True).model
 
     console.rule("4. After training")
@@ -66,7 +73,9 @@ def run(out: Path, *, steps: int = 70, documents: int = 500) -> dict[str, float]
 
     console.rule("5. Saved, and loaded in a fresh process by plain sentence-transformers")
     difference = _reload(trained, out / "model")
-    console.print(f'SentenceTransformer("{out / "model"}", trust_remote_code=True): same vectors to {difference:.0e}.')
+    console.print(
+        f'SentenceTransformer("{out / "model"}", trust_remote_code=True): vectors differ by at most {difference:.0e}.'
+    )
 
     console.rule("6. Search")
     for table in _search(trained, documents):
@@ -116,16 +125,18 @@ def _table(scores: dict[str, float], documents: int) -> Table:
 
 def _verdict(scores: dict[str, float]) -> str:
     gain, gap = (scores["design_5_trained"] - scores[key] for key in ("mean_untrained", "bm25"))
-    beside = "above" if gap > 0 else "below"
-    return f"Training gained {gain:+.3f}; the model is {abs(gap):.3f} {beside} BM25."
+    relation = "above" if gap > 0 else "below"
+    return f"Training gained {gain:+.3f}; the model is {abs(gap):.3f} {relation} BM25."
 
 
 def _reload(model: SentenceTransformer, folder: Path) -> float:
-    """Returns the largest difference to the vectors of a fresh process, padded left and right and one by one."""
+    """Returns the largest difference from the vectors of a fresh process, padded on either side and one by one."""
     fresh = embed_in_fresh_process(folder.resolve(), trust_remote_code=True)
     difference = float(np.abs(fresh - model.encode(list(PROBES))).max())
     if difference > TOLERANCE:
-        raise InputError(f"{folder} gives other vectors when loaded: {difference:.1e} apart, limit {TOLERANCE:.0e}.")
+        raise InputError(
+            f"{folder} gives other vectors when loaded: difference {difference:.1e}, limit {TOLERANCE:.0e}."
+        )
     return difference
 
 

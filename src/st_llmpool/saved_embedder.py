@@ -1,4 +1,4 @@
-"""Continue a saved embedder: load its modules, prompts and settings as the start of a new model.
+"""Continue a saved embedder: load its modules, prompts and settings to train or change it further.
 
 The Transformer of sentence-transformers becomes an :class:`LLMTransformer` with its settings.
 """
@@ -32,7 +32,7 @@ _TRAINED_WITH = ("attention", "layers", "layer_readout", "add_eos_token")
 
 
 def is_saved_embedder(base: str, *, revision: str | None = None, token: bool | str | None = None) -> bool:
-    """Returns whether a folder or Hub id holds modules beside a backbone.
+    """Returns whether a folder or Hub id holds a sentence-transformers model rather than a bare language model.
 
     Example:
         >>> from st_llmpool.data import builtin_backbone
@@ -43,14 +43,14 @@ def is_saved_embedder(base: str, *, revision: str | None = None, token: bool | s
 
 
 def read_architecture(base: str, **hub: Any) -> PreTrainedConfig:
-    """Returns the config of a base, a saved embedder or an adapter, whose base's it is.
+    """Returns the backbone's config of a base model, a saved embedder or an adapter.
 
     Args:
         base: Hub id or folder.
         **hub: ``trust_remote_code``, ``revision`` and ``token``.
 
     Raises:
-        ConfigurationError: If there is none that can be read.
+        ConfigurationError: If there is no readable config.
     """
     try:
         location = {key: hub[key] for key in ("revision", "token") if key in hub}
@@ -66,7 +66,7 @@ def read_architecture(base: str, **hub: Any) -> PreTrainedConfig:
 
 @dataclass(frozen=True)
 class SavedEmbedder:
-    """What the files of a saved embedder say, before any weights are read.
+    """The settings of a saved embedder, read without its weights.
 
     Attributes:
         base: Hub id or folder.
@@ -111,21 +111,21 @@ class SavedEmbedder:
     def check_pooling(
         self, name: str | None, module: Callable[..., Module], options: Mapping[str, Any], given: bool
     ) -> None:
-        """Checks that the saved pooling is the one that is asked for.
+        """Checks that the saved pooling is the requested one.
 
         Args:
-            name: Its name; None asks for the saved one.
+            name: The requested pooling; None accepts the saved one.
             module: Its class.
-            options: The options that it would be built with.
-            given: Whether some of them were given by the user; the saved ones are kept where not.
+            options: The options with which it would be built.
+            given: Whether the user gave any of them; otherwise the saved options are kept.
 
         Raises:
-            ConfigurationError: If it is another pooling, or one with other options.
+            ConfigurationError: If the saved pooling or its options differ.
         """
         if name is None:
             raise ConfigurationError(
-                f"{self.base!r} is a saved embedder, and options of a pooling are given without its name. Name it as "
-                f"pooling; its weights are continued if it is the saved one."
+                f"{self.base!r} is a saved embedder, and pooling_kwargs are given without pooling. Name the pooling "
+                f"too; if it is the saved one, its weights are kept."
             )
         saved = self.poolings.get(getattr(module, "__name__", ""))
         differences: list[str] = []
@@ -140,23 +140,23 @@ class SavedEmbedder:
         if saved is None or differences:
             described = ", ".join(differences) if saved is not None else " and ".join(self.poolings) or "no pooling"
             raise ConfigurationError(
-                f"{self.base!r} is a saved embedder with {described}, which pooling={name!r} as asked for would "
-                f"replace. Leave pooling and its options out to continue it as it is, or set pooling_init='new' to "
-                f"start with a new one."
+                f"{self.base!r} is a saved embedder with {described}, which the requested pooling={name!r} would "
+                f"replace. Leave pooling and its options out to keep the saved one, or set pooling_init='new' to start "
+                f"with a new one."
             )
 
     def load(self, settings: Mapping[str, Any], *, keep: bool, **kwargs: Any) -> SentenceTransformer:
-        """Loads it with every module that it has.
+        """Loads the embedder with all its modules.
 
         Args:
             settings: Settings of :class:`LLMTransformer`; None keeps what was saved.
-            keep: Refuse settings that differ from those that the weights were trained with.
-            **kwargs: Of ``SentenceTransformer``: ``prompts``, ``device``, ``model_kwargs``, ``processor_kwargs``.
+            keep: Refuse settings that differ from those of the training.
+            **kwargs: ``prompts``, ``device``, ``model_kwargs`` and ``processor_kwargs`` of ``SentenceTransformer``.
 
         Raises:
             ConfigurationError: If a setting differs, or the Transformer cannot be an :class:`LLMTransformer`.
             DataError: If a file is missing, damaged or does not fit.
-            AttentionError: If the backbone does not attend as it says.
+            AttentionError: If the measured attention of the backbone is not the configured one.
         """
         wanted = {key: value for key, value in settings.items() if value is not None}
         backbone = {self.modules[0]["type"]: _BackboneLoader(self, wanted, keep)}
@@ -178,7 +178,7 @@ class SavedEmbedder:
 
 
 class _BackboneLoader:
-    """Stands in for the class of the first module, and makes it an LLMTransformer with chosen settings."""
+    """Loads the first module as an LLMTransformer with given settings; replaces its class in loading."""
 
     def __init__(self, saved: SavedEmbedder, wanted: Mapping[str, Any], keep: bool) -> None:
         self.saved, self.wanted, self.keep = saved, wanted, keep
@@ -194,7 +194,7 @@ class _BackboneLoader:
         return LLMTransformer(model_name_or_path, **settings | dict(self.wanted))
 
     def _translated(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Returns the settings of a Transformer of sentence-transformers as those of an LLMTransformer."""
+        """Converts the settings of a Transformer of sentence-transformers to those of an LLMTransformer."""
         read = settings["modality_config"]
         if set(read) - {"text", "message"} or read.get("text", {}).get("method_output_name") != "last_hidden_state":
             raise ConfigurationError(
@@ -214,9 +214,9 @@ class _BackboneLoader:
                 wanted = resolve_layers(wanted, text.num_hidden_layers)
             if wanted != saved and not (name == "layers" and not saved):
                 raise ConfigurationError(
-                    f"{self.saved.base!r} is a saved embedder with {name}={saved!r}, and {name}={self.wanted[name]!r} "
-                    f"is asked for. Leave it out to continue the embedder as it is, or set pooling_init='new' to start "
-                    f"with a new pooling."
+                    f"{self.saved.base!r} is a saved embedder with {name}={saved!r}, but {name}={self.wanted[name]!r} "
+                    f"is asked for. Leave it out to keep the saved setting, or set pooling_init='new' to start with a "
+                    f"new pooling."
                 )
 
 

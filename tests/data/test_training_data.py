@@ -218,6 +218,16 @@ def test_a_file_that_no_reader_gets_right_is_refused_on_one_line(tmp_path, name,
     assert "\n" not in str(refusal.value)
 
 
+def test_the_index_that_pandas_writes_without_a_name_is_left_out_unless_asked_for(tmp_path):
+    pd.DataFrame({"query": ["a", "b"], "positive": ["c", "d"]}).to_csv(tmp_path / "a.csv")
+    assert load_pairs(DatasetSettings(str(tmp_path / "a.csv"))).to_dict() == {
+        "query": ["a", "b"],
+        "positive": ["c", "d"],
+    }
+    asked = DatasetSettings(str(tmp_path / "a.csv"), columns={"positive": "Unnamed: 0"})
+    assert load_pairs(asked)["positive"][:] == ["0", "1"]
+
+
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="is a pipe or device"):

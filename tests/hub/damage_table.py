@@ -27,9 +27,9 @@ from transformers import LlamaConfig, dynamic_module_utils
 from transformers.utils.logging import disable_progress_bar
 
 from st_llmpool import DESIGNS, build_embedder
-from st_llmpool.hub.doctor import examine
+from st_llmpool.hub.doctor import doctor
 from st_llmpool.hub.export import export
-from st_llmpool.hub.seal_checks import examine_seal
+from st_llmpool.hub.seal_checks import seal_findings
 from st_llmpool.modules.errors import StLlmpoolError
 from tests.conftest import save_tiny_llm
 
@@ -106,7 +106,7 @@ def sweep(folder: Path, *, native: bool, flips: int, edits: int, seed: int = 0) 
     """Damages `folder` in every way, one at a time, and notes what loading and the doctor say."""
     tally, warnings = Tally(), _Warnings()
     expected = _vectors(SentenceTransformer(str(folder), trust_remote_code=not native))
-    assert examine(folder).ok, examine(folder).findings
+    assert doctor(folder).ok, doctor(folder).findings
     for kind, name, content in list(damages(folder, flips, edits, random.Random(seed))):
         file, before = folder / name, (folder / name).read_bytes()
         if content is None:
@@ -135,11 +135,11 @@ def sweep(folder: Path, *, native: bool, flips: int, edits: int, seed: int = 0) 
 def _doctor_passes(folder: Path) -> bool:
     """Returns what the doctor says; its first checks, which it runs before any other, spare most loads."""
     try:
-        if any(finding.status == "failed" for finding in examine_seal(folder)):
+        if any(finding.status == "failed" for finding in seal_findings(folder)):
             return False
     except StLlmpoolError:
         return False
-    return examine(folder).ok
+    return doctor(folder).ok
 
 
 class _Warnings(logging.Handler):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from st_llmpool import build_embedder, set_attention
-from st_llmpool.hub.doctor import Diagnosis, examine
+from st_llmpool.hub.doctor import Diagnosis, doctor
 
 
 @pytest.fixture
@@ -41,80 +41,80 @@ def rename_class(folder: Path, reference: str) -> None:
 
 
 def test_a_sound_model_passes(saved):
-    diagnosis = examine(saved)
+    diagnosis = doctor(saved)
     assert diagnosis.ok
     assert {"attention", "EOS and truncation", "padding", "weights"} <= {found.check for found in diagnosis.findings}
 
 
 def test_a_loaded_model_can_be_examined(tiny_llm):
-    assert examine(build_embedder(tiny_llm, attention="causal", pooling="eos")).ok
+    assert doctor(build_embedder(tiny_llm, attention="causal", pooling="eos")).ok
 
 
 def test_a_lost_attention_mode_is_found(tiny_llm):
     model = build_embedder(tiny_llm)
     set_attention(model[0].model, "causal")
-    assert "measured causal" in failed(examine(model))["attention"]
+    assert "measured causal" in failed(doctor(model))["attention"]
 
 
 def test_a_truncated_weight_file_is_named(saved):
     file = saved / "1_MultiLayerPooling" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert "1_MultiLayerPooling/model.safetensors" in failed(examine(saved))["weights"]
+    assert "1_MultiLayerPooling/model.safetensors" in failed(doctor(saved))["weights"]
 
 
 def test_a_missing_pooling_folder_is_named(saved):
     for file in (saved / "1_MultiLayerPooling").iterdir():
         file.unlink()
     (saved / "1_MultiLayerPooling").rmdir()
-    assert "1_MultiLayerPooling" in failed(examine(saved))["modules.json"]
+    assert "1_MultiLayerPooling" in failed(doctor(saved))["modules.json"]
 
 
 def test_a_path_that_leads_out_of_the_folder_is_refused(saved):
     modules = json.loads((saved / "modules.json").read_text())
     modules[1]["path"] = "../elsewhere"
     (saved / "modules.json").write_text(json.dumps(modules))
-    assert "leads out" in failed(examine(saved))["modules.json"]
+    assert "points outside" in failed(doctor(saved))["modules.json"]
 
 
 def test_missing_module_code_is_named(saved):
     (saved / "multi_layer_pooling.py").unlink()
-    assert "multi_layer_pooling.py" in failed(examine(saved))["modules.json"]
+    assert "multi_layer_pooling.py" in failed(doctor(saved))["modules.json"]
 
 
 def test_pickled_weights_are_pointed_out(saved):
     (saved / "pytorch_model.bin").write_bytes(b"")
-    assert any(found.check == "pickle" and found.status == "warning" for found in examine(saved).findings)
+    assert any(found.check == "pickle" and found.status == "warning" for found in doctor(saved).findings)
 
 
 def test_nan_in_the_pooling_is_found(tiny_llm):
     model = build_embedder(tiny_llm)
     with torch.no_grad():
         model[1].layer_table[0, 0] = float("nan")
-    assert "layer_table" in failed(examine(model))["finite weights"]
+    assert "layer_table" in failed(doctor(model))["finite weights"]
 
 
 def test_a_class_that_its_file_does_not_define_is_named(saved):
     rename_class(saved, "multi_layer_pooling.NoSuchPooling")
-    assert "NoSuchPooling is not defined in multi_layer_pooling.py" in failed(examine(saved))["modules.json"]
+    assert "NoSuchPooling is not defined in multi_layer_pooling.py" in failed(doctor(saved))["modules.json"]
 
 
 @pytest.mark.parametrize("reference", ["../../evil.Pooling", "user/repository--pooling.Pooling"])
 def test_a_class_of_elsewhere_is_refused(saved, reference):
     rename_class(saved, reference)
-    assert "do not load" in failed(examine(saved))["modules.json"]
+    assert "do not load" in failed(doctor(saved))["modules.json"]
 
 
 def test_a_folder_that_does_not_exist_is_said(tmp_path):
-    assert "no such folder" in failed(examine(tmp_path / "nothing"))["files"]
+    assert "no such folder" in failed(doctor(tmp_path / "nothing"))["files"]
 
 
 def test_code_that_changed_after_the_save_is_named(saved):
     file = saved / "multi_layer_pooling.py"
     file.write_text(file.read_text() + "# changed\n")
-    assert "multi_layer_pooling.py has other content" in failed(examine(saved, trust_remote_code=True))["seal"]
+    assert "multi_layer_pooling.py has other content" in failed(doctor(saved, trust_remote_code=True))["seal"]
     file.unlink()
     (saved / "errors.py").unlink()
-    assert "errors.py is missing" in failed(examine(saved))["seal"]
+    assert "errors.py is missing" in failed(doctor(saved))["seal"]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_code_that_changed_after_the_save_is_named(saved):
 def test_a_broken_json_file_is_one_line(saved, file, content):
     unseal(saved)
     (saved / file).write_bytes(content)
-    diagnosis = examine(saved)
+    diagnosis = doctor(saved)
     assert not diagnosis.ok
     assert all("\n" not in finding.detail for finding in diagnosis.findings)
 
@@ -140,19 +140,19 @@ def test_a_broken_json_file_is_one_line(saved, file, content):
 def test_a_pipe_in_the_folder_is_named_and_not_opened(saved):
     (saved / "config.json").unlink()
     os.mkfifo(saved / "config.json")
-    assert "config.json is a pipe" in failed(examine(saved))["files"]
+    assert "config.json is a pipe" in failed(doctor(saved))["files"]
 
 
 def test_a_damaged_config_and_missing_tensors_are_named(saved):
     unseal(saved)
     config = saved / "1_MultiLayerPooling" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"of_tomorrow": 1}))
-    assert "1_MultiLayerPooling/config.json" in failed(examine(saved))["loading"]
+    assert "1_MultiLayerPooling/config.json" in failed(doctor(saved))["loading"]
     backbone = load_file(saved / "model.safetensors")
     name = next(name for name in backbone if "layers.1" in name)
     del backbone[name]
     save_file(backbone, saved / "model.safetensors", metadata={"format": "pt"})
-    assert name in failed(examine(saved))["loading"]
+    assert name in failed(doctor(saved))["loading"]
 
 
 @pytest.mark.parametrize("file", ["multi_layer_pooling.py", "errors.py"])
@@ -161,18 +161,18 @@ def test_code_that_is_not_ours_does_not_run_unasked(saved, tmp_path, file):
     code = (saved / file).read_text()
     (saved / file).write_text(code + f"\nimport pathlib\npathlib.Path({str(witness)!r}).touch()\n")
     unseal(saved)  # whoever puts other code there can put other hashes there too
-    diagnosis = examine(saved)
+    diagnosis = doctor(saved)
     assert not witness.exists()
     assert any(found.check == "code" and file in found.detail for found in diagnosis.findings)
     assert not diagnosis.ok
-    assert (diagnosis.failed, diagnosis.examined) == (False, False)
-    examine(saved, trust_remote_code=True)
+    assert (diagnosis.failed, diagnosis.complete) == (False, False)
+    doctor(saved, trust_remote_code=True)
     assert witness.exists()
 
 
 def test_an_adapter_on_a_local_base_is_pointed_out(tiny_llm, tmp_path):
     build_embedder(tiny_llm, peft_config="paper").save_pretrained(str(tmp_path / "adapter"))
-    findings = {found.check: found for found in examine(tmp_path / "adapter").findings}
+    findings = {found.check: found for found in doctor(tmp_path / "adapter").findings}
     assert findings["adapter base"].status == "warning"
     assert tiny_llm in findings["adapter base"].detail
     assert findings["attention"].status == "ok"
@@ -180,7 +180,7 @@ def test_an_adapter_on_a_local_base_is_pointed_out(tiny_llm, tmp_path):
 
 def test_a_plain_model_of_sentence_transformers_can_be_examined(tiny_llm, tmp_path):
     SentenceTransformer(tiny_llm).save_pretrained(str(tmp_path / "plain"))
-    diagnosis = examine(tmp_path / "plain")
+    diagnosis = doctor(tmp_path / "plain")
     assert "native" in next(found.detail for found in diagnosis.findings if found.check == "modules.json")
 
 
@@ -191,11 +191,11 @@ def test_a_native_folder_whose_config_counts_other_layers_fails(tiny_llm, tmp_pa
 
     plain = SentenceTransformer(modules=[Transformer(tiny_llm), Pooling(32)])
     plain.save_pretrained(str(tmp_path))
-    assert examine(tmp_path).ok
+    assert doctor(tmp_path).ok
     config = json.loads((tmp_path / "config.json").read_text())
     config["num_hidden_layers"] = layers
     config.pop("layer_types", None)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = {finding.check: finding for finding in examine(tmp_path).findings}["weights of the config"]
+    found = {finding.check: finding for finding in doctor(tmp_path).findings}["weights of the config"]
     assert found.status == "failed"
     assert "layers." in found.detail

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import GPT2Config, StableLmConfig
 
 from st_llmpool import build_embedder
-from st_llmpool.hub.doctor import examine
+from st_llmpool.hub.doctor import doctor
 from st_llmpool.hub.export import export
 from st_llmpool.modules.errors import ConfigurationError, InputError
 
@@ -43,7 +43,7 @@ def test_a_native_export_loads_without_flag_and_gives_the_same_vectors(tiny_llm,
     np.testing.assert_allclose(native.encode(TEXTS), model.encode(TEXTS), atol=1e-6)
     np.testing.assert_allclose(native.encode_query(TEXTS), model.encode_query(TEXTS), atol=1e-6)
     assert not list((tmp_path / "native").rglob("*.py"))
-    assert examine(tmp_path / "native").ok
+    assert doctor(tmp_path / "native").ok
     types = [entry["type"] for entry in json.loads((tmp_path / "native" / "modules.json").read_text())]
     assert all(name.startswith("sentence_transformers.") for name in types)
 
@@ -53,7 +53,7 @@ def test_in_a_native_export_no_file_can_switch_normalisation_off(tiny_llm, tmp_p
     folder = export(save(model, tmp_path / "ours"), tmp_path / "native", native=True)
     assert not list(folder.glob("2_Normalize/*"))
     (folder / "2_Normalize").rmdir()  # git, and so the Hub, keeps no empty folder
-    assert examine(folder).ok
+    assert doctor(folder).ok
     np.testing.assert_allclose(SentenceTransformer(str(folder)).encode(TEXTS), model.encode(TEXTS), atol=1e-6)
 
 

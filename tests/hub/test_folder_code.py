@@ -53,7 +53,7 @@ def test_one_changed_byte_makes_a_file_foreign(folder, name):
     text = (folder / name).read_text()
     rewrite(folder / name, text[:-2] + "#" + text[-1])
     [said] = find_code(folder).foreign
-    assert said.startswith(f"{name} (marked as of st_llmpool {portable.__version__}")
+    assert said.startswith(f"{name} (says st_llmpool {portable.__version__}")
 
 
 def test_the_same_code_under_the_header_of_another_version_is_the_same_code(folder):

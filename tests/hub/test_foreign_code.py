@@ -210,8 +210,8 @@ def test_nothing_planted_runs_in_any_command_without_the_flag(planted, finished,
     out = [str(tmp_path / f"out{number}") for number in range(9)]
     commands = [
         ["doctor", model],
-        ["export", model, out[0]],
-        ["export", model, out[1], "--merge"],
+        ["export", model, "--out", out[0]],
+        ["export", model, "--out", out[1], "--merge"],
         ["evaluate", model, "--suite", suite, "--data", tmp_path / "data", "--out", out[2]],
         ["layers", model],
         ["card", model],

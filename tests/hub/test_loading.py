@@ -76,13 +76,13 @@ def test_where_a_library_refuses_the_files_that_name_code_are_named(saved):
 
 @pytest.mark.parametrize("name", ["no/such", "nowhere", "a/b/c"])
 def test_what_is_nowhere_is_one_line(name):
-    with pytest.raises(DataError, match="is no folder, and cannot be read from the Hub") as refusal:
+    with pytest.raises(DataError, match="is neither a folder nor a readable model on the Hub") as refusal:
         load_model(name)
     assert "\n" not in str(refusal.value)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(DataError, match="is no saved model"):
+    with pytest.raises(DataError, match="is not a saved model"):
         load_model(tmp_path)
 
 

@@ -84,7 +84,7 @@ def test_a_revision_is_loaded_as_it_was(hub, saved):
     expected = load_model(saved).encode(TEXTS)
     put(hub, "alice/model", saved, **{"modules.json": b"[]"})
     np.testing.assert_array_equal(load_model("alice/model", revision=first).encode(TEXTS), expected)
-    with pytest.raises(DataError, match="cannot be read from the Hub"):
+    with pytest.raises(DataError, match="readable model on the Hub"):
         load_model("alice/model", revision="no-such-branch")
 
 

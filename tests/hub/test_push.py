@@ -108,7 +108,7 @@ def test_a_design_with_a_native_form_is_pushed_as_native_unasked(hub, tiny_llm, 
         raise InputError("other vectors")
 
     monkeypatch.setattr("st_llmpool.hub.push.export", other_vectors)
-    assert not push(tmp_path / "plain", "refused", tell=told.append).native
+    assert not push(tmp_path / "plain", "refused", progress=told.append).native
     assert "It stays portable. other vectors" in told
 
 
@@ -137,7 +137,7 @@ def test_a_push_removes_only_what_the_manifest_of_the_earlier_push_lists(hub, fo
     repository.add("main", "by hand", repository.at("main").files | {name: File(b"x") for name in owners})
     build_embedder(tiny_llm, pooling="mean").save_pretrained(str(tmp_path / "mean"))
     told = []
-    pushed = push(tmp_path / "mean", "mine", native=False, tell=told.append)
+    pushed = push(tmp_path / "mean", "mine", native=False, progress=told.append)
     assert "multi_layer_pooling.py" in pushed.removed
     assert set(pushed.removed) == listed - set(contents(tmp_path / "mean"))
     assert owners <= set(hub.files("alice/mine"))
@@ -158,7 +158,7 @@ def test_a_repository_without_a_readable_manifest_loses_nothing(hub, folder, man
 def test_a_repository_is_named_after_the_run_and_never_after_its_folder_model(hub, folder, tmp_path):
     run = tmp_path / "runs" / "my first run"
     shutil.copytree(folder, run / "model")
-    with pytest.raises(ConfigurationError, match="says too little to name a repository"):
+    with pytest.raises(ConfigurationError, match="gives no usable repository name"):
         push(run / "model")
     (run / "training.json").write_text("{}")
     assert push(run / "model").repo_id == "alice/my-first-run"
@@ -212,8 +212,8 @@ def test_a_push_that_meets_another_one_is_not_mixed_with_it(hub, folder):
         if line.startswith("Uploading"):
             hub.repositories["alice/embedder"].add("main", "theirs", {"config.json": File(b"theirs")})
 
-    with pytest.raises(PushError, match="Somebody else has pushed"):
-        push(folder, tell=somebody_else)
+    with pytest.raises(PushError, match="Somebody else pushed"):
+        push(folder, progress=somebody_else)
     assert hub.files("alice/embedder") == {"config.json": b"theirs"}
 
 
@@ -248,7 +248,7 @@ def refused(hub: HubServer, error: type[Exception], message: str, *arguments: ob
 
 def test_a_model_that_the_doctor_finds_faulty_is_pushed_on_demand_only(hub, folder):
     (folder / "multi_layer_pooling.py").unlink()
-    refused(hub, InputError, r"(?s)not sound.*multi_layer_pooling.py.*--no-check", folder)
+    refused(hub, InputError, r"(?s)fails these checks.*multi_layer_pooling.py.*--no-check", folder)
     push(folder, check=False)
     assert hub.files("alice/embedder")["model.safetensors"]
 
@@ -258,10 +258,10 @@ def test_code_of_others_is_examined_on_demand_only(hub, folder, tmp_path):
     code = (folder / "errors.py").read_text()
     (folder / "errors.py").write_text(code + f"\nimport pathlib\npathlib.Path({str(witness)!r}).touch()\n")
     unseal(folder)  # whoever puts other code there can put other hashes there too
-    refused(hub, InputError, "not examined.*errors.py.*--trust-remote-code", folder)
+    refused(hub, InputError, "could not be checked.*errors.py.*--trust-remote-code", folder)
     assert not witness.exists()
     lines: list[str] = []
-    push(folder, trust_remote_code=True, tell=lines.append)
+    push(folder, trust_remote_code=True, progress=lines.append)
     assert any("errors.py" in line for line in lines)
 
 
@@ -276,7 +276,7 @@ def test_a_missing_or_wrong_token_is_said_at_once(hub, folder, monkeypatch, capl
     monkeypatch.setenv("HF_TOKEN", "hf_nobody")
     refused(hub, PushError, "Invalid user token.*settings/tokens", folder)
     monkeypatch.setenv("HF_TOKEN", "hf_alice_reads")
-    with pytest.raises(PushError, match=r"Opening alice/embedder failed .*use one with the right to write"):
+    with pytest.raises(PushError, match=r"Opening alice/embedder failed .*The token has no write access there"):
         push(folder)
 
 
@@ -291,7 +291,7 @@ def test_names_and_settings_that_cannot_hold_are_refused(hub, folder, tmp_path):
 def test_a_public_repository_does_not_pass_for_a_private_one(hub, folder, monkeypatch):
     push(folder)
     before = hub.files("alice/embedder")
-    monkeypatch.setattr("st_llmpool.hub.push.examine", None)  # said before anything is computed
+    monkeypatch.setattr("st_llmpool.hub.push.doctor", None)  # said before anything is computed
     with pytest.raises(ConfigurationError, match="alice/embedder exists and is public"):
         push(folder, private=True)
     assert hub.files("alice/embedder") == before
@@ -300,9 +300,9 @@ def test_a_public_repository_does_not_pass_for_a_private_one(hub, folder, monkey
 def test_the_command_says_what_it_does_and_how_to_load(hub, folder, caplog):
     caplog.set_level(logging.DEBUG)
     renamed = folder.rename(folder.parent / "my model")
-    result = CliRunner().invoke(app, ["push", str(renamed), "--private", "--branch", "dev"])
+    result = CliRunner().invoke(app, ["push", str(renamed), "--private", "--revision", "dev"])
     assert result.exit_code == 0, result.output
-    assert "Examining" in result.output
+    assert "Checking" in result.output
     assert f"{hub.url}/alice/my-model/tree/dev" in result.output
     assert 'SentenceTransformer("alice/my-model", revision="dev", trust_remote_code=True)' in result.output
     assert "private: needs a token" in result.output

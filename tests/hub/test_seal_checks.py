@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from st_llmpool import build_embedder
 from st_llmpool.cli import app
-from st_llmpool.hub.doctor import examine
+from st_llmpool.hub.doctor import doctor
 from st_llmpool.hub.push import push
-from st_llmpool.hub.seal_checks import examine_seal
+from st_llmpool.hub.seal_checks import seal_findings
 from st_llmpool.modules.errors import DataError
 from st_llmpool.modules.seal import check_seal, read_manifest, write_manifest
 
@@ -36,11 +36,11 @@ def saved(saved_once: Path, tmp_path: Path) -> Path:
 
 
 def failed(folder: Path) -> dict[str, str]:
-    return {finding.check: finding.detail for finding in examine(folder).findings if finding.status == "failed"}
+    return {finding.check: finding.detail for finding in doctor(folder).findings if finding.status == "failed"}
 
 
 def test_a_sound_model_has_its_files_and_probe_vectors(saved):
-    found = {finding.check: finding for finding in examine(saved).findings}
+    found = {finding.check: finding for finding in doctor(saved).findings}
     assert (found["seal"].status, found["probe vectors"].status) == ("ok", "ok")
     assert "files added" not in found
 
@@ -56,18 +56,18 @@ def test_an_edited_setting_is_named_with_its_field(saved):
 )
 def test_an_added_file_that_loaders_prefer_fails(saved, name):
     (saved / name).write_text("{}")
-    assert name in " ".join(finding.detail for finding in examine_seal(saved) if finding.status == "failed")
+    assert name in " ".join(finding.detail for finding in seal_findings(saved) if finding.status == "failed")
 
 
 def test_other_added_files_do_not_fail(saved):
     for name in ("handler.py", ".gitattributes", "eval_results.json", "notes.txt"):
         (saved / name).write_text("")
-    statuses = {finding.check: (finding.status, finding.detail) for finding in examine_seal(saved)}
+    statuses = {finding.check: (finding.status, finding.detail) for finding in seal_findings(saved)}
     assert statuses["code added"][0] == "warning"
     assert "handler.py" in statuses["code added"][1]
     assert "failed" not in {status for status, _ in statuses.values()}
     (saved / "README.md").write_text("A better card.")
-    assert not [finding for finding in examine_seal(saved) if finding.status == "failed"]
+    assert not [finding for finding in seal_findings(saved) if finding.status == "failed"]
 
 
 def test_other_weights_under_a_seal_of_their_own_are_found_by_the_probe_vectors(saved):
@@ -86,13 +86,13 @@ def test_a_change_on_purpose_is_shown_and_sealed(saved):
     file = saved / "config_sentence_transformers.json"
     file.write_text(file.read_text().replace("Find: ", "Search: "))
     (saved / "tokenizer_config.json").unlink()
-    assert not examine(saved).ok
-    sealed = examine(saved, seal=True)
+    assert not doctor(saved).ok
+    sealed = doctor(saved, seal=True)
     assert sealed.ok
     (finding,) = (finding for finding in sealed.findings if finding.check == "seal")
     assert "tokenizer_config.json is missing" in finding.detail
     assert "changed in prompts.query" in finding.detail
-    assert examine(saved).ok
+    assert doctor(saved).ok
     assert SentenceTransformer(str(saved), trust_remote_code=True).prompts["query"] == "Search: "
 
 
@@ -100,7 +100,7 @@ def test_a_model_that_fails_otherwise_keeps_its_old_seal(saved):
     before = (saved / "st_llmpool.json").read_text()
     config = json.loads((saved / "1_ScalarMixPooling/config.json").read_text())
     (saved / "1_ScalarMixPooling/config.json").write_text(json.dumps(config | {"num_layers": 3}))
-    assert not examine(saved, seal=True).ok
+    assert not doctor(saved, seal=True).ok
     assert (saved / "st_llmpool.json").read_text() == before
     assert not (saved / ".st_llmpool.json.old").exists()
 
@@ -113,9 +113,9 @@ def test_a_lost_manifest_is_not_taken_for_an_old_model(saved):
 def test_a_plain_model_of_sentence_transformers_can_be_sealed(tiny_llm, tmp_path):
     folder = tmp_path / "plain"
     SentenceTransformer(tiny_llm).save_pretrained(str(folder))
-    assert {finding.check: finding.status for finding in examine(folder).findings}["seal"] == "warning"
-    assert examine(folder, seal=True).ok
-    assert {finding.check: finding.status for finding in examine(folder).findings}["seal"] == "ok"
+    assert {finding.check: finding.status for finding in doctor(folder).findings}["seal"] == "warning"
+    assert doctor(folder, seal=True).ok
+    assert {finding.check: finding.status for finding in doctor(folder).findings}["seal"] == "ok"
     (folder / "1_Pooling/config.json").unlink()
     assert "1_Pooling/config.json is missing" in failed(folder)["seal"]
 
@@ -130,5 +130,5 @@ def test_a_file_that_a_hub_repository_lost_is_named_at_load(hub, saved, tmp_path
 
 def test_the_probe_vectors_are_the_same_in_16_bits_within_their_tolerance(tiny_llm, tmp_path):
     build_embedder(tiny_llm, pooling="scalar_mix", dtype=torch.bfloat16).save_pretrained(str(tmp_path / "half"))
-    found = {finding.check: finding for finding in examine(tmp_path / "half").findings}
+    found = {finding.check: finding for finding in doctor(tmp_path / "half").findings}
     assert (found["probe vectors"].status, read_manifest(tmp_path / "half")["probes"]["dtype"]) == ("ok", "bfloat16")

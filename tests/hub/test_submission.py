@@ -212,7 +212,7 @@ def test_what_the_leaderboard_cannot_take_is_said_before_a_model_is_loaded(hub, 
         submission("alice/nothing", out)
     with pytest.raises(ConfigurationError, match=r"is a folder. Push it"):
         submission(folder, out, name="me/mine", revision="main")
-    with pytest.raises(ConfigurationError, match=r"exists; name a folder"):
+    with pytest.raises(ConfigurationError, match=r"exists; choose another folder"):
         submission("alice/embedder", tmp_path)
     with pytest.raises(ConfigurationError, match=r"no task 'SciFct'. Did you mean 'SciFact'"):
         Authorship(training_datasets=["SciFct"])

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from st_llmpool import build_embedder
 from st_llmpool.cli import app
 from st_llmpool.modules.errors import ConfigurationError, DataError
-from st_llmpool.tools import select
-from st_llmpool.tools.select import ADDED, select_rows
+from st_llmpool.tools import select as select_file
+from st_llmpool.tools.select import ADDED, select
 
 ANIMALS = ["the fox jumps", "lazy dogs sleep near the fox", "a fox", "brown dogs and a fox over there"]
 NUMBERS = ["12 + 34 = 46", "7 7 7 7", "3.1415 92", "100 200 300 400", "8 / 2"]
@@ -39,7 +39,7 @@ def files(tmp_path):
 def choose(files, count, out="chosen", **options):
     pool = [files / "second.parquet", files / "first.parquet"]
     options = {"target_columns": ["sentence"]} | options
-    return select_rows(pool, files / "target.parquet", count, files / "out" / f"{out}.parquet", **options)
+    return select(pool, files / "target.parquet", count, files / "out" / f"{out}.parquet", **options)
 
 
 def weighted_mean(model, tokenizer, text):
@@ -52,7 +52,7 @@ def weighted_mean(model, tokenizer, text):
 
 @pytest.mark.parametrize("chunk", [2, 1024])
 def test_each_target_row_in_turn_takes_the_nearest_row_by_the_papers_vectors(files, tiny_llm, chunk, monkeypatch):
-    monkeypatch.setattr(select, "CHUNK", chunk)
+    monkeypatch.setattr(select_file, "CHUNK", chunk)
     chosen = parquet.read_table(choose(files, 7, model=tiny_llm).file).to_pylist()
     model, tokenizer = AutoModel.from_pretrained(tiny_llm).eval(), AutoTokenizer.from_pretrained(tiny_llm)
     texts = [*ANIMALS[1:], *NUMBERS, ANIMALS[0]]
@@ -135,7 +135,7 @@ def test_without_out_the_rows_go_into_a_new_file_here_that_is_named_after_the_po
 
 @pytest.mark.parametrize("name", ["chosen.parquet", "chosen.json"])
 def test_a_file_that_is_there_is_not_replaced(files, name, monkeypatch):
-    monkeypatch.setattr(select, "build_embedder", None)
+    monkeypatch.setattr(select_file, "build_embedder", None)
     (files / "out").mkdir()
     (files / "out" / name).write_text("kept")
     with pytest.raises(ConfigurationError, match=rf"{name} exists; name another file"):
@@ -153,7 +153,7 @@ def test_a_file_that_is_there_is_not_replaced(files, name, monkeypatch):
     ],
 )
 def test_what_cannot_be_chosen_is_refused_before_a_model_is_loaded(files, options, error, message, monkeypatch):
-    monkeypatch.setattr(select, "build_embedder", None)
+    monkeypatch.setattr(select_file, "build_embedder", None)
     options = {"count": 3} | options
     with pytest.raises(error, match=message):
         choose(files, **options)
@@ -172,8 +172,8 @@ def test_pools_that_do_not_fit_together_are_refused(files):
 @pytest.mark.parametrize("blank", [" ", "\u3000\n", "", None])
 @pytest.mark.parametrize("name", ["second", "target"])
 def test_a_row_without_text_is_named_before_a_model_is_loaded(files, blank, name, monkeypatch):
-    monkeypatch.setattr(select, "build_embedder", None)
-    monkeypatch.setattr(select, "CHUNK", 2)
+    monkeypatch.setattr(select_file, "build_embedder", None)
+    monkeypatch.setattr(select_file, "CHUNK", 2)
     column = "sentence" if name == "target" else "text"
     parquet.write_table(pa.table({column: ["a fox", "dogs", "b", blank, "c", blank]}), files / f"{name}.parquet")
     with pytest.raises(DataError, match=rf"Row 4 of .*{name}\.parquet.* has no text in \['{column}'\]"):
@@ -183,7 +183,7 @@ def test_a_row_without_text_is_named_before_a_model_is_loaded(files, blank, name
 
 @pytest.mark.parametrize(("values", "kind"), [([7, 8], "int64"), ([b"x", b"y"], "binary"), ([["x"], ["y"]], "list")])
 def test_a_column_that_holds_no_text_is_refused_with_its_first_value(files, values, kind, monkeypatch):
-    monkeypatch.setattr(select, "build_embedder", None)
+    monkeypatch.setattr(select_file, "build_embedder", None)
     parquet.write_table(pa.table({"text": values}), files / "second.parquet")
     parquet.write_table(pa.table({"text": values}), files / "first.parquet")
     message = rf"Column 'text' of .*second.parquet' is of type {kind}.*not text \(row 1: {re.escape(repr(values[0]))}\)"
@@ -196,10 +196,10 @@ def test_a_row_needs_text_in_one_of_the_columns_only(files, tiny_llm):
     parquet.write_table(table, files / "pool.parquet")
     arguments = ([files / "pool.parquet"], files / "target.parquet", 3)
     options = {"columns": ["title", "year", "body"], "target_columns": ["sentence"], "model": tiny_llm}
-    note = select_rows(*arguments, files / "chosen.parquet", **options).note
+    note = select(*arguments, files / "chosen.parquet", **options).note
     assert {row["text"] for row in note["nearest"]} == {"1999\nx", " \n7", "a fox\n"}
     with pytest.raises(DataError, match=r"Row 2 of .* has no text in \['title', 'body'\]"):
-        select_rows(*arguments, files / "other.parquet", **options | {"columns": ["title", "body"]})
+        select(*arguments, files / "other.parquet", **options | {"columns": ["title", "body"]})
 
 
 def test_the_vectors_have_no_name_that_a_kill_could_leave_behind(files, tiny_llm, monkeypatch):
@@ -208,7 +208,7 @@ def test_the_vectors_have_no_name_that_a_kill_could_leave_behind(files, tiny_llm
         assert np.abs(vectors).sum(axis=1).min() > 0
         raise KeyboardInterrupt(list((files / "out").iterdir()))
 
-    monkeypatch.setattr(select, "round_robin", killed)
+    monkeypatch.setattr(select_file, "round_robin", killed)
     with pytest.raises(KeyboardInterrupt) as stop:
         choose(files, 3, model=tiny_llm)
     assert stop.value.args == ([],)

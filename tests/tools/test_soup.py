@@ -162,7 +162,7 @@ def test_what_is_no_choice_of_models_is_refused(models, tiny_llm, tmp_path):
     with pytest.raises(ConfigurationError, match=r"none is no folder here, and not to be had from the Hub") as refusal:
         soup([tmp_path / "none", tmp_path / "other"], tmp_path / "out")
     assert "\n" not in str(refusal.value)
-    with pytest.raises(ConfigurationError, match="no saved model"):
+    with pytest.raises(ConfigurationError, match="not a saved model"):
         soup([str(tmp_path / "there"), models[0]], tmp_path / "soup", trust_remote_code=True)
     with pytest.raises(ConfigurationError, match="cannot be averaged with each other"):
         soup([tiny_llm, models[0]], tmp_path / "soup", trust_remote_code=True)
@@ -182,5 +182,5 @@ def test_a_soup_of_adapted_bases_is_a_base(tiny_llm, tmp_path):
         expected = sum(part[name].double() for part in parts) / 3
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-7, msg=name)
     assert build_embedder(str(made.model_dir)).encode(TEXTS).shape[0] == 2
-    with pytest.raises(ConfigurationError, match="are bases, which no validation scores"):
+    with pytest.raises(ConfigurationError, match="are base language models, which validation cannot score"):
         soup(folders, tmp_path / "greedy", validation=DatasetSettings("pairs.jsonl"))

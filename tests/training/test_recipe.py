@@ -138,13 +138,15 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("source", "label"),
     [
-        ("data/squad_pairs/train.parquet", "squad_pairs"),
+        ("data/squad_pairs/train.parquet", "train"),
+        ("secret_customer/train.jsonl", "train"),
+        ("data/squad_pairs", "squad_pairs"),
         ("pairs.jsonl", "pairs"),
         ("org/set", "set"),
         ("train.csv", "train"),
     ],
 )
-def test_a_set_is_called_by_its_file_or_folder(source, label):
+def test_a_set_is_called_by_its_file_and_never_by_the_folders_above_it(source, label):
     assert DatasetSettings(source).label == label
 
 

@@ -150,6 +150,7 @@ def test_the_report_tells_losses_sizes_and_versions(unbroken):
     assert [step for step, _ in report["losses"]] == [1, 2, 3, 4, 5]
     assert all(np.isfinite(loss) for _, loss in report["losses"])
     assert report["rows"] == {"a": 8, "b": 4}
+    assert report["licenses"] == {"a": None, "b": None}
     assert report["steps"] == 5
     assert report["wall_seconds"] > 0
     assert {"torch", "transformers", "sentence-transformers"} <= report["versions"].keys()
@@ -380,7 +381,7 @@ def test_a_save_that_breaks_off_leaves_no_model_folder(make_recipe, monkeypatch)
         (["model.tune=pooling", "model.pooling=mean"], ConfigurationError, "trains nothing"),
         (["model.lora={target_modules: [q_prj]}"], ConfigurationError, "q_prj.*matches no layer.*q_proj"),
         (["model.lora={rank: 4}"], ConfigurationError, "rank"),
-        (["model.lora=papr"], ConfigurationError, "the one name is 'paper'"),
+        (["model.lora=papr"], ConfigurationError, "the only name is 'paper'"),
         (["model.lora={init_lora_weights: pissa}"], ConfigurationError, "'pissa' changes the base's weights.*gaussian"),
         (["model.lora={init_lora_weights: loftq}"], ConfigurationError, "'loftq'.*not in 4 bits.*nf4"),
         (["model.freeze_layers=4"], ConfigurationError, "leaves none of the base's 4 layers.*at most 3"),

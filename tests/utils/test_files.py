@@ -123,7 +123,7 @@ def test_two_processes_that_make_one_folder_do_not_mix(tmp_path, start_writer):
             (folder / "second").touch()
             process.communicate("go\n")
 
-    with pytest.raises(ConfigurationError, match=r"Another process made .*model meanwhile"):
+    with pytest.raises(ConfigurationError, match=r"Another process created .*model meanwhile"):
         write_as_well()
     assert names(tmp_path) == ["model"]
     assert names(tmp_path / "model") == ["a", "b"]
@@ -277,7 +277,7 @@ def test_other_errors_stay_as_they_are(tmp_path, error):
 
 def test_what_exists_is_refused_by_name(tmp_path):
     refuse_existing(tmp_path / "new")
-    with pytest.raises(ConfigurationError, match="exists; name a folder that does not"):
+    with pytest.raises(ConfigurationError, match="exists; choose another folder"):
         refuse_existing(tmp_path)
 
 

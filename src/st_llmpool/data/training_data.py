@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 DOCSTRINGS = "docstrings"
 ROLES = ("query", "positive", "negative")
-_SPLIT_NAMES = ("train", "validation", "valid", "dev", "test")
 
 
 @dataclass
@@ -33,7 +32,8 @@ class DatasetSettings:
     Attributes:
         source: A parquet, JSONL, CSV or TSV file, a folder with one such file a split, the name of a dataset on the
             Hub, or ``docstrings`` for those of the packages that are installed here.
-        name: What logs and cards call it; None goes by the source.
+        name: What logs and cards call it; None is the last part of the source, without the folders above it, whose
+            names may be private.
         subset: Configuration of a Hub dataset.
         split: Split of a folder, a Hub dataset or the docstrings.
         columns: Role (``query``, ``positive``, ``negative``) -> column. ``negative`` may be a list of columns, or a
@@ -75,10 +75,7 @@ class DatasetSettings:
     @property
     def label(self) -> str:
         """What logs and cards call the set."""
-        if self.name is not None:
-            return self.name
-        path = Path(self.source)
-        return path.parent.name if path.stem in _SPLIT_NAMES and path.parent.name else path.stem
+        return Path(self.source).stem if self.name is None else self.name
 
 
 def load_pairs(settings: DatasetSettings, num_negatives: int | None = None) -> Dataset:
@@ -211,7 +208,8 @@ def _csv_options(path: Path) -> dict[str, Any]:
     separator = "\t" if path.suffix == ".tsv" else ","
     with path.open(newline="", encoding="utf-8-sig") as file:
         header = next(csv.reader(file, delimiter=separator), [])
-    features = Features({name: Value("string") for name in header})
+    names = [name or f"Unnamed: {place}" for place, name in enumerate(header)]  # as pandas calls them
+    features = Features({name: Value("string") for name in names})
     return {"sep": separator, "features": features, "keep_default_na": False}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..attention_proof import PACKED_SDPA, attention_of
 from ..modules.attention import decoder_layers, find_backbone, random_ids, why_no_forward
 from ..modules.layer_readout import TokenSpans
+from ..utils.parameters import count_weights
 from .length_groups import OUTPUTS, NotApplicable, forward_cost, run_in_groups
 from .packing import run_packed, why_not_packed
 from .shared_start import run_shared, shared_start, why_not_shared
@@ -193,8 +194,8 @@ def _compare(module: Any, backbone: Any) -> FastInference:
             differences[way] = max(differences.get(way, 0.0), difference)
             if difference > _rounding(plain["token_embeddings"]):
                 reasons[way] = f"vectors of {type(backbone).__name__} differ by {difference:.1e} with it"
-    parameters = sum(parameter.numel() for parameter in backbone.parameters())
-    return FastInference({way: reasons[way] for way in _WAYS if way in reasons}, longest, differences, parameters)
+    unused = {way: reasons[way] for way in _WAYS if way in reasons}
+    return FastInference(unused, longest, differences, count_weights(backbone.parameters()))
 
 
 def _reasons(module: Any, backbone: Any) -> dict[str, str]:

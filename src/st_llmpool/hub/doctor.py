@@ -1,4 +1,4 @@
-"""The doctor: one table of what holds for a saved or loaded model, for those who send it and those who get it."""
+"""The doctor: check the files, code, attention and vectors of a saved or loaded model, with one table of findings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ..utils.reading import is_folder, read_json, read_json_object
 from .finding import Finding, Status
 from .folder_code import find_code
 from .loading import load_model
-from .seal_checks import SEAL_CHECKS, examine_probes, examine_seal, sealing_again
+from .seal_checks import SEAL_CHECKS, probe_finding, replacing_seal, seal_findings
 
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 _UNSAFE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
@@ -39,7 +39,7 @@ _UNSAFE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the doctor found.
+    """Findings of the doctor on one model.
 
     Attributes:
         model: Name or folder.
@@ -51,8 +51,8 @@ class Diagnosis:
 
     @property
     def ok(self) -> bool:
-        """True if the model was examined and nothing failed; warnings are allowed."""
-        return not self.failed and self.examined
+        """True if every check ran and none failed; warnings are allowed."""
+        return not self.failed and self.complete
 
     @property
     def failed(self) -> bool:
@@ -60,65 +60,69 @@ class Diagnosis:
         return any(finding.status == "failed" for finding in self.findings)
 
     @property
-    def examined(self) -> bool:
-        """False if the model was not loaded, since its code is foreign and not trusted."""
+    def complete(self) -> bool:
+        """False if the model was not loaded because it needs untrusted code."""
         return not any((finding.check, finding.status) == ("code", "skipped") for finding in self.findings)
 
-    def to_table(self) -> Table:
+    def to_rich(self) -> Table:
         """Returns a table for the terminal."""
         table = Table(title=f"doctor: {self.model}", title_justify="left")
         table.add_column("check", no_wrap=True)
         table.add_column("status", no_wrap=True)
-        table.add_column("what was found", overflow="fold")
+        table.add_column("finding", overflow="fold")
         for finding in self.findings:
             table.add_row(finding.check, Text(finding.status, _STYLES[finding.status]), Text(finding.detail))
         return table
 
 
-def examine(
+def doctor(
     model: str | Path | SentenceTransformer,
     *,
     trust_remote_code: bool = False,
+    token: str | None = None,
     device: str | None = None,
     seal: bool = False,
 ) -> Diagnosis:
-    """Examines a model: its files first, without running anything from them, then the loaded model.
+    """Checks a model: first its files, without running any of them, then the loaded model.
 
-    No code of the folder is run without `trust_remote_code`: where it is the same as the installed package's, that is
-    run; other code leaves the model unexamined.
+    A model whose code equals the installed package's is loaded with the installed classes. Other code is run only with
+    `trust_remote_code`; without it, the checks end before the model is loaded.
 
     Args:
         model: A folder, a Hub id, or a loaded model.
-        trust_remote_code: Allow code from the folder or repository to run.
-        device: Where to load it.
-        seal: Seal the folder as it is now if nothing else fails, and report what changed since its last seal.
+        trust_remote_code: Run code of the folder or repository.
+        token: Hub token.
+        device: Device to load the model on.
+        seal: Seal the folder as it is now if every other check passes, and report the changes since its last seal.
 
     Returns:
-        The findings; ``.ok`` says whether all could be examined and nothing failed.
+        The findings; ``.ok`` is True if every check ran and none failed.
 
     Example:
         >>> from st_llmpool import build_embedder
         >>> from st_llmpool.data import builtin_backbone
-        >>> examine(build_embedder(builtin_backbone(), pooling="mean", verify=False)).ok
+        >>> doctor(build_embedder(builtin_backbone(), pooling="mean", verify=False)).ok
         True
     """
     if isinstance(model, SentenceTransformer):
-        return Diagnosis("loaded model", tuple(_examine_loaded(model)))
+        return Diagnosis("loaded model", tuple(_check_loaded(model)))
     try:
-        folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(str(model)))
+        folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(str(model), token=token))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        missing = f"no such folder, and from the Hub: {error}"
+        missing = f"no such folder, and the Hub says: {error}"
         return Diagnosis(str(model), (Finding("files", "failed", missing),))
-    findings = list(_examine_folder(folder))
+    findings = list(_check_folder(folder))
     if seal:
         if not Path(model).is_dir():
-            return Diagnosis(str(model), (Finding("seal", "failed", f"{model} is no folder here: download it first."),))
+            return Diagnosis(
+                str(model), (Finding("seal", "failed", f"{model} is not a local folder: download it first."),)
+            )
         findings = [finding for finding in findings if finding.check not in SEAL_CHECKS]
-    findings.append(_examine_code(folder, trusted=trust_remote_code))
+    findings.append(_check_code(folder, trusted=trust_remote_code))
     found = Diagnosis(str(model), tuple(findings))
-    if found.failed or not found.examined:
+    if found.failed or not found.complete:
         return found
-    with sealing_again(folder) if seal else nullcontext() as write:
+    with replacing_seal(folder) if seal else nullcontext() as write:
         try:
             loaded = load_model(folder, trust_remote_code=trust_remote_code, device=device)
         except StLlmpoolError as error:
@@ -126,30 +130,30 @@ def examine(
         else:
             if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
                 findings.append(_weights_of_config(folder, trusted=trust_remote_code))
-            findings.extend(_examine_loaded(loaded))
+            findings.extend(_check_loaded(loaded))
             if write is None:
-                findings.append(examine_probes(folder, loaded))
+                findings.append(probe_finding(folder, loaded))
             elif all(finding.status != "failed" for finding in findings):
                 findings.append(write(loaded))
     return Diagnosis(str(model), tuple(findings))
 
 
-def _examine_folder(folder: Path) -> Iterator[Finding]:
-    """Check files only; a file that cannot be read is a finding, and a pipe is never opened."""
+def _check_folder(folder: Path) -> Iterator[Finding]:
+    """Checks the files only. An unreadable file is a finding, and a pipe is never opened."""
     odd = [file for file in folder.rglob("*") if not (file.is_file() or file.is_dir())]
     if odd:
         detail = f"{odd[0].relative_to(folder)} is a pipe, a device or a broken link. Save or download the model again."
         yield Finding("files", "failed", detail)
         return
     try:
-        yield from _examine_files(folder)
+        yield from _check_files(folder)
     except StLlmpoolError as error:
         yield Finding("files", "failed", f"{error} Save or download the model again.")
 
 
-def _examine_files(folder: Path) -> Iterator[Finding]:
+def _check_files(folder: Path) -> Iterator[Finding]:
     yield _module_list(folder)
-    yield from examine_seal(folder)
+    yield from seal_findings(folder)
     weights = sorted(folder.rglob("*.safetensors"))
     damaged = [f"{file.relative_to(folder)} ({error})" for file in weights if (error := _header_error(file))]
     size = sum(file.stat().st_size for file in weights) / 2**20
@@ -176,25 +180,31 @@ def _module_list(folder: Path) -> Finding:
         paths = [PurePosixPath(module["path"]) for module in modules]
         types = [module["type"] for module in modules]
         if not all(isinstance(reference, str) for reference in types):
-            raise TypeError("a type is no text")
+            raise TypeError("a type is not text")
     except (ValueError, KeyError, TypeError) as error:
         return Finding("modules.json", "failed", f"{file} cannot be read ({error!r}). Save the model again.")
     if UNFINISHED in types:
-        return Finding("modules.json", "failed", "the model was saved only in part. Save it again.")
+        return Finding("modules.json", "failed", "the model was saved incompletely. Save it again.")
     for path, reference in zip(paths, types, strict=True):
         if path.is_absolute() or ".." in path.parts:
-            return Finding("modules.json", "failed", f"path {str(path)!r} leads out of the folder: do not load this.")
+            return Finding(
+                "modules.json", "failed", f"path {str(path)!r} points outside the folder: do not load this model."
+            )
         # A Normalize without settings has an empty folder, which git does not keep.
         if not is_folder(folder / path) and not reference.endswith(".Normalize"):
-            return Finding("modules.json", "failed", f"folder {str(path)!r} is missing. Copy the model whole.")
+            return Finding("modules.json", "failed", f"folder {str(path)!r} is missing. Copy the complete folder.")
     for reference in types:
         if not all(part.isidentifier() for part in reference.split(".")):
-            return Finding("modules.json", "failed", f"{reference!r} names no class of this folder: do not load this.")
+            return Finding(
+                "modules.json", "failed", f"{reference!r} does not name a class of this folder: do not load this model."
+            )
         source = folder / f"{reference.split('.')[0]}.py"
         if not reference.startswith("sentence_transformers.") and not _defines(source, reference.rpartition(".")[2]):
             return Finding("modules.json", "failed", f"{reference} is not defined in {source.name}. Save again.")
     native = all(reference.startswith("sentence_transformers.") for reference in types)
-    kind = "native: loads with no flag" if native else "portable: loads anywhere with trust_remote_code=True"
+    kind = (
+        "native: loads without trust_remote_code" if native else "portable: loads anywhere with trust_remote_code=True"
+    )
     return Finding("modules.json", "ok", f"{kind}; {', '.join(reference.rpartition('.')[2] for reference in types)}")
 
 
@@ -216,9 +226,9 @@ def _header_error(file: Path) -> str | None:
 
 
 def _weights_of_config(folder: Path, *, trusted: bool) -> Finding:
-    """Compares names and shapes of the backbone's weights with the model that its config describes.
+    """Compares names and shapes of the backbone's weights with its config.
 
-    transformers fills what is missing with random values, and drops layers that the config does not count.
+    transformers initialises missing weights at random, and drops layers beyond the config's number.
     """
     quantized = "quantization_config" in read_json_object(folder / "config.json")
     options = {"device_map": "cpu" if quantized else "meta", "trust_remote_code": trusted}
@@ -228,46 +238,48 @@ def _weights_of_config(folder: Path, *, trusted: bool) -> Finding:
     report = loaded[1]
     wrong = [f"{name} has another shape" for name, *_ in report["mismatched_keys"]]
     wrong += [f"{name} is missing" for name in report["missing_keys"] if "pooler" not in name]
-    wrong += [f"{name} has no place" for name in report["unexpected_keys"] if re.search(r"\.\d+\.", name)]
+    wrong += [f"{name} is not in the config" for name in report["unexpected_keys"] if re.search(r"\.\d+\.", name)]
     if wrong:
         detail = f"{len(wrong)} weights differ from config.json, such as: {min(wrong)}. Save or download it again."
         return Finding("weights of the config", "failed", detail)
-    return Finding("weights of the config", "ok", "names and shapes are those of the model in config.json")
+    return Finding("weights of the config", "ok", "names and shapes match config.json")
 
 
 def _adapter_base(file: Path) -> Finding:
     base = str(_read(file).get("base_model_name_or_path") or "")
     if not base:
-        return Finding("adapter base", "failed", f"{file.name} names no base. Save or download the model again.")
+        return Finding(
+            "adapter base", "failed", f"{file.name} does not name a base model. Save or download the model again."
+        )
     if Path(base).is_absolute() or base.startswith("."):
         status: Status = "warning" if os.path.isdir(base) else "failed"
-        detail = f"{base!r} is a path of one machine; others cannot load this. Merge it, or train from a Hub id."
+        detail = f"{base!r} is a local path, so nobody else can load this adapter. Merge it, or train from a Hub id."
         return Finding("adapter base", status, detail)
     try:
         HfApi().model_info(base)
     except (RepositoryNotFoundError, HFValidationError):
-        return Finding("adapter base", "failed", f"{base!r} is not on the Hub, or not for you. Merge the adapter.")
+        return Finding(
+            "adapter base", "failed", f"{base!r} is not on the Hub, or you have no access to it. Merge the adapter."
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        return Finding("adapter base", "warning", f"{base}; not asked, since the Hub is out of reach ({error})")
+        return Finding("adapter base", "warning", f"{base}; not checked, since the Hub cannot be reached ({error})")
     return Finding("adapter base", "ok", f"{base}, on the Hub")
 
 
-def _examine_code(folder: Path, *, trusted: bool) -> Finding:
-    """Compares the folder's code, and what names code, with the installed package's."""
+def _check_code(folder: Path, *, trusted: bool) -> Finding:
+    """Compares the folder's code, and every reference to code, with the installed package."""
     code = find_code(folder)
-    idle = f"; nothing names {', '.join(code.idle)}, so loading does not run it" if code.idle else ""
+    idle = f"; nothing refers to {', '.join(code.idle)}, so loading does not run it" if code.idle else ""
     if not code.to_trust:
-        same = f"{len(code.same)} files, the same as the installed st_llmpool's" if code.same else "none"
+        same = f"{len(code.same)} files, identical to the installed st_llmpool's" if code.same else "none"
         return Finding("code", "ok", same + idle)
     names = "; ".join(code.to_trust)
     if trusted:
-        return Finding(
-            "code", "warning", f"may run because you trust it, not the installed st_llmpool's: {names}{idle}"
-        )
+        return Finding("code", "warning", f"trusted by you, differs from the installed st_llmpool: {names}{idle}")
     return Finding(
         "code",
         "skipped",
-        f"not examined further, since this is not the installed st_llmpool's: {names}{idle}. Read it, then use "
+        f"not loaded, since this differs from the installed st_llmpool: {names}{idle}. Review it, then use "
         f"--trust-remote-code.",
     )
 
@@ -276,8 +288,8 @@ def _read(file: Path) -> dict[str, Any]:
     return read_json_object(file) if file.is_file() else {}
 
 
-def _examine_loaded(model: SentenceTransformer) -> Iterator[Finding]:
-    """Checks that need the model in memory; each is a finding even where it breaks."""
+def _check_loaded(model: SentenceTransformer) -> Iterator[Finding]:
+    """Checks of the model in memory; a check that raises one of our errors is a failed finding."""
     for name, check in _LOADED_CHECKS.items():
         try:
             yield check(model)
@@ -289,9 +301,9 @@ def _attention(model: SentenceTransformer) -> Finding:
     report = verify_attention(model)
     recorded = getattr(model[0], "attention", None)
     known = getattr(model[0], "causal_layers", [])
-    detail = f"recorded {recorded or 'nowhere'}, measured {report.verdict}"
+    detail = f"recorded {recorded or 'nothing'}, measured {report.verdict}"
     if report.ok or (report.verdict == "partial" and known):
-        return Finding("attention", "ok", detail + (f"; causal on purpose: layers {known}" if known else ""))
+        return Finding("attention", "ok", detail + (f"; causal by design: layers {known}" if known else ""))
     return Finding("attention", "failed", f"{detail}. {report}")
 
 
@@ -341,7 +353,7 @@ def _embedding(model: SentenceTransformer) -> Finding:
     vectors = model.encode(["a cat sat on the mat", "interest rates rose", ""], convert_to_tensor=True).float()
     similarity = torch.nn.functional.cosine_similarity(vectors[0], vectors[1], dim=0).item()
     if not torch.isfinite(vectors).all() or math.isnan(similarity):
-        return Finding("embedding", "failed", "a text gives NaN or infinity.")
+        return Finding("embedding", "failed", "an embedding holds NaN or infinity.")
     if similarity > 0.9999:
         return Finding("embedding", "failed", "different texts give the same vector: the model is untrained or broken.")
     return Finding("embedding", "ok", f"{vectors.shape[1]} dimensions; two unrelated texts: cosine {similarity:.3f}")
@@ -355,7 +367,7 @@ def _prompts(model: SentenceTransformer) -> Finding:
 
 
 def _fast_inference(model: SentenceTransformer) -> Finding:
-    """Compares the fast paths with the plain way, and says which the model may use."""
+    """Compares the fast paths with the plain forward, and reports which the model may use."""
     with optimized_inference(model) as used:
         return Finding("fast inference", "ok", str(used))
 

@@ -1,4 +1,4 @@
-"""Export: a copy of a saved model that is merged, or native to sentence-transformers, proven before it exists."""
+"""Export a saved model, merged or in native sentence-transformers form, after comparing its vectors."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..model_card.card import write_card_of
 from ..modules.errors import ConfigurationError, InputError
 from ..modules.seal import times_of_files, write_seal
 from ..utils.files import atomic_folder, refuse_existing
+from ..utils.reading import read_json, read_json_object
 from .folder_code import find_code
 from .fresh_process import PROBES, embed_in_fresh_process
 from .loading import foreign_code_error, load_model
@@ -24,75 +25,85 @@ from .loading import foreign_code_error, load_model
 NATIVE_BACKBONE = "sentence_transformers.base.modules.transformer.Transformer"
 _OUR_KEYS = ("attention", "layer_readout", "layers", "add_eos_token", "include_prompt", "causal_layers")
 _TOLERANCE = 1e-5
-# In half precision a merge rounds the sum of base and adapter once more than the adapter beside its base, and layers
-# in 8 bits round their inputs, which whole ones do not.
+# In half precision a merge rounds the sum of base and adapter, and 8-bit layers round their inputs; the other form does
+# not.
 _TOLERANCE_HALF = 2e-2
 
 
 def export(
-    source: Path, target: Path, *, native: bool = False, merge: bool = False, trust_remote_code: bool = False
+    model: str | Path,
+    output_dir: str | Path,
+    *,
+    native: bool = False,
+    merge: bool = False,
+    trust_remote_code: bool = False,
 ) -> Path:
-    """Writes a copy of the model in `source` to `target`, after a fresh process gave the same vectors.
+    """Writes a copy of a saved model, and keeps it only if a fresh process computes the same vectors from it.
 
     Args:
-        source: A saved model.
-        target: A folder that does not exist yet.
-        native: Only types of sentence-transformers, so that it loads with neither flag nor package. Refused where
-            plain sentence-transformers would give other vectors: that is measured, padded on both sides and alone.
-        merge: Merge the adapter into the backbone; one that was trained on a base in 4 or 8 bits into what these bits
-            stand for, so that the vectors stay those that were trained.
-        trust_remote_code: Run code in `source` that is not the installed package's.
+        model: Folder of the saved model.
+        output_dir: A folder that does not exist yet.
+        native: Use only classes of sentence-transformers, so that the copy loads without flag or package. Refused if
+            plain sentence-transformers computes other vectors, alone or padded on either side.
+        merge: Merge the adapter into the backbone. For a base in 4 or 8 bits, the adapter is merged into the
+            dequantised weights, which keeps the trained vectors.
+        trust_remote_code: Run code in the model's folder that is not the installed package's.
 
     Returns:
-        `target`.
+        `output_dir`.
 
     Raises:
-        ConfigurationError: If the target exists, the design has no native form, there is no adapter to merge, or there
-            is code that is neither the installed package's nor trusted.
+        ConfigurationError: If `output_dir` exists, the design has no native form, there is no adapter to merge, or the
+            model needs untrusted code.
         InputError: If the copy gives other vectors.
+
+    Example:
+        >>> export("runs/mine/model", "merged", merge=True)  # doctest: +SKIP
+        PosixPath('merged')
     """
+    source, target = Path(model), Path(output_dir)
     refuse_existing(target)
     has_adapter = (source / "adapter_config.json").is_file()
-    model = load_model(source, trust_remote_code=trust_remote_code, device="cpu")
+    embedder = load_model(source, trust_remote_code=trust_remote_code, device="cpu")
     if merge and not has_adapter:
         raise ConfigurationError(f"{source} has no adapter, so there is nothing to merge. Leave --merge out.")
     if native:
-        _check_native(model, has_adapter=has_adapter and not merge)
-    expected = _vectors(model)
-    tolerance = _tolerance(model.transformers_model)
+        _check_native(embedder, has_adapter=has_adapter and not merge)
+    expected = _vectors(embedder)
+    tolerance = _tolerance(embedder.transformers_model)
     if merge:
-        merge_adapter(model, source)
+        merge_adapter(embedder, source)
     with atomic_folder(target) as folder:
-        model.save_pretrained(str(folder), create_model_card=False)
-        _write_card(model, source, folder, native=native, merged=merge)
+        embedder.save_pretrained(str(folder), create_model_card=False)
+        _write_card(embedder, source, folder, native=native, merged=merge)
         if native:
-            _make_native(model, folder)
-        if not trust_remote_code and (code := find_code(folder)).to_trust:  # names of code that the source had
+            _make_native(embedder, folder)
+        if not trust_remote_code and (code := find_code(folder)).to_trust:  # references to code in the source's configs
             raise foreign_code_error(str(source), code)
         _compare(folder, expected, tolerance=tolerance, native=native)
     return target
 
 
 def _tolerance(backbone: Any) -> float:
-    """Returns how far the vectors of a copy may be from those of the backbone as it is now."""
+    """Returns the largest allowed difference between the vectors of the copy and of the original."""
     quantization = getattr(backbone.config, "quantization_config", None)
-    rounds = getattr(quantization, "load_in_8bit", False)  # the inputs of its layers too
+    rounds = getattr(quantization, "load_in_8bit", False)  # these layers round their inputs too
     computed_in = {backbone.get_input_embeddings().weight.dtype, getattr(quantization, "bnb_4bit_compute_dtype", None)}
     return _TOLERANCE_HALF if rounds or computed_in & {torch.float16, torch.bfloat16} else _TOLERANCE
 
 
 def foreign_types(folder: Path) -> list[str]:
     """Returns the classes in modules.json that are not sentence-transformers' own; a native model has none."""
-    types = [module["type"] for module in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
+    types = [module["type"] for module in read_json(folder / "modules.json")]
     return [reference for reference in types if not reference.startswith("sentence_transformers.")]
 
 
 def has_native_form(folder: Path, *, merge: bool) -> bool:
-    """Returns whether native is worth a try: our backbone, other modules of sentence-transformers, no lone adapter.
+    """Returns whether the design may have a native form: only the backbone is ours, and no adapter stays unmerged.
 
     Args:
-        folder: A saved model, of which only the list of modules is read.
-        merge: An adapter will be merged.
+        folder: A saved model; only its list of modules is read.
+        merge: The adapter will be merged.
     """
     return foreign_types(folder) == ["llm_transformer.LLMTransformer"] and (
         merge or not (folder / "adapter_config.json").is_file()
@@ -103,8 +114,8 @@ def _check_native(model: SentenceTransformer, *, has_adapter: bool) -> None:
     ours = [type(module).__name__ for module in list(model)[1:] if getattr(module, "is_st_llmpool_module", False)]
     if ours:
         raise ConfigurationError(
-            f"{', '.join(ours)} has no native form: only sentence-transformers' own poolings have. Share the model as "
-            f"it is (portable): it loads with trust_remote_code=True."
+            f"{', '.join(ours)} has no native form; only sentence-transformers' own poolings have one. Share the model "
+            f"as it is (portable): it loads with trust_remote_code=True."
         )
     if has_adapter:
         raise ConfigurationError(
@@ -113,8 +124,8 @@ def _check_native(model: SentenceTransformer, *, has_adapter: bool) -> None:
 
 
 def _make_native(model: SentenceTransformer, folder: Path) -> None:
-    """Rewrites the saved files so that only types of sentence-transformers are named, and removes our code."""
-    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    """Rewrites the saved files to refer only to classes of sentence-transformers, and removes our code."""
+    modules = read_json(folder / "modules.json")
     for entry, module in zip(modules, model, strict=True):
         if getattr(module, "is_st_llmpool_module", False):
             entry["type"] = NATIVE_BACKBONE
@@ -132,7 +143,7 @@ def _make_native(model: SentenceTransformer, folder: Path) -> None:
 
 def _edit_json(file: Path, **changes: object) -> None:
     """Sets keys of a JSON file; None removes the key."""
-    values = json.loads(file.read_text(encoding="utf-8")) | changes
+    values = read_json_object(file) | changes
     kept = {key: value for key, value in values.items() if not (key in changes and value is None)}
     file.write_text(json.dumps(kept, indent=2), encoding="utf-8")
 
@@ -150,15 +161,15 @@ def _compare(folder: Path, expected: dict[str, np.ndarray], *, tolerance: float,
         fresh = embed_in_fresh_process(folder, prompt=prompt, trust_remote_code=not native)
         difference = float(np.abs(fresh - vectors).max())
         if not difference <= tolerance:  # also for NaN
-            way_out = "Share it as portable instead." if native else "Nothing was written; please report this."
+            way_out = "Share the portable form instead." if native else "Nothing was written; please report this."
             raise InputError(
                 f"In a fresh process the exported model gives other vectors (difference {difference:.1e}, limit "
-                f"{tolerance:.0e}{', with a prompt' if prompt else ''}): plain loading does not reproduce it. {way_out}"
+                f"{tolerance:.0e}{', with a prompt' if prompt else ''}). {way_out}"
             )
 
 
 def _write_card(model: SentenceTransformer, source: Path, folder: Path, *, native: bool, merged: bool) -> None:
-    """Takes the card along with its pictures; where it says how to load another form, it is written anew."""
+    """Copies the card and its figures, or regenerates the card if the exported form is loaded in another way."""
     if (native or merged) and hasattr(model[0], "layer_readout"):
         write_card_of(model, folder, earlier=source / "README.md", run=source.parent, given={}, native=native)
     elif (source / "README.md").is_file():

@@ -1,4 +1,4 @@
-"""One line of the doctor's table."""
+"""The result of one check of the doctor."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Status = Literal["ok", "warning", "failed", "skipped"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's table.
+    """The result of one check, a row of the doctor's table.
 
     Attributes:
-        check: What was looked at.
+        check: Name of the check.
         status: ``"ok"``, ``"warning"``, ``"failed"`` or ``"skipped"``.
-        detail: What was found, and the way out if it is not ok.
+        detail: What was found and, if it is not ok, what to do.
     """
 
     check: str

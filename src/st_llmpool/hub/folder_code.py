@@ -1,4 +1,4 @@
-"""Find what in a saved model is code or names code, and how much of it is the installed package's own; run nothing."""
+"""Find all code and references to code in a saved model, and compare them with the package, without running any."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ _HEADER = re.compile(re.escape(CODE_HEADER).replace(re.escape(__version__), r"(\
 
 #: Keys under which sentence-transformers looks up a class by its dotted name.
 _CLASS_KEYS = {"type", "types", "tokenizer_class", "activation_function", "activation_fn"}
-#: Keys at which transformers downloads kernels and peft imports a package, whatever trust_remote_code is.
+#: Keys on which transformers downloads kernels and peft imports a package, without trust_remote_code.
 _UNASKED_KEYS = {"allow_all_kernels", "use_kernels", "kernel_config", "megatron_config"}
-#: Keys that name code which transformers and peft run on trust_remote_code only.
+#: Keys of code that transformers and peft run with trust_remote_code only.
 _ASKED_KEYS = {"auto_map", "custom_pipelines", "parent_library", "trust_remote_code"}
 _BASE_KEY = "base_model_name_or_path"
 _DOTTED = re.compile(r"\w+(\.\w+)+")
 #: ``user/repository--file.Class``, as transformers names a class of another repository.
 _ELSEWHERE = re.compile(r"[\w.-]+/[\w.-]+--[\w.]+")
 _KERNEL = re.compile(r"_implementation$")
-#: What a file must hold to be of interest: reading all of a large tokenizer.json would take seconds.
+#: Files without any of these are skipped: parsing a large tokenizer.json takes seconds.
 _WORTH_READING = re.compile(
     "|".join(sorted(_UNASKED_KEYS | _ASKED_KEYS | _CLASS_KEYS - {"type"} | {_BASE_KEY}))
     + r'|_implementation"|/[\w.-]*--|"type"\s*:\s*"\w+\.'
 )
 _ESCAPED = re.compile(r"\\u00([0-7][0-9a-fA-F])")
-#: Where sentence-transformers looks up classes, and peft the base of an adapter, without being asked.
+#: Packages in which sentence-transformers looks up classes, and peft the base of an adapter.
 _LIBRARIES = ("sentence_transformers.", "torch.nn.")
 _PEFT_LIBRARIES = ("transformers.", "sentence_transformers.")
 
 
 @dataclass(frozen=True)
 class FolderCode:
-    """The code of a saved model, and of its adapter's base if that is a folder.
+    """The code of a saved model, and of its adapter's base if that is a local folder.
 
     Attributes:
-        own: Class references, such as ``llm_transformer.LLMTransformer``, to files that are the same as the installed
-            package's, with the import path of the installed class.
-        same: Names of the files that are the same as the installed package's.
+        own: Class reference, such as ``llm_transformer.LLMTransformer``, to a file identical to the installed
+            package's -> import path of the installed class.
+        same: Names of files identical to the installed package's.
         foreign: Modules that are not the installed package's.
-        unasked: What libraries would download or import and run without being allowed to.
-        named: What names code that runs on trust_remote_code only; without it, libraries use a class of their own or
-            fail.
-        idle: Python files that nothing names.
+        unasked: References on which libraries download or import code without trust_remote_code.
+        named: References to code that runs with trust_remote_code only; without it, libraries use a class of their own
+            or fail.
+        idle: Python files that nothing refers to.
     """
 
     own: dict[str, str] = field(default_factory=dict)
@@ -64,16 +64,16 @@ class FolderCode:
 
     @property
     def to_trust(self) -> tuple[str, ...]:
-        """All that could run and that the installed package does not have."""
+        """Everything that could run and is not in the installed package."""
         return (*self.foreign, *self.unasked, *self.named)
 
 
 def find_code(folder: Path, *, follow_base: bool = True) -> FolderCode:
-    """Looks through every JSON and Python file of a saved model, however deep, for code and names of code.
+    """Searches every JSON and Python file of a saved model, at any depth, for code and references to code.
 
     Args:
         folder: A saved model. Symbolic links are followed, pipes and devices are not opened.
-        follow_base: Look through the base of an adapter too, if it is a folder.
+        follow_base: Also search the base of an adapter, if it is a local folder.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -88,7 +88,7 @@ def find_code(folder: Path, *, follow_base: bool = True) -> FolderCode:
     changed = {name: _difference(file, name) for name, file in code.items() if name not in same and _installed(name)}
     own, foreign, unasked, named, read = {}, list(changed.values()), [], [], set()
     for name, file in files.items():
-        # The seal's keys are those of the files that it hashes; nothing looks up code there.
+        # The seal's keys are file names; no library looks up code there.
         for keys, value in _leaves(file) if name.endswith(".json") and name != MANIFEST else ():
             said = f"{name}: {keys[-1]} {reprlib.repr(value)}"
             if _CLASS_KEYS & {*keys} and _DOTTED.fullmatch(value) and not value.startswith(_LIBRARIES):
@@ -96,7 +96,7 @@ def find_code(folder: Path, *, follow_base: bool = True) -> FolderCode:
                 source = f"{stem}.py"
                 if source in same and "." not in attribute:
                     own[value] = f"{_PACKAGE.name}.{same[source]}.{value}"
-                elif source not in changed:  # which is listed already
+                elif source not in changed:  # already listed
                     foreign.append(said)
                 read.add(source)
             elif _UNASKED_KEYS & {*keys} or (any(map(_KERNEL.search, keys)) and "/" in value):
@@ -113,7 +113,7 @@ def find_code(folder: Path, *, follow_base: bool = True) -> FolderCode:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Yields the regular files below `folder`, through links too, each folder once."""
+    """Yields the regular files below `folder`, following links, each folder once."""
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         here = os.path.realpath(place)
@@ -132,7 +132,7 @@ def _installed(name: str) -> Path | None:
 
 
 def _same_in(file: Path, name: str) -> str | None:
-    """Returns the installed package's folder that holds the same file, None if there is none."""
+    """Returns the folder of the installed package with an identical file; None if there is none."""
     installed = _installed(name)
     if installed is None or _HEADER.sub(CODE_HEADER, _text(file), count=1) != saved_code(installed):
         return None
@@ -140,9 +140,9 @@ def _same_in(file: Path, name: str) -> str | None:
 
 
 def _difference(file: Path, name: str) -> str:
-    """Says kindly how a file that has a name of ours differs: most are of another version, and not planted."""
+    """Describes a file with the name of a module of the package and other content, most often of another version."""
     header = _HEADER.match(_text(file))
-    return f"{name} (marked as of st_llmpool {header[1]}; the installed {__version__} has another)" if header else name
+    return f"{name} (says st_llmpool {header[1]}, and differs from the installed {__version__})" if header else name
 
 
 def _text(file: Path) -> str:
@@ -153,16 +153,16 @@ def _text(file: Path) -> str:
 
 
 def _leaves(file: Path) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yields the true and non-empty values of a JSON file as text, with the keys that lead to each.
+    """Yields the true and non-empty values of a JSON file as text, each with its path of keys.
 
-    Numbers are left out, since a tokenizer's vocabulary gives one to every word that a key could be.
+    Numbers are skipped: a tokenizer's vocabulary maps every word, and so every key, to one.
     """
     text = _text(file)
     if not _WORTH_READING.search(_ESCAPED.sub(lambda match: chr(int(match[1], 16)), text)):
         return
     try:
         stack: list[tuple[tuple[str, ...], Any]] = [(("",), json.loads(text))]
-    except (ValueError, RecursionError):  # no loader can read it either
+    except (ValueError, RecursionError):  # no library can load it either
         return
     while stack:
         keys, value = stack.pop()

@@ -1,4 +1,4 @@
-"""Embeds texts with a saved model in a fresh process, as a recipient would, to compare before anything is published."""
+"""Embed texts with a saved model in a fresh process, as a recipient would."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from ..modules.errors import InputError
 
-# Short and long together so that the batch is padded, one text alone so that it is not.
+# Of different lengths, so that the batch is padded.
 PROBES = ("a cat", "Interest rates rose for the third time this year, said the bank.", "", "list.sort(key=None)")
 
 _EMBED = """
@@ -34,19 +34,19 @@ np.save(order["result"], np.stack(vectors))
 def embed_in_fresh_process(
     folder: Path, texts: Sequence[str] = PROBES, *, prompt: str = "", trust_remote_code: bool
 ) -> np.ndarray:
-    """Loads `folder` by plain sentence-transformers in a new interpreter and embeds `texts` in four ways.
+    """Loads `folder` with plain sentence-transformers in a new interpreter and embeds `texts` in four ways.
 
     Args:
         folder: A saved model.
         texts: Texts to embed.
-        prompt: Put before every text.
-        trust_remote_code: Passed on; a native model must do without.
+        prompt: Prepended to every text.
+        trust_remote_code: Passed to ``SentenceTransformer``; a native model does not need it.
 
     Returns:
-        Vectors (4, B, D) in float32: padded right, one by one, padded left, one by one again.
+        Vectors (4, B, D) in float32: padded right, one by one, padded left, one by one.
 
     Raises:
-        InputError: If the fresh process cannot load the model, with its own words.
+        InputError: If the fresh process cannot load the model, with its error message.
     """
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "vectors.npy"
@@ -57,7 +57,7 @@ def embed_in_fresh_process(
             "trust_remote_code": trust_remote_code,
             "result": str(result),
         }
-        # In the current folder, where relative paths start (of an adapter's base too); -P imports nothing from there.
+        # Relative paths, also of an adapter's base, start at the current folder; -P imports nothing from there.
         command = [sys.executable, "-P", "-c", _EMBED, json.dumps(order)]
         finished = subprocess.run(command, capture_output=True, text=True)
         if finished.returncode != 0:

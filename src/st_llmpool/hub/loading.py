@@ -1,4 +1,4 @@
-"""Load a saved model without running code of its folder; every command of ours loads models by this."""
+"""Load a saved model without running code of its folder; every command loads models this way."""
 
 from __future__ import annotations
 
@@ -30,23 +30,22 @@ def load_model(
     module_classes: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> SentenceTransformer:
-    """Loads a saved model; without `trust_remote_code` by the installed package's code, and no other.
+    """Loads a saved model, with the installed package's code only unless `trust_remote_code` is set.
 
-    sentence-transformers asks for `trust_remote_code` for every module that is not its own. Where the folder's code is
-    the same as the installed package's, the installed classes are used, so that no flag is needed and nothing of the
-    folder runs.
+    sentence-transformers asks for `trust_remote_code` for every module that is not its own. If the folder's code equals
+    the installed package's, the installed classes are used instead: no flag is needed, and no code of the folder runs.
 
     Args:
         model: Folder or Hub id of a saved model, or of a language model.
         trust_remote_code: Run the code of the folder or repository.
         revision: Branch, tag or commit of a Hub model.
         token: Hub token.
-        device: Where to load it.
-        module_classes: Classes, or anything with their ``load``, for some of the references in ``modules.json``.
-        **kwargs: For ``SentenceTransformer``.
+        device: Device to load the model on.
+        module_classes: Replacement classes (anything with their ``load``) by their reference in ``modules.json``.
+        **kwargs: Passed to ``SentenceTransformer``.
 
     Raises:
-        ConfigurationError: If it needs code that is not the installed package's, and `trust_remote_code` is not given.
+        ConfigurationError: If it needs code that is not the installed package's and `trust_remote_code` is not set.
         DataError: If it cannot be loaded.
 
     Example:
@@ -62,23 +61,23 @@ def load_model(
             )
     folder, revision = _code_of(name, revision, token)
     if not any((folder / file).is_file() for file in ("modules.json", "config.json", "adapter_config.json")):
-        raise DataError(f"{name} is no saved model: it has neither modules.json nor config.json.")
+        raise DataError(f"{name} is not a saved model: it has neither modules.json nor config.json.")
     with checked_code(name, folder) as code:
-        if not code.own:  # code of ours would check it
+        if not code.own:  # our own modules check it
             check_seal(name, revision=revision, token=token)
         return _load_with_classes(name, code.own, module_classes or {}, revision=revision, **options)
 
 
 @contextmanager
 def checked_code(name: str, folder: Path | None) -> Iterator[FolderCode]:
-    """Guards what loads a model from a folder: refuses foreign code before, and puts errors of libraries in one line.
+    """Refuses untrusted code before a load inside the block, and re-raises library errors as a one-line `DataError`.
 
     Args:
-        name: What to call it.
-        folder: Its files; None if its code is trusted.
+        name: Name of the model in messages.
+        folder: The model's files; None if its code is trusted.
 
     Raises:
-        ConfigurationError: If the folder has code that is not the installed package's, and that loading needs.
+        ConfigurationError: If loading needs code that is not the installed package's.
         DataError: If loading fails.
     """
     code = FolderCode() if folder is None else find_code(folder)
@@ -86,7 +85,7 @@ def checked_code(name: str, folder: Path | None) -> Iterator[FolderCode]:
         raise foreign_code_error(name, code)
     try:
         yield code
-    except Exception as error:  # of many libraries
+    except Exception as error:  # many libraries raise here
         if code.named and "trust_remote_code" in str(error):
             raise foreign_code_error(name, code) from error
         if isinstance(error, StLlmpoolError):
@@ -96,34 +95,34 @@ def checked_code(name: str, folder: Path | None) -> Iterator[FolderCode]:
 
 
 def foreign_code_error(name: str, code: FolderCode) -> ConfigurationError:
-    """Returns the error for a model whose code is not the installed package's, where no flag is given.
+    """Returns the error for a model that needs untrusted code.
 
     Args:
         name: Folder or Hub id.
-        code: What was found there.
+        code: The code found there.
     """
     return ConfigurationError(
-        f"{name} brings code that is not the installed st_llmpool's: {'; '.join(code.to_trust)}. Read it, then allow "
-        f"it with --trust-remote-code (in Python and in recipes trust_remote_code)."
+        f"{name} needs code that is not the installed st_llmpool's: {'; '.join(code.to_trust)}. Review it, then allow "
+        f"it with --trust-remote-code (trust_remote_code in Python and in recipes)."
     )
 
 
 def _load_with_classes(
     name: str, classes: dict[str, str], others: Mapping[str, Any], **options: Any
 ) -> SentenceTransformer:
-    """Loads a model with installed classes for some of its references; a private method of sentence-transformers 6.2.
+    """Loads a model with given classes, through a private method of sentence-transformers 6.2.
 
     Args:
         name: Folder or Hub id.
-        classes: References in the model's files, with the import path of the class.
-        others: References with a class each; these win.
-        **options: For ``SentenceTransformer``.
+        classes: Reference in the model's files -> import path of the class.
+        others: Reference -> class; these take precedence.
+        **options: Passed to ``SentenceTransformer``.
     """
     installed = {reference: import_from_string(path) for reference, path in classes.items()}
     for reference, found in installed.items():
         if not getattr(found, "is_st_llmpool_module", False):
             raise DataError(
-                f"{name} names {reference} as a module, and that is none. Save or download the model again."
+                f"{name} lists {reference} as a module, but it is not one. Save or download the model again."
             )
     return SentenceTransformer._load_with_module_classes(
         name, {**installed, **others}, trust_remote_code=False, **options
@@ -131,16 +130,16 @@ def _load_with_classes(
 
 
 def _code_of(name: str, revision: str | None, token: str | None) -> tuple[Path, str | None]:
-    """Returns a folder with all JSON and Python files of a model, and the commit that they are of."""
+    """Returns a folder with all JSON and Python files of a model, and their commit."""
     if os.path.isdir(name):
         return Path(name), revision
     if "/" not in name and name.lower() not in ORIGINAL_TRANSFORMER_MODELS:  # as sentence-transformers does
         name = f"{SentenceTransformer.default_huggingface_organization}/{name}"
     try:
         folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=["*.json", "*.py"]))
-    except _INCOMPLETE as error:  # offline: what is not here cannot be loaded either
+    except _INCOMPLETE as error:  # offline: missing files cannot be loaded either
         folder = Path(error.snapshot_path)
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{name} is no folder, and cannot be read from the Hub: {reason[:300]}") from error
+        raise DataError(f"{name} is neither a folder nor a readable model on the Hub: {reason[:300]}") from error
     return folder, folder.name

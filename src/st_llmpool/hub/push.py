@@ -1,13 +1,12 @@
-"""Push: an examined model becomes one commit of a Hub repository, whole or not at all.
+"""Check a model and upload it to the Hub in a single, atomic commit.
 
-`model.push_to_hub` works too, but it uploads unexamined, keeps files of whatever was pushed before, and may spread a
-large or a failing upload over several commits, each of which people can load.
+`model.push_to_hub` works too, but does not check the model, keeps the files of an earlier push, and may split a large
+or failing upload into several commits, each of which people can load.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,13 +22,13 @@ from sentence_transformers import SentenceTransformer
 from ..modules.errors import ConfigurationError, DataError, InputError, StLlmpoolError
 from ..modules.seal import MANIFEST
 from ..utils.files import slug
-from ..utils.reading import read_json
-from .doctor import examine
+from ..utils.reading import read_json, read_json_object
+from .doctor import doctor
 from .export import export, foreign_types, has_native_form
 
-# What a trainer leaves beside a model: of no use to a recipient, and partly pickled.
+# Training state next to a model: useless to a recipient, and partly pickled.
 _TRAINING_STATE = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "trainer_state.json")
-# What may be loaded in place of a new model's files.
+# Files that may be loaded in place of the new model's.
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.onnx", "adapter_config.json")
 _CARD_PLACEHOLDER = "sentence_transformers_model_id"
 
@@ -40,17 +39,17 @@ class PushError(StLlmpoolError, RuntimeError):
 
 @dataclass(frozen=True)
 class Pushed:
-    """What is on the Hub now.
+    """A finished push.
 
     Attributes:
         repo_id: The repository, `user/name`.
-        revision: Where in it: a branch, or `refs/pr/N` of a pull request.
-        commit: The commit, to pin this very model.
-        url: Page of the branch or of the pull request.
+        revision: The branch, or `refs/pr/N` of a pull request.
+        commit: The commit, to pin this version of the model.
+        url: Page of the branch or the pull request.
         private: True if only its owner can load it.
         native: True if it loads without `trust_remote_code`.
-        adapter_base: Hub id of the base that a recipient downloads too; None if the model is complete.
-        removed: Files that an earlier push listed in its manifest, and that this one does not have.
+        adapter_base: Hub id of the base that a recipient also downloads; None if the model is complete.
+        removed: Files of an earlier push, listed in its manifest, that this push deleted.
     """
 
     repo_id: str
@@ -63,12 +62,12 @@ class Pushed:
     removed: tuple[str, ...]
 
     def how_to_load(self) -> str:
-        """Returns the line that loads the model anywhere, with what it needs."""
+        """Returns the line of Python that loads the model, and its requirements as a comment."""
         arguments = [f'"{self.repo_id}"']
         arguments += [f'revision="{self.revision}"'] if self.revision != "main" else []
         arguments += [] if self.native else ["trust_remote_code=True"]
-        kind = "native: neither flag nor package needed" if self.native else "portable: its code comes along"
-        needs = f"; an adapter: needs peft, and {self.adapter_base} is downloaded too" if self.adapter_base else ""
+        kind = "native: needs no flag and no package" if self.native else "portable: includes its code"
+        needs = f"; adapter: needs peft, also downloads {self.adapter_base}" if self.adapter_base else ""
         private = "; private: needs a token" if self.private else ""
         return f"SentenceTransformer({', '.join(arguments)})  # {kind}{needs}{private}"
 
@@ -86,42 +85,42 @@ def push(
     trust_remote_code: bool = False,
     commit_message: str | None = None,
     token: str | None = None,
-    tell: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> Pushed:
-    """Examines a model and uploads it in one commit.
+    """Checks a model and uploads it in one commit.
 
     Args:
-        model: The folder of a saved model, or a loaded one.
-        repo_id: `user/name`, or `name` below the token's user; None takes the folder's name, or that of the run for a
-            run's folder ``model``.
+        model: Folder of a saved model, or a loaded model.
+        repo_id: `user/name`, or a name in the token owner's namespace. None is the folder's name, or the run's name
+            if the folder is the ``model`` of a run.
         private: Create the repository as private.
-        revision: Branch to push to, created from main if it is new, or `refs/pr/N`; None is main.
-        create_pr: Open a pull request instead, for repositories of others too.
-        native: Push the native form, see `export`; None does where the design has one and its vectors are the same,
-            and the portable form elsewhere.
-        merge: Push with the adapter merged, see `export`.
-        check: False pushes whatever the doctor says.
-        trust_remote_code: Allow code in the folder that is not the installed st_llmpool's to run for the examination.
+        revision: Branch to push to, created from main if it does not exist, or `refs/pr/N`; None is main.
+        create_pr: Open a pull request instead, also in repositories of others.
+        native: Push the native form, see `export`. None pushes it if the design has one with the same vectors, and the
+            portable form otherwise.
+        merge: Merge the adapter first, see `export`.
+        check: False pushes even if a check of the doctor fails.
+        trust_remote_code: Run code in the folder that is not the installed package's, to check the model.
         commit_message: Title of the commit or pull request.
-        token: Hub token with the right to write; None takes the one of `hf auth login` or HF_TOKEN.
-        tell: Called with a line at every step.
+        token: Hub token with write access; None uses `hf auth login` or HF_TOKEN.
+        progress: Called with one line of text at each step.
 
     Returns:
-        Where it is, and how to load it.
+        The location of the model, and how to load it.
 
     Raises:
-        ConfigurationError: If names or settings do not fit, the base of an adapter is a local path, or no token is
-            found.
-        InputError: If the doctor finds a fault, or an export gives other vectors.
-        PushError: If the Hub refuses or cannot be reached. The repository then holds what it held before.
+        ConfigurationError: If names or settings contradict each other, the base of an adapter is a local path, or
+            there is no token.
+        InputError: If a check of the doctor fails, or an export gives other vectors.
+        PushError: If the Hub refuses or cannot be reached. The repository is then unchanged.
 
     Example:
         >>> push("runs/mine/model", "me/my-embedder", private=True).how_to_load()  # doctest: +SKIP
-        'SentenceTransformer("me/my-embedder", trust_remote_code=True)  # portable: its code comes along; ...'
+        'SentenceTransformer("me/my-embedder", trust_remote_code=True)  # portable: includes its code; ...'
     """
     if create_pr and revision is not None:
         raise ConfigurationError(
-            f"create_pr opens a branch of its own, so revision={revision!r} cannot hold too. Leave one of them out."
+            f"create_pr opens its own branch, so it cannot be combined with revision={revision!r}. Leave one out."
         )
     api = HfApi(token=token)
     proposes = create_pr or (revision or "").startswith("refs/pr/")
@@ -133,35 +132,35 @@ def push(
         if not merge:
             _refuse_local_base(folder)
         if check:
-            tell("Examining the model")
-            _require_sound(folder, trust_remote_code, tell)
+            progress("Checking the model")
+            _require_healthy(folder, trust_remote_code, progress)
         if native is None and has_native_form(folder, merge=merge):
-            tell("This design has a native form, which needs no flag: comparing its vectors in a fresh process")
+            progress("This design has a native form, which needs no flag: comparing its vectors in a fresh process")
             try:
                 folder = export(
                     folder, Path(scratch) / "native", native=True, merge=merge, trust_remote_code=trust_remote_code
                 )
                 merge = False
             except (ConfigurationError, InputError) as error:
-                tell(f"It stays portable. {error}")
+                progress(f"Pushing the portable form. {error}")
         if native or merge:
-            tell("Exporting, and comparing vectors in a fresh process")
+            progress("Exporting, and comparing vectors in a fresh process")
             folder = export(
                 folder, Path(scratch) / "export", native=bool(native), merge=merge, trust_remote_code=trust_remote_code
             )
-        return _commit(api, folder, repo_id, private, revision, create_pr, commit_message, tell)
+        return _commit(api, folder, repo_id, private, revision, create_pr, commit_message, progress)
 
 
 def _repository_name(
     api: HfApi, repo_id: str | None, model: SentenceTransformer | str | Path, *, proposes: bool
 ) -> str:
-    """Returns `user/name`, and so finds a missing token or a foreign name before anything is computed."""
+    """Returns `user/name`; a missing token or a namespace of others is an error before anything is computed."""
     if repo_id is None and isinstance(model, SentenceTransformer):
-        raise ConfigurationError("A model in memory has no folder to be named after. Pass repo_id='user/name'.")
+        raise ConfigurationError("A loaded model has no folder name to use. Pass repo_id='user/name'.")
     name = repo_id or _default_name(Path(str(model)).resolve())
     if not (api.token or get_token()):
         raise ConfigurationError(
-            "No Hub token found. Log in with `hf auth login`, or set HF_TOKEN to one that may write "
+            "No Hub token found. Log in with `hf auth login`, or set HF_TOKEN to a token with write access "
             "(https://huggingface.co/settings/tokens)."
         )
     with _explained("Asking the Hub whose token this is"):
@@ -170,33 +169,33 @@ def _repository_name(
     name = name if "/" in name else f"{own[0]}/{name}"
     if not _is_repo_id(name):
         raise ConfigurationError(
-            f"{name!r} cannot name a repository: letters, digits, '.', '_' and single '-', at most 96 of them."
+            f"{name!r} is not a valid repository name: use at most 96 letters, digits, '.', '_' and single '-'."
         )
     if name.split("/")[0] not in own and not proposes:
         raise ConfigurationError(
-            f"{name!r} is not below a name of this token's ({', '.join(own)}). Push to one of these, or propose it "
-            f"(--create-pr)."
+            f"{name!r} is not in a namespace of this token ({', '.join(own)}). Push to one of these, or open a pull "
+            f"request (--create-pr)."
         )
     return name
 
 
 def _default_name(folder: Path) -> str:
-    """Returns the folder's name; every run's model is in a folder of the same name, so there it is the run's."""
+    """Returns the folder's name, or the run's for the folder ``model`` of a run."""
     is_run = any((folder.parent / file).is_file() for file in ("training.json", "recipe.yaml"))
     named_after = folder.parent if folder.name == "model" and is_run else folder
     if named_after.name == "model" or not slug(named_after.name):
-        raise ConfigurationError(f"{folder} says too little to name a repository after. Pass a name (user/name).")
+        raise ConfigurationError(f"{folder} gives no usable repository name. Pass one (user/name).")
     return slug(named_after.name)
 
 
 def _refuse_public(api: HfApi, repo_id: str) -> None:
-    """Creating a repository that exists changes nothing, so a public one would stay public."""
+    """Refuses a public repository, which would stay public: creating one that exists changes nothing."""
     with _explained(f"Looking for {repo_id}"):
         public = api.repo_exists(repo_id) and not api.model_info(repo_id).private
     if public:
         raise ConfigurationError(
-            f"{repo_id} exists and is public, so --private cannot hold. Make it private in its settings on the Hub, "
-            f"or push to another name."
+            f"{repo_id} exists and is public, which --private cannot change. Make it private in its settings on the "
+            f"Hub, or push to another name."
         )
 
 
@@ -216,14 +215,14 @@ def _refuse_local_base(folder: Path) -> None:
     base = _adapter_base(folder)
     if base is not None and (Path(base).exists() or not _is_repo_id(base)):
         raise ConfigurationError(
-            f"The adapter in {folder} names its base by a path of this machine, {base!r}: nobody else could load it. "
-            f"Push it merged (--merge), or train from the base's Hub id."
+            f"The base of the adapter in {folder} is a local path, {base!r}, so nobody else could load it. Push it "
+            f"merged (--merge), or train from the base's Hub id."
         )
 
 
 def _adapter_base(folder: Path) -> str | None:
     file = folder / "adapter_config.json"
-    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] if file.is_file() else None
+    return read_json_object(file).get("base_model_name_or_path") if file.is_file() else None
 
 
 def _is_repo_id(name: str) -> bool:
@@ -234,21 +233,21 @@ def _is_repo_id(name: str) -> bool:
     return True
 
 
-def _require_sound(folder: Path, trust_remote_code: bool, tell: Callable[[str], None]) -> None:
-    findings = examine(folder, trust_remote_code=trust_remote_code).findings
+def _require_healthy(folder: Path, trust_remote_code: bool, progress: Callable[[str], None]) -> None:
+    findings = doctor(folder, trust_remote_code=trust_remote_code).findings
     for finding in findings:
         if finding.status == "warning":
-            tell(f"Warning, {finding.check}: {finding.detail}")
+            progress(f"Warning, {finding.check}: {finding.detail}")
     faults = [f"{found.check}: {found.detail}" for found in findings if found.status == "failed"]
     if faults:
         raise InputError(
-            f"{folder} is not sound, and whoever loads it would meet this:\n  "
+            f"{folder} fails these checks:\n  "
             + "\n  ".join(faults)
-            + "\nMend it, or push it as it is with --no-check."
+            + "\nFix them, or push it as it is with --no-check."
         )
     unseen = [f"{found.check}: {found.detail}" for found in findings if found.status == "skipped"]
     if unseen:
-        raise InputError(f"{folder} was not examined. {'; '.join(unseen)} Or push it unexamined with --no-check.")
+        raise InputError(f"{folder} could not be checked. {'; '.join(unseen)} Or push it unchecked with --no-check.")
 
 
 def _commit(
@@ -259,9 +258,9 @@ def _commit(
     revision: str | None,
     create_pr: bool,
     message: str | None,
-    tell: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> Pushed:
-    """Opens the repository and makes the commit, on exactly the state that its deletions were worked out from."""
+    """Creates the repository if needed and commits on the very state that the deletions were computed from."""
     with _explained(f"Opening {repo_id}"):
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if revision is not None and not revision.startswith("refs/"):
@@ -274,9 +273,9 @@ def _commit(
     listed = _listed_files(api, repo_id, before.sha) if MANIFEST in there else set()
     removed = sorted(path for path in there if path not in brought and path in listed)
     if left := sorted(path for path in {*there} - brought - listed if _matches(path, _WEIGHTS)):
-        tell(f"Left in {repo_id}, since no earlier push lists them: {', '.join(left)}. Remove what is of an old model.")
+        progress(f"Kept in {repo_id}, as no earlier push lists them: {', '.join(left)}. Delete those of an old model.")
     size = sum(addition.upload_info.size for addition in additions) / 2**20
-    tell(f"Uploading {len(additions)} files, {size:,.1f} MiB, to {repo_id}")
+    progress(f"Uploading {len(additions)} files, {size:,.1f} MiB, to {repo_id}")
     with _explained(f"Uploading to {repo_id}"):
         done = api.create_commit(
             repo_id,
@@ -288,7 +287,7 @@ def _commit(
             parent_commit=before.sha,
         )
     if done.oid == before.sha:
-        tell(f"Nothing has changed: {repo_id} holds this very model")
+        progress(f"Nothing has changed: {repo_id} already holds this model")
     where = done.pr_revision or revision or "main"
     return Pushed(
         repo_id=repo_id,
@@ -303,7 +302,7 @@ def _commit(
 
 
 def _model_files(folder: Path) -> Iterator[Path]:
-    """Yields the files to upload: all of the folder but hidden ones, caches, checkpoints and training state."""
+    """Yields the files to upload: all but hidden files, caches, checkpoints and training state."""
     for file in sorted(folder.rglob("*")):
         parts = file.relative_to(folder).parts
         skipped = any(part.startswith((".", "checkpoint-")) or part == "__pycache__" for part in parts)
@@ -312,7 +311,7 @@ def _model_files(folder: Path) -> Iterator[Path]:
 
 
 def _listed_files(api: HfApi, repo_id: str, commit: str | None) -> set[str]:
-    """Returns the files that the manifest of an earlier push lists; early ones list code only."""
+    """Returns the files in the manifest of an earlier push; manifests of early versions list code only."""
     with _explained(f"Reading {MANIFEST} of {repo_id}"):
         file = api.hf_hub_download(repo_id, MANIFEST, revision=commit)
     try:
@@ -338,7 +337,7 @@ def _addition(folder: Path, file: Path, repo_id: str) -> CommitOperationAdd:
 
 @contextmanager
 def _explained(doing: str) -> Iterator[None]:
-    """Turns whatever the client raises, which comes from several libraries, into one message with the way out."""
+    """Re-raises errors of the client and its libraries as a `PushError` that says what to do."""
     try:
         yield
     except StLlmpoolError:
@@ -349,7 +348,7 @@ def _explained(doing: str) -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """Returns the first words of the error, and of what it was raised from if that is not an HTTP status."""
+    """Returns the message of the error and, unless that is an HTTP status, of its cause."""
     first = " ".join(str(error).split())[:300]
     cause = error.__cause__
     return first if cause is None or hasattr(error, "response") else f"{first} {_cause(cause)}"
@@ -358,13 +357,13 @@ def _cause(error: BaseException) -> str:
 def _way_out(status: int | None) -> str:
     if status in (401, 403):
         return (
-            "The token may not do this: use one with the right to write there "
-            "(https://huggingface.co/settings/tokens, then `hf auth login`), or name a repository of your own."
+            "The token has no write access there: use one that has "
+            "(https://huggingface.co/settings/tokens, then `hf auth login`), or push to your own namespace."
         )
     if status == 404:
-        return "Check the names of repository and revision, and that the token may see them."
+        return "Check the names of repository and revision, and the token's access."
     if status == 412:
-        return "Somebody else has pushed meanwhile; nothing was changed. Push again if yours should replace theirs."
+        return "Somebody else pushed in the meantime; nothing was changed. Push again to replace their model."
     if status == 400:
-        return "Nothing was changed. Mend what the Hub names, and push again."
-    return "The repository holds all of this push or none of it. Push again; what is there already is not sent twice."
+        return "Nothing was changed. Fix what the Hub reports, and push again."
+    return "The repository holds either all or nothing of this push. Push again; uploaded files are not sent twice."

@@ -23,20 +23,20 @@ from ..modules.seal import (
 )
 from .finding import Finding
 
-#: What :func:`examine_seal` looks at.
+#: The checks of :func:`seal_findings`.
 SEAL_CHECKS = ("seal", "files added", "code added")
 
-# What loaders read at the root of a model, beside code.
+# Files that loaders read at the root of a model, besides code.
 _READ_BY_LOADERS = (
     *("*.safetensors", "*.safetensors.index.json", "config*.json", "*_config.json", "modules.json"),
     *("tokenizer*", "added_tokens.json", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "*.tiktoken"),
     *("chat_template*", "*.jinja"),
 )
-_WAY_OUT = "Save or download the model again; after a change on purpose, seal it with `st-llmpool doctor --seal`."
+_WAY_OUT = "Save or download the model again; if the change is intended, seal it with `st-llmpool doctor --seal`."
 
 
-def examine_seal(folder: Path) -> Iterator[Finding]:
-    """Compares every sealed file with its hash and names files that were added; runs nothing."""
+def seal_findings(folder: Path) -> Iterator[Finding]:
+    """Compares every sealed file with its hash and names added files, without running any."""
     manifest = read_manifest(folder)
     files = manifest.get("files")
     if not files:
@@ -47,15 +47,15 @@ def examine_seal(folder: Path) -> Iterator[Finding]:
     if found:
         yield Finding("seal", "failed", f"{'; '.join(map(str, found))}. {_WAY_OUT} ({written})")
         return
-    yield Finding("seal", "ok", f"{len(files)} files as they were saved; {written}")
+    yield Finding("seal", "ok", f"{len(files)} files unchanged since they were saved; {written}")
     if added := [name for name in files_to_seal(folder) if name not in files]:
-        yield Finding("files added", "failed", f"{', '.join(added)} may change what is loaded. Remove. {_WAY_OUT}")
+        yield Finding("files added", "failed", f"{', '.join(added)} may change what is loaded. Remove them. {_WAY_OUT}")
     if code := sorted(file.name for file in folder.glob("*.py") if file.name not in {*files, *added}):
         yield Finding("code added", "warning", f"{', '.join(code)}: not part of the saved model, which never runs it")
 
 
-def examine_probes(folder: Path, model: SentenceTransformer) -> Finding:
-    """Compares the vectors of the probe texts with those that the seal recorded."""
+def probe_finding(folder: Path, model: SentenceTransformer) -> Finding:
+    """Compares the vectors of the probe texts with those recorded in the seal."""
     recorded = read_manifest(folder).get("probes", {})
     if "vectors" not in recorded:
         return Finding("probe vectors", "skipped", recorded.get("skipped", "the model is not sealed"))
@@ -69,9 +69,7 @@ def examine_probes(folder: Path, model: SentenceTransformer) -> Finding:
     limit = (1e-4 if same_device else 1e-3) if exact else 5e-2
     detail = f"largest relative difference {worst:.1e}, limit {limit:.0e}"
     if not worst <= limit:  # also for NaN
-        return Finding(
-            "probe vectors", "failed", f"{detail}: other weights, another base or another library. {_WAY_OUT}"
-        )
+        return Finding("probe vectors", "failed", f"{detail}: the weights, the base or a library changed. {_WAY_OUT}")
     return Finding("probe vectors", "ok", detail)
 
 
@@ -95,14 +93,14 @@ def files_to_seal(root: Path) -> list[str]:
 
 
 @contextmanager
-def sealing_again(folder: Path) -> Iterator[Callable[[SentenceTransformer], Finding]]:
-    """Loads inside are not compared with the old seal; the function that it gives writes a new one.
+def replacing_seal(folder: Path) -> Iterator[Callable[[SentenceTransformer], Finding]]:
+    """Sets the seal aside inside the block, and yields a function that writes a new one.
 
     Args:
-        folder: A saved model, with or without a seal. Its old seal stays unless the function is called.
+        folder: A saved model, with or without a seal. Its old seal is restored unless the function is called.
 
     Example:
-        >>> with sealing_again(Path("model")) as seal:  # doctest: +SKIP
+        >>> with replacing_seal(Path("model")) as seal:  # doctest: +SKIP
         ...     print(seal(SentenceTransformer("model")).detail)
         sealed; since the last seal config_sentence_transformers.json has changed in prompts.query
     """
@@ -130,7 +128,7 @@ def sealing_again(folder: Path) -> Iterator[Callable[[SentenceTransformer], Find
 def _unsealed(folder: Path) -> Finding:
     if _read_json_or_empty(folder / "config_sentence_transformers.json").get("sealed"):
         return Finding("seal", "failed", f"{MANIFEST}, which the save wrote last, is missing or unreadable. {_WAY_OUT}")
-    return Finding("seal", "warning", "none, so damage cannot be found. Seal it with `st-llmpool doctor --seal`.")
+    return Finding("seal", "warning", "none, so damage cannot be detected. Seal it with `st-llmpool doctor --seal`.")
 
 
 def _read_json_or_empty(file: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Submission: the files that the MTEB leaderboard asks for, checked by mteb itself.
+"""Write the files that a submission to the MTEB leaderboard needs, checked by mteb itself.
 
-A model gets onto the leaderboard by two pull requests: its `ModelMeta` to mteb, and its results to mteb's results
-repository. mteb can write a `ModelMeta` by itself, but counts only the parameters of the file at the repository's root
-(so not a pooling), names a model of the Hub as its own base, and leaves the flag out without which it cannot load it.
+A submission is two pull requests: the `ModelMeta` to mteb, and the results to mteb's results repository. The
+`ModelMeta` that mteb generates counts only the parameters of the file at the repository's root (not the pooling), names
+a Hub model as its own base, and omits the flag that loading needs.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderW
 
 @dataclass(frozen=True)
 class Authorship:
-    """What only the authors know of a model.
+    """Facts about a model that only its authors know.
 
     Attributes:
         license: Licence of the weights, in mteb's spelling or as a URL; None takes the model card's.
         languages: Languages and scripts, such as `eng-Latn`.
-        training_datasets: Names of mteb tasks whose data the model was trained on, so that the leaderboard can tell
-            zero-shot from trained; empty if there are none, None if that is not known.
+        training_datasets: mteb tasks whose data the model was trained on, which the leaderboard does not count as
+            zero-shot; empty if there are none, None if unknown.
         adapted_from: Hub id of the base; None takes the model card's.
-        public_training_code: Where the training code is.
-        public_training_data: Where the training data are.
+        public_training_code: URL of the training code.
+        public_training_data: URL of the training data.
         citation: BibTeX of the article, if there is one.
         contacts: GitHub names to ask.
         release_date: Day of the revision, `YYYY-MM-DD`; None is today.
@@ -81,8 +81,8 @@ class Authorship:
         for name in self.training_datasets or ():
             if name not in MTEB_TASKS:
                 raise ConfigurationError(
-                    f"training_datasets: mteb has no task {name!r}.{nearest(name, MTEB_TASKS)} Data that no task of "
-                    f"mteb is made of are not listed."
+                    f"training_datasets: mteb has no task {name!r}.{nearest(name, MTEB_TASKS)} List only data "
+                    f"of mteb tasks."
                 )
 
 
@@ -97,7 +97,7 @@ class _Result:
 
 def submission(
     model: str | Path,
-    out: str | Path,
+    output_dir: str | Path,
     *,
     name: str | None = None,
     revision: str | None = None,
@@ -105,58 +105,61 @@ def submission(
     benchmark: str = "MTEB(eng, v2)",
     authorship: Authorship | None = None,
     trust_remote_code: bool = False,
+    token: str | None = None,
     device: str | None = None,
-    tell: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Writes results, `model_meta.json`, the `ModelMeta` source file and mteb's mock run into a new folder.
 
     Args:
         model: Hub id, or the folder that was pushed as `name` at `revision`.
-        out: The folder to write; it must not exist.
+        output_dir: A folder that does not exist yet.
         name: For a folder: its Hub id, `user/name`.
-        revision: Commit on the Hub; for a Hub id None is the newest.
-        results: Output folder of `st-llmpool evaluate`, or a cache of mteb; None is mteb's own cache. Results that
-            were made from a folder count if weights, tokenizer and prompts are the same.
+        revision: Commit on the Hub; None is the newest one of a Hub id.
+        results: Output folder of `st-llmpool evaluate`, or a cache of mteb; None is mteb's own cache. Results of a
+            folder count if weights, tokenizer and prompts are the same.
         benchmark: The benchmark that the results should cover.
-        authorship: What only the authors know.
+        authorship: Facts that only the authors know.
         trust_remote_code: Run code of the model that is not the installed package's.
-        device: Where to load the model.
-        tell: Called with a line at every step.
+        token: Hub token.
+        device: Device to load the model on.
+        progress: Called with one line of text at each step.
 
     Returns:
-        `out`.
+        `output_dir`.
 
     Raises:
-        ConfigurationError: If names or settings do not fit, or the model is private.
-        DataError: If there are no results, or one is out of date, not finite or not readable.
+        ConfigurationError: If names or settings contradict each other, or the model is private.
+        DataError: If there are no results, or one is outdated, not finite or unreadable.
         InputError: If mteb's mock run fails.
 
     Example:
         >>> submission("me/my-embedder", "submission", results="results")  # doctest: +SKIP
         PosixPath('submission')
     """
-    out = Path(out)
+    out = Path(output_dir)
     refuse_existing(out)
     authorship = authorship or Authorship()
     with preserve_rng_state(), atomic_folder(out) as folder:
         tasks = find_benchmark(benchmark).tasks
-        name, revision = _published(str(model), name, revision)
-        tell(f"Loading {model}")
+        name, revision = _published(str(model), name, revision, token)
+        progress(f"Loading {model}")
         encoder = SentenceTransformerEncoderWrapper(
             load_model(
                 model,
                 revision=None if Path(model).is_dir() else revision,
                 device=device,
+                token=token,
                 trust_remote_code=trust_remote_code,
             )
         )
-        meta = model_meta(encoder.model, name, revision, authorship, card=_card(str(model), revision))
-        found = _find_results(ResultCache(results), meta, fingerprint(encoder.model), tell)
+        meta = model_meta(encoder.model, name, revision, authorship, card=_card(str(model), revision, token))
+        found = _find_results(ResultCache(results), meta, fingerprint(encoder.model), progress)
         _copy_results(ResultCache(folder), meta, found)
         source = folder / "mteb" / "models" / "model_implementations" / f"{_variable(name)}.py"
         source.parent.mkdir(parents=True)
         source.write_text(meta_source(meta), encoding="utf-8")
-        tell("Mock run of mteb over all task types")
+        progress("Mock run of mteb on all task types")
         (folder / "mock_run.md").write_text(_mock_run(encoder, meta), encoding="utf-8")
         (folder / "README.md").write_text(_guide(meta, benchmark, tasks, found, source.relative_to(folder)), "utf-8")
     return out
@@ -165,13 +168,13 @@ def submission(
 def model_meta(
     model: SentenceTransformer, name: str, revision: str, authorship: Authorship, card: dict[str, Any] | None = None
 ) -> ModelMeta:
-    """Describes a loaded model as mteb asks for it.
+    """Returns the description of a loaded model that mteb asks for.
 
     Args:
         model: The model, as loaded from `name` at `revision`.
         name: Hub id.
         revision: Commit.
-        authorship: What only the authors know.
+        authorship: Facts that only the authors know.
         card: Front matter of the model card, for licence and base.
 
     Raises:
@@ -189,8 +192,8 @@ def model_meta(
     license = authorship.license or card.get("license")
     if license is None:
         raise ConfigurationError(
-            f"The licence of {name} is not known, and the leaderboard asks for it. Set it (--license apache-2.0), or "
-            f"write it into the front matter of the model card."
+            f"The licence of {name} is unknown, and the leaderboard asks for it. Set it (--license apache-2.0), or in "
+            f"the front matter of the model card."
         )
     portable = any(not type(module).__module__.startswith("sentence_transformers.") for module in model)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -225,11 +228,11 @@ def model_meta(
     except ValidationError as error:
         faults = {str(fault["loc"][0]): f"{fault['input']!r}: {fault['msg']}" for fault in reversed(error.errors())}
         listed = "; ".join(f"{field}={fault}" for field, fault in faults.items())
-        raise ConfigurationError(f"mteb refuses the description of {name}: {listed}") from error
+        raise ConfigurationError(f"mteb rejects the description of {name}: {listed}") from error
 
 
 def meta_source(meta: ModelMeta) -> str:
-    """Returns the source file for the pull request to mteb; it is parsed, and not run.
+    """Returns the source file for the pull request to mteb; it is parsed but not run.
 
     Raises:
         ConfigurationError: If it is not Python, or uses a name that it does not import.
@@ -250,12 +253,12 @@ def meta_source(meta: ModelMeta) -> str:
     return source
 
 
-def _published(model: str, name: str | None, revision: str | None) -> tuple[str, str]:
-    """Returns the Hub id and commit under which anyone can get the model."""
+def _published(model: str, name: str | None, revision: str | None, token: str | None) -> tuple[str, str]:
+    """Returns the public Hub id and commit of the model."""
     if Path(model).is_dir():
         if name is None or not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
             raise ConfigurationError(
-                f"The leaderboard takes models that are on the Hub, and {model} is a folder. Push it "
+                f"The leaderboard takes models on the Hub, and {model} is a folder. Push it "
                 f"(st-llmpool push), then name its id and commit (--name user/name --revision with 40 hex digits), "
                 f"or submit it by its id."
             )
@@ -263,19 +266,21 @@ def _published(model: str, name: str | None, revision: str | None) -> tuple[str,
     if name not in (None, model):
         raise ConfigurationError(f"name={name!r} is for a folder; {model!r} is a Hub id already. Leave it out.")
     try:
-        info = HfApi().model_info(model, revision=revision)
+        info = HfApi(token=token).model_info(model, revision=revision)
     except Exception as error:  # of the client, of the network, or of the name
         raise ConfigurationError(
-            f"{model!r} is no folder, and no model of {constants.ENDPOINT} at revision {revision or 'main'} that can "
-            f"be read ({type(error).__name__}). Check id, revision, token and network."
+            f"{model!r} is neither a folder nor a readable model of {constants.ENDPOINT} at revision "
+            f"{revision or 'main'} ({type(error).__name__}). Check id, revision, token and network."
         ) from error
     if info.private or info.gated:
-        raise ConfigurationError(f"{model} is private or gated, and the leaderboard takes public weights. Open it.")
+        raise ConfigurationError(
+            f"{model} is private or gated, and the leaderboard takes public weights only. Make it public."
+        )
     return model, str(info.sha)
 
 
-def _card(model: str, revision: str) -> dict[str, Any]:
-    file = load_file_path(model, "README.md", revision=None if Path(model).is_dir() else revision)
+def _card(model: str, revision: str, token: str | None) -> dict[str, Any]:
+    file = load_file_path(model, "README.md", revision=None if Path(model).is_dir() else revision, token=token)
     return ModelCard.load(file).data.to_dict() if file else {}
 
 
@@ -290,8 +295,8 @@ def _embedding_parameters(model: SentenceTransformer) -> int | None:
     return None if backbone is None else count_weights([backbone.get_input_embeddings().weight])
 
 
-def _find_results(cache: ResultCache, meta: ModelMeta, weights: str, tell: Callable[[str], None]) -> list[_Result]:
-    """Returns the results of this very model on tasks of mteb; those under its Hub id come before those of a folder."""
+def _find_results(cache: ResultCache, meta: ModelMeta, weights: str, progress: Callable[[str], None]) -> list[_Result]:
+    """Returns the results of this model on tasks of mteb; results under its Hub id win over those of a folder."""
     place = cache.cache_path / "results" if (cache.cache_path / "results").is_dir() else cache.cache_path
     folders = [place / meta.model_name_as_path() / str(meta.revision)]
     folders += sorted(place.glob(f"local__*/{weights}")) + sorted(place.glob(f"local__*-{weights[:12]}/*"))
@@ -303,11 +308,11 @@ def _find_results(cache: ResultCache, meta: ModelMeta, weights: str, tell: Calla
         elif path.stem not in found:
             found[path.stem] = _read_result(path)
     if local:
-        tell(f"Left out, since mteb does not have them: {', '.join(sorted(local))}")
+        progress(f"Left out, as they are not tasks of mteb: {', '.join(sorted(local))}")
     if not found:
         raise DataError(
             f"{place} has no results of {meta.name} at {meta.revision} on tasks of mteb, nor of a folder with the same "
-            f"weights, prompts and form (a native push has another identity than its portable folder). Make them: "
+            f"weights, prompts and form (a native push and its portable folder differ). Compute them: "
             f'st-llmpool evaluate {meta.name} --benchmark "MTEB(eng, v2)" --out RESULTS'
         )
     return list(found.values())
@@ -322,19 +327,19 @@ def _read_result(path: Path) -> _Result:
     current = mteb.get_task(result.task_name).metadata.revision
     if result.dataset_revision != current:
         raise DataError(
-            f"{path} was made on revision {result.dataset_revision} of the data, and mteb {mteb.__version__} has "
-            f"{current}. Remove it and evaluate again."
+            f"{path} is of revision {result.dataset_revision} of the data, and mteb {mteb.__version__} has {current}. "
+            f"Remove it and evaluate again."
         )
     if not math.isfinite(score):
-        raise DataError(f"{path} has the score {score}. Look for NaN in the model (st-llmpool doctor).")
+        raise DataError(f"{path} has the score {score}. Check the model for NaN (st-llmpool doctor).")
     return _Result(path, result.task_name, score)
 
 
 def _copy_results(cache: ResultCache, meta: ModelMeta, found: list[_Result]) -> None:
-    """Files results under the Hub id in mteb's layout, and lets mteb write the description beside them."""
+    """Copies results to the Hub id's place in mteb's layout, where mteb also writes the description."""
     for result in found:
         cache.save_to_cache(TaskResult.from_disk(result.path), meta)
-    # mteb notes this copying as if it were the run; what counts is what was noted when the tasks were run.
+    # mteb records this copying as if it were the run; the settings recorded when the tasks ran replace that.
     tasks = {result.task for result in found}
     files = {result.path.parent / "run_settings.jsonl" for result in found}
     lines = [line for file in sorted(files) if file.is_file() for line in file.read_text("utf-8").splitlines()]
@@ -356,18 +361,18 @@ def _variable(name: str) -> str:
 
 
 def _guide(meta: ModelMeta, benchmark: str, tasks: Sequence[AbsTask], found: list[_Result], source: Path) -> str:
-    """Returns what to do with the files, and what is missing."""
+    """Returns instructions for the submission, with a list of missing tasks."""
     missing = _missing(tasks, found)
     coverage = f"{len(tasks) - len(missing)} of {len(tasks)} tasks of {benchmark} have all their results."
     if missing:
-        coverage += f"\nMissing: {', '.join(missing)}. The leaderboard shows no mean until they are there."
+        coverage += f"\nMissing: {', '.join(missing)}. The leaderboard shows no mean without them."
     rows = "\n".join(f"| {result.task} | {result.score:.4f} |" for result in found)
     return f"""# Submission of {meta.name} to the MTEB leaderboard
 
 Revision `{meta.revision}`, {meta.n_parameters:,} parameters, pooling included. {coverage}
 
 1. Add `{source}` to a fork of https://github.com/embeddings-benchmark/mteb and open a pull request with the report in
-   `mock_run.md`. Look through the fields first: `training_datasets` says on what the model is not zero-shot.
+   `mock_run.md`. Check the fields first: `training_datasets` lists the data on which the model is not zero-shot.
 2. Once the model is in mteb: `python -c "import mteb; mteb.ResultCache('.').submit_results()"` in this folder commits
    what is in `results/` to a clone of https://github.com/embeddings-benchmark/results and says how to open the pull
    request. Disclose any training on the evaluated data there.

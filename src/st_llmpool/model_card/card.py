@@ -1,4 +1,4 @@
-"""Model cards on sentence-transformers' card machinery, with what a recipient of one of our designs needs to know."""
+"""Model cards: sentence-transformers' card with the design, attention, cost, layer use, training and results."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.model_card import generate_model_card
 
 from ..attention_proof import verify_attention
-from ..data.texts import TextSettings
-from ..data.training_data import FORMATS, DatasetSettings
 from ..hub.loading import load_model
 from ..modules.errors import ConfigurationError, DataError, StLlmpoolError, __version__
 from ..modules.portable import IdentifiedCardData, code_files
@@ -32,25 +30,26 @@ from .layer_use import SAMPLE_TEXTS, layer_use
 
 TEMPLATE = Path(__file__).with_name("template.md")
 
+_DATA_SUFFIXES = {".parquet", ".jsonl", ".json", ".csv", ".tsv", ".txt"}
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _SERVING = {
-    True: "Servers that run sentence-transformers' own modules, such as TEI, may serve it; check their vectors.",
-    False: "Servers that run no code from a repository (TEI, vLLM) cannot serve it; sentence-transformers can.",
+    True: "Servers with sentence-transformers' own modules, such as TEI, may serve this model; compare their vectors.",
+    False: "Servers that do not run repository code (TEI, vLLM) cannot serve this model; sentence-transformers can.",
 }
 
 
 @dataclass
 class EmbedderCardData(IdentifiedCardData):
-    """What the card of a design says; `build_embedder` gives it to its models, so every plain save writes the card.
+    """Content of a design's card; `build_embedder` sets it on its models, so every plain save writes the card.
 
     Attributes:
         training: Content of ``training.json``.
         recipe: The recipe as YAML.
-        base_title: What to call the base; None goes by where it was loaded from.
+        base_title: Name of the base; None derives it from where the base was loaded.
         data: Training sets, each with ``name``, ``rows`` (None if not counted) and ``license``.
-        results: Scores, each with ``task``, ``type``, ``metric``, ``score`` and, if a study gave one, ``interval``.
-        native: Write how to load a native export rather than a portable model.
-        training_examples: Show rows of the training data, verbatim, as sentence-transformers does by default.
+        results: Scores, each with ``task``, ``type``, ``metric``, ``score`` and optionally ``interval``.
+        native: Describe how to load a native export rather than a portable model.
+        training_examples: Show rows of the training data verbatim, as sentence-transformers does by default.
 
     Example:
         >>> from st_llmpool import build_embedder
@@ -70,12 +69,12 @@ class EmbedderCardData(IdentifiedCardData):
     without_forwards = False
 
     def set_widget_examples(self, dataset: Any) -> None:
-        """Keeps rows of the training data for the card if they are asked for: they may be private."""
+        """Keeps rows of the training data for the card only if asked for: they may be private."""
         if self.training_examples:
             super().set_widget_examples(dataset)
 
     def generate_usage_snippet(self) -> str:
-        """Returns sentence-transformers' own snippet, with the flag that a portable model needs."""
+        """Returns sentence-transformers' snippet, with trust_remote_code for a portable model."""
         snippet = super().generate_usage_snippet()
         if self.native:
             return snippet
@@ -83,14 +82,14 @@ class EmbedderCardData(IdentifiedCardData):
         return re.sub(r'(SentenceTransformer\(".*?")\)', with_flag, snippet)
 
     def get_model_specific_metadata(self) -> dict[str, Any]:
-        """Returns what the template shows of the model; draws its pictures if it is being saved."""
+        """Returns the template's variables; draws the figures if the model is being saved."""
         model: Any = self.model
         self._set_base_model(model)
         measured = not self.without_forwards
         with preserve_rng_state():
             use = _layer_use(model) if measured else None
             design = _design(model, self.base_title, native=self.native, measured=measured)
-        pictures = self._draw(model, use) if self.save_dir and measured else []
+        figures = self._draw(model, use) if self.save_dir and measured else []
         return {
             **super().get_model_specific_metadata(),
             "base_model": getattr(self, "base_model", None),
@@ -99,12 +98,12 @@ class EmbedderCardData(IdentifiedCardData):
             "is_adapter": _adapter(model) is not None,
             "prompts": {name: prompt for name, prompt in model.prompts.items() if prompt},
             "layer_use": None if use is None else {**asdict(use), "texts": len(SAMPLE_TEXTS)},
-            "pictures": pictures,
+            "figures": figures,
             **({"model-index": self._model_index(), "metrics": self._metrics()} if self.results else {}),
         }
 
     def _set_base_model(self, model: Any) -> None:
-        """Names the base if its name is a Hub id: sentence-transformers itself asks the Hub, or leaves it out."""
+        """Sets the base if its name is a Hub id: sentence-transformers asks the Hub, or omits it."""
         adapter = _adapter(model)
         name = adapter.base_model_name_or_path if adapter else model[0].config._name_or_path
         if not getattr(self, "base_model", None) and name and _REPOSITORY.fullmatch(without_folders(name)):
@@ -149,12 +148,12 @@ class EmbedderCardData(IdentifiedCardData):
 
 @contextmanager
 def card_without_forwards(model: SentenceTransformer) -> Iterator[None]:
-    """Leaves out of the cards that are written in this block what the model has to be run for, and the pictures.
+    """Omits figures and everything that needs a forward pass from cards written inside the block.
 
-    For checkpoints, whose cards nobody reads, and for a model of which this process holds a part.
+    For checkpoints, whose cards nobody reads, and for sharded models.
 
     Args:
-        model: With any card data.
+        model: A model with any card data.
     """
     card = model.model_card_data
     card.without_forwards = True
@@ -173,26 +172,31 @@ def write_card(
     license: str | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Writes the card of a saved model anew, with results and training facts.
+    """Regenerates the card of a saved model, with results and facts about its training.
 
     Args:
-        folder: A saved model with one of our backbones.
-        run: The run's folder, with ``training.json`` and ``recipe.yaml``; by default the one above `folder`.
-        results: As ``EmbedderCardData.results``; results of other tasks and metrics in the card that is there stay, as
-            do its tags and widget.
-        model_id: Hub id that it will have.
-        license: Of the model.
+        folder: A saved model with an ``LLMTransformer``.
+        run: The run's folder, with ``training.json`` and ``recipe.yaml``; by default the parent of `folder`.
+        results: As ``EmbedderCardData.results``. The existing card's tags, widget, and results of other tasks and
+            metrics are kept.
+        model_id: Hub id that the model will have.
+        license: Licence of the model.
         trust_remote_code: Run code in `folder` that is not the installed package's.
 
     Returns:
-        The card.
+        The card's file.
 
     Raises:
-        ConfigurationError: If the model has another backbone than ours: sentence-transformers writes its card.
+        ConfigurationError: If the model has another backbone: sentence-transformers writes its card.
+        DataError: If the existing card or the run's files cannot be read.
+
+    Example:
+        >>> write_card(Path("runs/mine/model"), license="apache-2.0")  # doctest: +SKIP
+        PosixPath('runs/mine/model/README.md')
     """
     model = load_model(folder, trust_remote_code=trust_remote_code, device="cpu")
     if not hasattr(model[0], "layer_readout"):
-        raise ConfigurationError(f"{folder} holds no LLMTransformer; sentence-transformers writes its card.")
+        raise ConfigurationError(f"{folder} has no LLMTransformer, so sentence-transformers writes its card.")
     given = {"model_id": model_id, "license": license, "results": list(results)}
     return write_card_of(model, folder, earlier=folder / "README.md", run=run or folder.parent, given=given)
 
@@ -209,15 +213,15 @@ def write_card_of(
     """Writes the card of a loaded model into `folder`.
 
     Args:
-        model: With one of our backbones.
-        folder: Where it is saved.
-        earlier: A card that says id, licence and results where `given` does not; it need not exist.
+        model: A model with an ``LLMTransformer``.
+        folder: Folder of the saved model.
+        earlier: An existing card, whose id, licence and results are kept unless `given` has others; it may be missing.
         run: As for :func:`write_card`.
         given: Fields of :class:`EmbedderCardData`.
         native: As in :class:`EmbedderCardData`.
 
     Returns:
-        The card.
+        The card's file.
     """
     known = _read_card(earlier) if earlier.is_file() else {}
     tags, widget = known.pop("tags", []), known.pop("widget", [])
@@ -239,9 +243,9 @@ def _read_card(file: Path) -> dict[str, Any]:
         data: Any = ModelCard(read_text(file), ignore_metadata_errors=True).data
     except StLlmpoolError:
         raise
-    except Exception as error:  # huggingface_hub lets through whatever YAML and its own checks raise
+    except Exception as error:  # of YAML or of huggingface_hub's checks
         reason = " ".join(str(error).split())[:300]
-        raise DataError(f"The front matter of {file} cannot be read: {reason}. Mend or delete it.") from error
+        raise DataError(f"The front matter of {file} cannot be read: {reason}. Fix or delete it.") from error
     results = [
         {"task": row.dataset_name, "type": row.task_type, "metric": row.metric_type, "score": row.metric_value}
         for row in data.eval_results or ()
@@ -249,7 +253,7 @@ def _read_card(file: Path) -> dict[str, Any]:
     model_id = data.model_name if _REPOSITORY.fullmatch(str(data.model_name)) else None
     kept = {name: vars(data).get(name) for name in ("tags", "widget")}
     if not all(value is None or isinstance(value, list) for value in kept.values()):
-        raise DataError(f"The front matter of {file} has tags or a widget that are no list. Mend or delete them.")
+        raise DataError(f"The front matter of {file} has tags or a widget that are not a list. Fix or delete them.")
     return {
         "license": data.license,
         "language": data.language,
@@ -261,10 +265,10 @@ def _read_card(file: Path) -> dict[str, Any]:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Returns the defined scores that ``st-llmpool evaluate --out`` left, as :class:`EmbedderCardData` takes them.
+    """Returns the finite scores of an output folder of ``st-llmpool evaluate``, as ``EmbedderCardData.results``.
 
     Raises:
-        DataError: If there is no table of scores in the folder.
+        DataError: If the folder has no table of scores.
     """
     file = folder / "scores.json"
     if not file.is_file():
@@ -277,55 +281,48 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def training_facts(run: Path) -> dict[str, Any]:
-    """Returns the fields of :class:`EmbedderCardData` that a run's ``training.json`` and ``recipe.yaml`` fill."""
+    """Returns fields of :class:`EmbedderCardData` from a run's ``training.json`` and ``recipe.yaml``."""
     if not (run / "training.json").is_file():
         return {}
     facts = read_json_object(run / "training.json")
     recipe = read_yaml(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else {}
     try:
         return _facts_of(run, facts, recipe)
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise DataError(
-            f"{run} holds a training.json or recipe.yaml that st-llmpool train did not write ({error!r}). Name the "
+            f"{run} has a training.json or recipe.yaml that st-llmpool train did not write ({error!r}). Name the "
             f"run's folder, or remove them."
         ) from error
 
 
 def _facts_of(run: Path, facts: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
-    sets = [DatasetSettings(**item) for item in recipe.get("data", ())]
-    licenses = {item.label: item.license for item in sets}
-    own = [{"name": name, "rows": rows, "license": licenses.get(name)} for name, rows in facts["rows"].items()]
     base = recipe.get("model", {}).get("base")
     return {
         "training": facts,
-        "recipe": yaml.safe_dump(_without_places(recipe), sort_keys=False) if recipe else None,
-        "data": [*_stage_sets(run, recipe), *own],
+        "recipe": yaml.safe_dump(_without_local_paths(recipe), sort_keys=False) if recipe else None,
+        "data": [*_stage_sets(run), *_training_sets(facts)],
         "base_title": "the built-in backbone of st_llmpool" if base == "builtin" else base and without_folders(base),
     }
 
 
-def _stage_sets(run: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the sets of the stages before the training, as :class:`EmbedderCardData` takes them."""
-    found = []
-    for number, stage in enumerate(recipe.get("stages") or (), start=1):
-        report = run / "stages" / f"{number}-{stage['kind']}" / "training.json"
-        rows = read_json_object(report).get("rows", {}) if report.is_file() else {}
-        texts = [TextSettings(**item) for item in stage.get("texts") or ()]
-        pairs = [DatasetSettings(**item) for item in stage.get("data") or ()]
-        sets: list[TextSettings | DatasetSettings] = [*texts, *pairs]
-        found += [
-            {
-                "name": f"{item.label} ({stage['kind']})",
-                "rows": rows.get(item.label),
-                "license": item.license,
-            }
-            for item in sets
-        ]
-    return found
+def _stage_sets(run: Path) -> list[dict[str, Any]]:
+    """Returns the training sets of earlier stages, in order; their folders are called ``1-mntp`` and so on."""
+    reports = sorted(run.glob("stages/*/training.json"), key=lambda file: int(file.parent.name.partition("-")[0]))
+    return [
+        {**row, "name": f"{row['name']} ({report.parent.name.partition('-')[2]})"}
+        for report in reports
+        for row in _training_sets(read_json_object(report))
+    ]
+
+
+def _training_sets(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the training sets that a ``training.json`` names; older versions wrote no licences."""
+    rows, licenses = facts.get("rows", {}), facts.get("licenses", {})
+    return [{"name": name, "rows": rows.get(name), "license": licenses.get(name)} for name in {**rows, **licenses}]
 
 
 def without_folders(value: str) -> str:
-    """Returns the last part of a local path, and any other text, such as a Hub id, as it is.
+    """Returns the last part of a local path, and any other text, such as a Hub id, unchanged.
 
     Example:
         >>> without_folders("/data/secret/pairs.jsonl"), without_folders("org/name")
@@ -335,12 +332,14 @@ def without_folders(value: str) -> str:
         return value
     path = Path(value)
     is_long = value.count("/") > 1 and not re.search(r"\s", value)
-    is_local = path.is_absolute() or value.startswith((".", "~")) or path.suffix in FORMATS or os.path.exists(path)
+    is_local = (
+        path.is_absolute() or value.startswith((".", "~")) or path.suffix in _DATA_SUFFIXES or os.path.exists(path)
+    )
     return path.name if is_long or is_local else value
 
 
-def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Returns the recipe without folders of the machine that it ran on: they help nobody and tell of their owner."""
+def _without_local_paths(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Returns the recipe without local folders, which help nobody and may be private."""
 
     def shorten(value: Any) -> Any:
         if isinstance(value, dict):
@@ -373,19 +372,19 @@ def _design(model: Any, base_title: str | None, *, native: bool, measured: bool)
     backbone, pooling = model[0], model[1]
     adapter = _adapter(model)
     settings = pooling.get_config_dict() if hasattr(pooling, "get_config_dict") else {}
-    layers = f"{_ranges(backbone.layers)} of {backbone.num_layers}" if backbone.layers else "the last one"
+    layers = f"{_ranges(backbone.layers)} of {backbone.num_layers}" if backbone.layers else "the last"
     source = adapter.base_model_name_or_path if adapter else backbone.config._name_or_path
     base = base_title or without_folders(source) or "an unnamed base"
     rows = [
         ("base", f"{base} ({type(backbone.model).__name__})"),
         ("attention", backbone.attention),
-        ("causal on purpose", f"layers {_ranges(backbone.causal_layers)}" if backbone.causal_layers else "none"),
+        ("causal by design", f"layers {_ranges(backbone.causal_layers)}" if backbone.causal_layers else "none"),
         ("layers read", layers),
-        ("a layer's summary", {"eos": "its last token", "mean": "mean of its tokens"}[backbone.layer_readout]),
+        ("summary of a layer", {"eos": "last token", "mean": "mean of the tokens"}[backbone.layer_readout]),
         ("pooling", f"{_pooling_name(model)} {_settings(settings)}"),
         ("EOS token appended", "yes" if backbone.add_eos_token else "no"),
         ("prompt pooled", "yes" if backbone.include_prompt else "no"),
-        ("longest text", f"{model.max_seq_length} tokens"),
+        ("maximum length", f"{model.max_seq_length} tokens"),
     ]
     if adapter:
         rows.append(("adapter", f"{adapter.peft_type.value} of rank {getattr(adapter, 'r', '?')}"))
@@ -397,7 +396,7 @@ def _design(model: Any, base_title: str | None, *, native: bool, measured: bool)
         "pooling": _pooling_name(model),
         "rows": rows,
         "keeps_eos": backbone.add_eos_token,
-        "report": _report(model) if measured else "Not measured: a checkpoint. `st-llmpool doctor` proves it.",
+        "report": _report(model) if measured else "Not measured for a checkpoint; `st-llmpool doctor` measures it.",
         "cost": _cost(model),
         "loading": _loading(model, adapter, native=native),
         "serving": _SERVING[native],
@@ -410,9 +409,9 @@ def _report(model: Any) -> str:
     except StLlmpoolError as error:
         return f"Not measured: {error}"
     return (
-        f"Recorded: {model[0].attention}. Measured when this card was written, by changing tokens and seeing which "
-        f"others move: **{report.verdict}**. The same check runs at every load; `st-llmpool doctor` proves it "
-        f"layer by layer."
+        f"Configured: {model[0].attention}. Measured when this card was written, by changing tokens and checking which "
+        f"other tokens change: **{report.verdict}**. The same check runs at every load; `st-llmpool doctor` checks "
+        f"every layer."
     )
 
 
@@ -423,29 +422,29 @@ def _cost(model: Any) -> list[tuple[str, str]]:
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters()) / 2**20
     return [
         ("parameters", f"{backbone + adapter + pooling:,}"),
-        ("of the backbone", f"{backbone:,}"),
-        *([("of the adapter", f"{adapter:,}")] if adapter else []),
-        ("of the pooling", f"{pooling:,}"),
-        ("operations for each token, about", f"{2 * (backbone + adapter - lookup) / 1e9:.3g} GFLOP"),
+        ("in the backbone", f"{backbone:,}"),
+        *([("in the adapter", f"{adapter:,}")] if adapter else []),
+        ("in the pooling", f"{pooling:,}"),
+        ("operations per token (approximate)", f"{2 * (backbone + adapter - lookup) / 1e9:.3g} GFLOP"),
         ("weights in memory", f"{size:,.0f} MiB"),
     ]
 
 
 def _loading(model: Any, adapter: Any, *, native: bool) -> str:
     if native:
-        return "Native: neither a flag nor st_llmpool is needed."
+        return "Native: loads with sentence-transformers alone, without a flag."
     ours = [type(module) for module in model if hasattr(module, "is_st_llmpool_module")]
     files = {file for module_class in ours for file in code_files(Path(inspect.getfile(module_class)))}
     lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
     text = (
-        f"Portable: the flag lets sentence-transformers run the {len(files)} Python files of this repository "
-        f"({lines:,} lines); st_llmpool need not be installed. Read them first; `st-llmpool doctor` says whether they "
-        f"are the published ones."
+        f"Portable: `trust_remote_code=True` lets sentence-transformers run the {len(files)} Python files of this "
+        f"repository ({lines:,} lines); st_llmpool need not be installed. Review them first, or let `st-llmpool "
+        f"doctor` compare them with the installed st_llmpool."
     )
     if adapter:
         text += (
-            f" This is an adapter: `{without_folders(adapter.base_model_name_or_path)}` is loaded beside it, and peft "
-            f"must be installed."
+            f" This is an adapter: it needs peft, and loads `{without_folders(adapter.base_model_name_or_path)}` as "
+            f"its base."
         )
     return text
 

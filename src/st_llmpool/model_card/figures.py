@@ -1,4 +1,4 @@
-"""The pictures of cards and runs; nothing is drawn where matplotlib is not installed."""
+"""Figures of cards and runs; without matplotlib nothing is drawn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_UNMOVED = "No layer moves the embedding:\nthe pooling is untrained."
+_UNMOVED = "No layer changes the embedding:\nthe pooling is untrained."
 _BLUE, _PALE, _EDGE = "#2b6cb0", "#e8eef5", "#1a365d"
 
 
@@ -22,10 +22,10 @@ def draw_curve(file: Path, points: Sequence[Sequence[float]], label: str) -> boo
     Args:
         file: PNG to write.
         points: Steps and values.
-        label: What the values are.
+        label: Label of the values.
 
     Returns:
-        Whether the file was written: not without points, and not without matplotlib.
+        Whether the file was written: False without points or without matplotlib.
     """
     if not points:
         return False
@@ -39,11 +39,11 @@ def draw_curve(file: Path, points: Sequence[Sequence[float]], label: str) -> boo
 
 
 def draw_layer_use(file: Path, use: LayerUse) -> bool:
-    """Draws how far the embedding moves without each layer; returns as :func:`draw_curve`."""
+    """Draws the change of the embedding without each layer; returns as :func:`draw_curve`."""
 
     def draw(axes: Axes) -> None:
         axes.bar([str(layer) for layer in use.layers], use.moved, color=_BLUE)
-        axes.set(xlabel="layer", ylabel="embedding moves by (1 - cosine)", title="Without one layer")
+        axes.set(xlabel="layer", ylabel="1 - cosine", title="Change without one layer")
         axes.set_ylim(0, None if any(use.moved) else 1)
         axes.grid(axis="y", alpha=0.3)
         if not any(use.moved):
@@ -53,7 +53,7 @@ def draw_layer_use(file: Path, use: LayerUse) -> bool:
 
 
 def draw_layers(file: Path, report: Mapping[str, Any]) -> bool:
-    """Draws the similarity (linear CKA) between layers before and after training, and what each is worth and gives.
+    """Draws the similarity (linear CKA) between layers, the score of each alone, and its use by the pooling.
 
     Args:
         file: PNG to write.
@@ -84,12 +84,12 @@ def draw_layers(file: Path, report: Mapping[str, Any]) -> bool:
         panels[-2].set(xlabel="layer", title="each layer alone")
         panels[-2].legend(fontsize=7)
         highest = 0.0
-        for name, label in (("attention", "attention weight"), ("moved", "embedding moves without it")):
+        for name, label in (("attention", "attention weight"), ("moved", "change without it")):
             if report[name] and sum(report[name]) > 0:
                 fractions = [value / sum(report[name]) for value in report[name]]
                 panels[-1].plot(report["read"], fractions, marker=".", label=label)
                 highest = max(highest, *fractions)
-        panels[-1].set(xlabel="layer", title="read by the pooling (fraction)", ylim=(0, 1.3 * highest or 1), xlim=edges)
+        panels[-1].set(xlabel="layer", title="use by the pooling (fraction)", ylim=(0, 1.3 * highest or 1), xlim=edges)
         if panels[-1].lines:
             panels[-1].legend(fontsize=7)
         if not report["moved"] or not any(report["moved"]):
@@ -101,15 +101,15 @@ def draw_layers(file: Path, report: Mapping[str, Any]) -> bool:
 
 
 def draw_design(file: Path, *, attention: str, read: str, pooling: str, num_layers: int, layers: Sequence[int]) -> bool:
-    """Draws the way of a text through the model, with the layers that are read filled.
+    """Draws the model from text to embedding, with the layers that the pooling reads filled.
 
     Args:
         file: PNG to write.
         attention: Attention mode.
-        read: What the pooling gets.
-        pooling: The pooling's name.
-        num_layers: How many layers the backbone has.
-        layers: Numbers of those that are read, from 1.
+        read: Input of the pooling.
+        pooling: Name of the pooling.
+        num_layers: Number of layers of the backbone.
+        layers: Numbers of the layers that are read, from 1.
 
     Returns:
         Whether the file was written.

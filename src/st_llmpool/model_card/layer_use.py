@@ -1,4 +1,4 @@
-"""How much an embedding depends on each layer that its pooling reads."""
+"""Measure how much an embedding depends on each layer that its pooling reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from ..modules.errors import ConfigurationError
 
-#: Texts of several kinds, for models that nobody gave texts for.
+#: Default texts, of several kinds.
 SAMPLE_TEXTS = (
     "Interest rates rose for the third time this year, said the bank.",
     "How do I reset the password of my account?",
@@ -30,22 +30,22 @@ _DECIMALS = 9
 
 @dataclass(frozen=True)
 class LayerUse:
-    """What the embeddings lose without each layer.
+    """Change of the embeddings without each layer.
 
     Attributes:
         layers: Numbers of the layers, from 1.
         moved: For each layer, 1 - cos(embedding, embedding with this layer's summary replaced by its mean over the
-            texts), averaged over the texts: 0 if the layer's part does not depend on the text, or is not used.
-        total: The same with all layers replaced at once.
+            texts), averaged over the texts; 0 if the layer is not used or its contribution does not depend on the text.
+        total: The same with all layers replaced.
     """
 
     layers: tuple[int, ...]
     moved: tuple[float, ...]
     total: float
 
-    def to_table(self) -> Table:
+    def to_rich(self) -> Table:
         """Returns a table for the terminal, with a bar for each layer."""
-        table = Table(title="How far the embedding moves without a layer", title_justify="left")
+        table = Table(title="Change of the embedding without a layer", title_justify="left")
         for heading in ("layer", "1 - cosine", ""):
             table.add_column(heading, justify="left" if not heading else "right")
         for layer, moved in zip(self.layers, self.moved, strict=True):
@@ -59,12 +59,12 @@ class LayerUse:
 def layer_use(model: SentenceTransformer, texts: Sequence[str] = SAMPLE_TEXTS) -> LayerUse:
     """Measures how much the embeddings depend on each layer's summary.
 
-    The backbone runs once. Then the pooling runs with one layer's summaries replaced by their mean over the texts, so
-    that the layer says nothing of the text but keeps its scale.
+    The backbone runs once. Then the pooling runs with one layer's summaries replaced by their mean over the texts,
+    which removes the layer's information about the text and keeps its scale.
 
     Args:
-        model: A model whose pooling reads layers; its code may come from a repository.
-        texts: At least two.
+        model: A model whose pooling reads layers.
+        texts: At least two texts.
 
     Raises:
         ConfigurationError: If the design reads no layers, or fewer than two texts are given.
@@ -77,7 +77,7 @@ def layer_use(model: SentenceTransformer, texts: Sequence[str] = SAMPLE_TEXTS) -
         6
     """
     if len(texts) < 2:
-        raise ConfigurationError(f"{len(texts)} texts: a layer's part is seen by comparing texts; give at least 2.")
+        raise ConfigurationError(f"Layer use is measured on at least 2 texts; got {len(texts)}.")
     was_training = model.training
     model.eval()
     try:
@@ -85,7 +85,9 @@ def layer_use(model: SentenceTransformer, texts: Sequence[str] = SAMPLE_TEXTS) -
         features = model[0]({name: _to(value, model.device) for name, value in features.items()})
         summaries = features.get("layer_summaries")
         if summaries is None:
-            raise ConfigurationError("This design reads no layers: its pooling sees the last one only.")
+            raise ConfigurationError(
+                "The pooling of this design reads only the last layer, so there is no layer use to measure."
+            )
         silent = summaries.mean(dim=0, keepdim=True).expand_as(summaries)
         full = _pool(model, features, summaries)
         moved = []
@@ -110,5 +112,5 @@ def _pool(model: SentenceTransformer, features: dict[str, object], summaries: to
 
 
 def _distance(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Returns the mean of 1 - cosine; rounding errors are zero."""
+    """Returns the mean of 1 - cosine, with rounding errors set to 0."""
     return round((1 - cosine_similarity(first, second)).clamp(min=0).mean().item(), _DECIMALS)

@@ -72,7 +72,7 @@ class Selection:
         return Group(*tables)
 
 
-def select_rows(
+def select(
     pool: Sequence[str | Path],
     target: str | Path,
     count: int,
@@ -119,7 +119,7 @@ def select_rows(
         InputError: If a vector is not finite.
 
     Example:
-        >>> selection = select_rows(["pool.parquet"], "task.parquet", 1000, "chosen.parquet")  # doctest: +SKIP
+        >>> selection = select(["pool.parquet"], "task.parquet", 1000, "chosen.parquet")  # doctest: +SKIP
         >>> selection.note["nearest"][0]["score"]  # doctest: +SKIP
         0.93
     """

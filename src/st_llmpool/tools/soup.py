@@ -26,7 +26,7 @@ from ..utils.random_state import preserve_rng_state
 
 logger = logging.getLogger(__name__)
 
-# Of a backbone's config, what says where it comes from or how it is run, not what it computes.
+# Fields of a backbone's config that do not affect what it computes.
 _NOT_COMPARED = {"architectures", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 
 Weights = dict[str, Tensor]
@@ -35,7 +35,7 @@ Score = Callable[[SentenceTransformer], float]
 
 @dataclass
 class _Ingredient:
-    """A whole model, its adapter merged, and what must be equal in all that are averaged."""
+    """A model with its adapter merged, and the settings that must agree in all models of a soup."""
 
     name: str
     model: Any
@@ -46,13 +46,13 @@ class _Ingredient:
 
 @dataclass(frozen=True)
 class Soup:
-    """What :func:`soup` made.
+    """The result of :func:`soup`.
 
     Attributes:
-        model_dir: Folder of the model.
-        ingredients: The models that are in it, in the order in which they went in.
-        scores: Of a greedy soup, the score of each model alone.
-        score: Of a greedy soup, its own.
+        model_dir: Folder of the averaged model.
+        ingredients: The models in the average, in the order in which they were added.
+        scores: Score of each model alone, for a greedy soup.
+        score: Score of the average, for a greedy soup.
     """
 
     model_dir: Path
@@ -63,53 +63,60 @@ class Soup:
 
 def soup(
     models: Sequence[str | Path],
-    out: Path,
+    output_dir: str | Path,
     *,
     validation: DatasetSettings | None = None,
     suite: str | None = None,
     data_dir: Path | None = None,
     batch_size: int = 32,
     trust_remote_code: bool = False,
+    token: str | None = None,
 ) -> Soup:
     """Averages models, backbone and pooling (Wortsman et al. 2022, arXiv 2203.05482).
 
-    The models are embedding models, or all are bases, such as :func:`adapt` leaves: then so is the soup, and uniform.
-    Without `validation` and `suite` the soup is uniform: the mean of all. With one of them it is greedy (their recipe
-    1): from the best model on, each is added that does not make the score of the average lower. Adapters are merged
-    into their bases first. The average is computed in float32, one weight of one model counting like another.
-    sentence-transformers has ``SentenceTransformer.merge`` for many more ways of merging whole models, with mergekit.
+    Without `validation` and `suite` the soup is uniform: the mean of all models. With one of them it is greedy (recipe
+    1 of the paper): starting from the best model, each next one is kept if the score of the average does not drop.
+    The models may also be base language models, such as the result of :func:`adapt`; their soup is always uniform.
+    Adapters are merged into their bases first. The average is computed in float32 with equal weights.
+    ``SentenceTransformer.merge`` of sentence-transformers offers many more ways to merge models, with mergekit.
 
     Args:
-        models: Folders or Hub ids, two at least, trained from one base with one design; or folders of bases.
-        out: A folder that does not exist yet. It gets the model, with the first one's prompts, and ``soup.json``.
-        validation: Pairs for a greedy soup, by nDCG@10.
-        suite: A suite of local tasks for a greedy soup, by the mean of its scores.
+        models: Folders or Hub ids of at least two models with the same base and design; or folders of bases.
+        output_dir: A folder that does not exist yet, for the model (with the first one's prompts) and ``soup.json``.
+        validation: Pairs that score a greedy soup, by nDCG@10.
+        suite: A suite of local tasks that scores a greedy soup, by the mean of its scores.
         data_dir: Folder of the suite's data.
-        batch_size: Texts to a batch in scoring.
+        batch_size: Batch size of the evaluation.
         trust_remote_code: Run code of the models that is not the installed package's.
+        token: Hub token.
 
     Raises:
-        ConfigurationError: If `out` exists, there are fewer than two models, or they differ in kind, design, tokenizer
-            or the shapes of their weights, the message names in what; or if they cannot be loaded without their code.
+        ConfigurationError: If `output_dir` exists, there are fewer than two models, they differ in kind, design,
+            tokenizer or the shapes of their weights, or they cannot be loaded without their own code.
         DataError: If the validation pairs cannot be read.
 
     Example:
-        >>> soup(["runs/seed-0/model", "runs/seed-1/model"], Path("runs/soup"))  # doctest: +SKIP
+        >>> soup(["runs/seed-0/model", "runs/seed-1/model"], "runs/soup")  # doctest: +SKIP
     """
+    out = Path(output_dir)
     refuse_existing(out)
     names = [str(model) for model in models]
     if len(names) < 2 or len(set(names)) < len(names):
-        raise ConfigurationError(f"models={names}: a soup is of two different models at least.")
+        raise ConfigurationError(f"models={names}: a soup needs at least two different models.")
     if validation is not None and suite is not None:
-        raise ConfigurationError("A soup is chosen by validation pairs or by a suite; give one of them.")
-    folders = {name: _folder(name) for name in names}
+        raise ConfigurationError("A greedy soup is scored on validation pairs or on a suite; give only one of them.")
+    folders = {name: _folder(name, token) for name in names}
     kinds = {_is_embedder(folder) for folder in folders.values()}
     if len(kinds) > 1:
         kind = {name: "an embedding model" if _is_embedder(folder) else "a base" for name, folder in folders.items()}
-        raise ConfigurationError(f"Embedding models and bases cannot be averaged with each other: {kind}.")
+        raise ConfigurationError(
+            f"Embedding models and base language models cannot be averaged with each other: {kind}."
+        )
     load = _load_embedder if kinds == {True} else _load_base
     if load is _load_base and (validation is not None or suite is not None):
-        raise ConfigurationError(f"models={names} are bases, which no validation scores: leave it out for their mean.")
+        raise ConfigurationError(
+            f"models={names} are base language models, which validation cannot score: leave it out for their mean."
+        )
     score = _score(validation, suite, data_dir, batch_size)
 
     first = load(names[0], folders[names[0]], trust_remote_code)
@@ -119,19 +126,19 @@ def soup(
         _check_agreement(first, other)
         weights[name] = other.weights
         if load is _load_embedder and other.model.prompts != first.model.prompts:
-            logger.warning("%s has other prompts than %s, whose prompts the soup gets.", name, first.name)
+            logger.warning("%s has other prompts than %s; the soup gets the prompts of the latter.", name, first.name)
     chosen, scores, final = (names, {}, None) if score is None else _greedy(first.model, weights, score)
     first.model.load_state_dict(average([weights[name] for name in chosen]))
     if load is _load_embedder:
-        _name_anew(first.model, len(chosen))
+        _reset_card(first.model, len(chosen))
     _save(first, out, chosen, scores, final)
     return Soup(out, list(chosen), scores, final)
 
 
 def average(weights: Sequence[Mapping[str, Tensor]]) -> Weights:
-    """Returns the mean of state dicts, in float32 at least and then the first one's dtypes.
+    """Returns the mean of state dicts, computed in at least float32 and returned in the first one's dtypes.
 
-    What is not of a floating type is taken from the first.
+    Tensors that are not floating point are those of the first.
 
     Example:
         >>> average([{"w": torch.zeros(2)}, {"w": torch.ones(2)}])
@@ -169,17 +176,19 @@ def _score(
     return score
 
 
-def _folder(name: str) -> Path:
+def _folder(name: str, token: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
+        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, token=token))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ConfigurationError(f"{name} is no folder here, and not to be had from the Hub: {reason}") from error
+        raise ConfigurationError(
+            f"{name} is neither a folder nor a readable repository on the Hub: {reason}"
+        ) from error
     if not any((folder / file).is_file() for file in ("modules.json", "config.json")):
-        raise ConfigurationError(f"{name} is no saved model: it has neither modules.json nor config.json.")
+        raise ConfigurationError(f"{name} is not a saved model: it has neither modules.json nor config.json.")
     return folder
 
 
@@ -192,7 +201,7 @@ def _load_embedder(name: str, folder: Path, trust_remote_code: bool) -> _Ingredi
     if (folder / "adapter_config.json").is_file():
         merge_adapter(model, folder)
         if hasattr(model[0], "attention"):
-            set_attention(model, model[0].attention)  # the base came afresh, and its config is compared below
+            set_attention(model, model[0].attention)  # the base was reloaded, and its config is compared below
     settings: dict[str, Any] = {"modules": [type(module).__name__ for module in model]}
     settings |= {"max_seq_length": model.max_seq_length}
     for place, module in enumerate(model):
@@ -238,13 +247,13 @@ def _check_agreement(first: _Ingredient, other: _Ingredient) -> None:
     for key in dict.fromkeys([*ours, *theirs]):
         if ours.get(key) != theirs.get(key):
             raise ConfigurationError(
-                f"{key} is {theirs.get(key)!r} in {other.name} and {ours.get(key)!r} in {first.name}: only models of "
-                f"one design and base can be averaged."
+                f"{key} is {theirs.get(key)!r} in {other.name} and {ours.get(key)!r} in {first.name}: only models with "
+                f"the same design and base can be averaged."
             )
     if _rules(first.tokenizer) != _rules(other.tokenizer):
         raise ConfigurationError(
-            f"{other.name} and {first.name} have different tokenizers (vocabulary, special tokens or rules), so that a "
-            f"row of the one's embeddings is not the same token as in the other's."
+            f"{other.name} and {first.name} have different tokenizers (vocabulary, special tokens or rules), so the "
+            f"rows of their embedding matrices belong to different tokens."
         )
     for key in dict.fromkeys([*first.weights, *other.weights]):
         mine, yours = (tuple(kept[key].shape) if key in kept else None for kept in (first.weights, other.weights))
@@ -253,19 +262,19 @@ def _check_agreement(first: _Ingredient, other: _Ingredient) -> None:
 
 
 def _config(model: Any) -> dict[str, Any]:
-    """Returns what of the backbone's config the embeddings depend on."""
+    """Returns the fields of the backbone's config that affect the embeddings."""
     settings = model.config.to_dict().items()
     return {f"config.{key}": value for key, value in settings if key not in _NOT_COMPARED and not key.startswith("_")}
 
 
 def _rules(tokenizer: Any) -> list[Any]:
     rules = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else {}
-    rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}  # of the last call
+    rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}  # set by the last call
     return [tokenizer.get_vocab(), tokenizer.special_tokens_map, rules]
 
 
-def _name_anew(model: SentenceTransformer, number: int) -> None:
-    """The first model's card tells of its training and results, which are not the soup's."""
+def _reset_card(model: SentenceTransformer, number: int) -> None:
+    """Replaces the first model's card, whose training and results are not the soup's."""
     model._model_card_text = None
     model.model_card_data = EmbedderCardData(model_name=f"Average of {number} models", local_files_only=True)
     model.model_card_data.register_model(model)
@@ -274,7 +283,7 @@ def _name_anew(model: SentenceTransformer, number: int) -> None:
 def _save(
     first: _Ingredient, out: Path, chosen: Sequence[str], scores: Mapping[str, float], final: float | None
 ) -> None:
-    short = {name: "/".join(Path(name).parts[-2:]) for name in (*scores, *chosen)}  # no folders of this machine
+    short = {name: "/".join(Path(name).parts[-2:]) for name in (*scores, *chosen)}  # without local paths
     facts = {
         "ingredients": [short[name] for name in chosen],
         "scores": {short[name]: score for name, score in scores.items()},

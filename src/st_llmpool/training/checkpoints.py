@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 
 from ..adapters import has_adapter
 from ..modules.errors import InputError
+from ..utils.reading import read_json
 from .checkpoint_seal import fault_of
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def load_poolings(model: SentenceTransformer, checkpoint: Path) -> None:
     Raises:
         InputError: If the checkpoint is of another model.
     """
-    for entry in json.loads((checkpoint / "modules.json").read_text(encoding="utf-8"))[1:]:
+    for entry in read_json(checkpoint / "modules.json")[1:]:
         module = model[entry["idx"]]
         if any(True for _ in module.parameters()):
             _load_state(module, load_file(checkpoint / entry["path"] / "model.safetensors"), checkpoint)

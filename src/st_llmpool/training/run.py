@@ -391,6 +391,7 @@ def _finish(
         "device": str(trainer.args.device.type),
         "precision": precision_of(recipe.training.precision),
         "rows": rows,
+        "licenses": {item.label: item.license for item in recipe.data},
         "parameters": count_weights(model.parameters()),
         "trained_parameters": count_weights(parameter for parameter in model.parameters() if parameter.requires_grad),
         "pooling_did_nothing": None if share is None else share < NOTHING,

@@ -1,4 +1,4 @@
-"""Optional dependencies: what is missing is named at once, with the command that installs it."""
+"""Check optional dependencies early, with the command that installs a missing one."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ..modules.errors import StLlmpoolError
 
 
 class MissingExtraError(StLlmpoolError, ModuleNotFoundError):
-    """A library that an extra of the package installs is not there."""
+    """A library of one of the package's extras is not installed."""
 
 
 def require(extra: str, *modules: str, purpose: str = "This") -> None:
-    """Checks that libraries are installed; to be called before hours are spent.
+    """Checks that libraries are installed; to be called before a long computation.
 
     Args:
         extra: Extra of the package that installs them.
         modules: Names to import.
-        purpose: What needs them, as the start of a sentence.
+        purpose: What needs them; starts the message.
 
     Raises:
         MissingExtraError: With the command that installs what is missing.

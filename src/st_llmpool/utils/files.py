@@ -22,11 +22,11 @@ _COUNTER = itertools.count()
 
 
 class WriteError(StLlmpoolError, OSError):
-    """A file or folder cannot be written: the disk is full, read-only, or not ours."""
+    """A file or folder cannot be written: the disk is full or read-only, or access is denied."""
 
 
 def slug(title: str) -> str:
-    """Returns `title` with every character replaced that a file name or a repository name cannot hold.
+    """Returns `title` with characters replaced that are not allowed in file or repository names.
 
     Example:
         >>> slug("SentenceTransformer based on org/base")
@@ -36,13 +36,13 @@ def slug(title: str) -> str:
 
 
 def refuse_existing(target: Path) -> None:
-    """Checks that `target` does not exist; to be called before anything is computed for it.
+    """Refuses an existing output folder; to be called before anything is computed.
 
     Raises:
         ConfigurationError: If it does.
     """
     if target.exists():
-        raise ConfigurationError(f"{target} exists; name a folder that does not, or remove it.")
+        raise ConfigurationError(f"{target} exists; choose another folder, or remove it.")
 
 
 def check_model_path(model: str) -> None:
@@ -64,12 +64,12 @@ def check_model_path(model: str) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """Writes a file so that neither a kill nor a power failure leaves half of it.
+    """Writes a file atomically: neither a kill nor a power failure leaves a partial file.
 
     Args:
-        path: Where the file will be; replaced if it exists.
-        content: What it will hold; text is written as UTF-8.
-        durable: Wait until the disk holds it. False is for progress files that are written every second.
+        path: The file; replaced if it exists.
+        content: Its content; text is written as UTF-8.
+        durable: Flush to disk before returning. False is for progress files that are written every second.
 
     Raises:
         WriteError: If the disk is full or read-only; the earlier file is intact.
@@ -80,11 +80,11 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) 
 
 @contextmanager
 def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Gives a temporary sibling of `path` to write to, renamed to `path` at the end and removed on an error.
+    """Yields a temporary sibling of `path`, renamed to `path` at the end and removed on an error.
 
     Args:
-        path: Where the file will be; replaced if it exists. Its folder must exist.
-        durable: Wait until the disk holds it.
+        path: The file; replaced if it exists. Its folder must exist.
+        durable: Flush to disk before returning.
 
     Raises:
         WriteError: If the disk is full or read-only; the earlier file is intact.
@@ -112,16 +112,16 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Gives a temporary sibling of `target` to write into, renamed to `target` at the end and removed on an error.
+    """Yields a temporary sibling folder of `target`, renamed to `target` at the end and removed on an error.
 
-    Processes that write the same target at once do not disturb each other: each has a sibling of its own.
+    Processes that write the same target at once do not disturb each other: each has its own sibling.
 
     Args:
-        target: The folder to be. Its parents are made.
-        replace: Take the place of a folder that is there, which stays until the new one is complete.
+        target: The folder to write. Its parents are created.
+        replace: Replace an existing folder, which stays until the new one is complete.
 
     Raises:
-        ConfigurationError: If another process made `target` meanwhile, unless it may be replaced.
+        ConfigurationError: If another process created `target` in the meantime and `replace` is False.
         WriteError: If the disk is full or read-only; what was there is intact.
 
     Example:
@@ -146,13 +146,13 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def reraise_as_write_error(target: Path) -> Iterator[None]:
-    """Turns what libraries raise over a full or read-only disk into one line that names `target`.
+    """Re-raises library errors about a full or read-only disk as a `WriteError` that names `target`.
 
     Args:
-        target: What is being written.
+        target: The file or folder being written.
 
     Raises:
-        WriteError: Instead of an error that says so.
+        WriteError: In place of such an error.
     """
     try:
         yield
@@ -187,13 +187,13 @@ def _can_be_written(folder: Path) -> bool:
 
 
 def _sibling(path: Path) -> Path:
-    """Returns a hidden name beside `path` that no other write uses and that names its owner."""
+    """Returns a unique hidden sibling of `path` that names the process that writes it."""
     owner = f"{os.getpid()}-{_status(os.getpid())[1]}-{_host()}-{next(_COUNTER)}"
     return path.with_name(f".{path.name[:150]}.{owner}{_SUFFIX}")
 
 
 def _remove_partials_of_the_dead(path: Path) -> None:
-    """Removes what killed processes of this machine left beside `path`; other machines' are left alone."""
+    """Removes temporary siblings of `path` left by killed processes of this machine."""
     start = f".{path.name[:150]}."
     for left in path.parent.iterdir() if path.parent.is_dir() else ():
         if left.name.startswith(start) and left.name.endswith(_SUFFIX):
@@ -225,7 +225,9 @@ def _rename(partial: Path, target: Path, *, replace: bool) -> None:
                     aside.rename(target)
                 raise
             if not replace:
-                raise ConfigurationError(f"Another process made {target} meanwhile; name another folder.") from error
+                raise ConfigurationError(
+                    f"Another process created {target} in the meantime; choose another folder."
+                ) from error
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -261,7 +263,7 @@ def is_alive(pid: int, started: str = "") -> bool:
 
     Args:
         pid: Its id.
-        started: When it started, as the system counts; tells it from a later process with the same id.
+        started: When it started, in the system's ticks; distinguishes it from a later process with the same id.
     """
     if os.name == "nt":  # where os.kill(pid, 0) would end it
         return True

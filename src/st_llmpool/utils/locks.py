@@ -1,4 +1,4 @@
-"""A folder in which one process works at a time; what a killed process left locked is free at once."""
+"""Lock a folder for one process at a time; a killed process does not keep its lock."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ from .files import is_alive, reraise_as_write_error
 from .reading import shown
 
 _FILE = ".lock"
-_PATIENCE = 0.5  # seconds; to take a lock over from a dead process needs a second look
+_PATIENCE = 0.5  # seconds; taking over the lock of a dead process needs a second attempt
 
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Makes `folder` and keeps other processes out of it; removes it at the end if nothing was put into it.
+    """Creates and locks `folder`, and removes it at the end if it is empty.
 
-    The lock is a file that names its process, the machine and when that process started. It is taken over from a
-    process of this machine that has ended, killed or not, and from nobody else: whether a process of another machine
-    still runs cannot be seen from here.
+    The lock is a file with the process, its start time and the machine. Only the lock of a process of this machine that
+    has ended is taken over: whether a process of another machine still runs is unknown.
 
     Args:
         folder: The folder.
 
     Raises:
-        ConfigurationError: If another process works in it; the message names it and the way out.
-        WriteError: If the folder cannot be made.
+        ConfigurationError: If another process holds the lock.
+        WriteError: If the folder cannot be created.
 
     Example:
         >>> with locked_folder(Path("run")):
@@ -75,7 +74,7 @@ def _acquire(lock: SoftFileLock, folder: Path) -> None:
         pid, host = _owner(folder)
         if host != socket.gethostname() or is_alive(pid):
             raise ConfigurationError(_refusal(folder, pid, host)) from None
-        (folder / _FILE).unlink(missing_ok=True)  # ended, but not yet waited for: filelock takes it for alive
+        (folder / _FILE).unlink(missing_ok=True)  # ended, but not yet reaped: filelock treats it as alive
         lock.acquire()
 
 

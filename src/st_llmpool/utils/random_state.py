@@ -1,6 +1,6 @@
-"""Keeps the global random state as it was: evaluators draw from it, and mteb reseeds it on import and with every task.
+"""Preserve the global random state: evaluators draw from it, and mteb reseeds it on import and with every task.
 
-Without this, an evaluation in the middle of training changes the order of the data and the dropout masks after it.
+Otherwise an evaluation during training changes the later order of the data and the dropout masks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Restores the random state of Python, numpy and torch (CPU and CUDA) on leaving, also after an error.
+    """Restores the random state of Python, numpy and torch (CPU and CUDA) at the end, also after an error.
 
     Example:
         >>> torch.manual_seed(1).initial_seed()

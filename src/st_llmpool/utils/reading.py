@@ -171,7 +171,7 @@ def parse_json(text: str, where: str, kind: type[StLlmpoolError] = DataError) ->
 
 
 def read_json_lines(path: str | Path, kind: type[StLlmpoolError] = DataError) -> Iterator[Any]:
-    """Yields the values of a JSON Lines file; blank lines are passed over.
+    """Yields the values of a JSON Lines file, skipping blank lines.
 
     Args:
         path: The file.
@@ -242,8 +242,8 @@ def _check_cells(lines: Iterator[str], name: str, kind: type[StLlmpoolError], *,
     try:
         rows = csv.reader((f"{line}\n" for line in lines), delimiter=separator, strict=True)
         header = next(rows, [])
-        repeated = [column for place, column in enumerate(header) if column in header[:place]]
-        if repeated or "" in header:
+        named = [column for column in header if column]  # pandas writes its index without a name
+        if len(set(named)) < len(named):
             raise kind(f"The header of {name!r} must name every column once; it has {shown(header)}.")
         for row in rows:
             if len(row) > len(header):

@@ -332,6 +332,7 @@ def _finish(
     alpha, scores = _merge(model, recipe, base, tokenizer, lambda: measure(model).accuracy)
     adapted = measure(model)
     facts = {
+        "licenses": {item.label: item.license for item in recipe.texts},
         "wall_seconds": round(seconds_of(trainer), 1),
         "processes": trainer.args.world_size,
         "device": str(trainer.args.device.type),
