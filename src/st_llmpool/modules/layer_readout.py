@@ -66,7 +66,8 @@ class TokenSpans:
 
     def to(self, device: torch.device) -> TokenSpans:
         """Return the spans on `device`; a model spread over devices has layers away from its inputs."""
-        return TokenSpans(*(None if part is None else part.to(device) for part in (self.mask, self.text, self.last)))
+        parts: Any = (self.mask, self.text, self.last)
+        return TokenSpans(*(None if part is None else part.to(device) for part in parts))
 
     def reduce(self, hidden_states: Tensor, readout: str) -> Tensor:
         """Reduce tokens (B, T, D), or (1, N, D) if flat, to (B, D) in float32; what is masked has no effect.
@@ -98,7 +99,8 @@ class TokenSpans:
     def _counts(self) -> Tensor:
         """Return how many tokens of each text of flat input may be seen, (B,)."""
         last: Any = self.last
-        return torch.zeros_like(last).index_add_(0, self.text, self.mask.long())
+        text: Any = self.text
+        return torch.zeros_like(last).index_add_(0, text, self.mask.long())
 
 
 def unflatten(tokens: Tensor, cu_seq_lens_q: Tensor) -> tuple[Tensor, Tensor]:
