@@ -90,8 +90,7 @@ def test_damaged_results_are_named(tmp_path):
 def test_report_is_made_again_from_study_file_and_results_alone(kept, tmp_path, monkeypatch):
     pytest.importorskip("scikit_posthocs", reason="the extra 'plots' is not installed")
     monkeypatch.setattr("st_llmpool.stats.statistics._bootstrap_interval", lambda values: (-0.01, 0.01))
-    for module in ("stats.plots", "study.report.document"):
-        monkeypatch.setattr(f"st_llmpool.{module}._DPI", 20)
+    monkeypatch.setattr("st_llmpool.stats.plots.DPI", 20)
     tables = []
     for number, source in enumerate(kept):
         out = tmp_path / str(number)

@@ -126,7 +126,7 @@ def main(arguments: list[str]) -> int:
     for name in ("study", "run", "out", "work", "data"):
         parser.add_argument(f"--{name}", required=name != "data")
     given = parser.parse_args(arguments)
-    study, output_dir = Study.load(given.study), Path(given.output_dir)
+    study, output_dir = Study.load(given.study), Path(given.out)
     run = next(run for run in study.runs() if run.id == given.run)
     try:
         with lock_of(run.id, output_dir):
