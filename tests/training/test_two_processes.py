@@ -32,6 +32,16 @@ for overrides in json.loads(sys.argv[2]):
 """
 
 
+def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs a script on two processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--main_process_port", "0", *map(str, arguments)]
+    package = str(Path(train.__code__.co_filename).parents[2])
+    path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500)
+
+
 def test_two_processes_give_the_losses_and_weights_of_one_with_the_whole_batch(make_recipe, tmp_path, write_pairs):
     sets = [
         {"source": write_pairs(tmp_path / "a.jsonl", rows=8, seed=1), "instruction": "Find:"},
@@ -46,13 +56,8 @@ def test_two_processes_give_the_losses_and_weights_of_one_with_the_whole_batch(m
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
     (tmp_path / "script.py").write_text(SCRIPT)
 
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--main_process_port", "0", str(tmp_path / "script.py"), str(tmp_path / "recipe.yaml")]
-    launch += [json.dumps([[f"output_dir={tmp_path / name}", *changes] for name, (changes, _) in RUNS.items()])]
-    package = str(Path(train.__code__.co_filename).parents[2])
-    path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False)
+    runs = json.dumps([[f"output_dir={tmp_path / name}", *changes] for name, (changes, _) in RUNS.items()])
+    done = launch(tmp_path / "script.py", tmp_path / "recipe.yaml", runs)
     assert done.returncode == 0, done.stderr[-3000:]
 
     for name in RUNS:
@@ -66,3 +71,69 @@ def test_two_processes_give_the_losses_and_weights_of_one_with_the_whole_batch(m
             for weight, tensor in expected.items():
                 np.testing.assert_allclose(found[weight], tensor, atol=1e-5, err_msg=f"{name}: {weight}")
     assert not np.allclose(alone["plain"].report["losses"], alone["hard"].report["losses"], atol=1e-2)
+
+
+# The loss, or its gradients, are spoilt on the second process alone, in the third step.
+SPOILT = """
+import json, sys
+from pathlib import Path
+from st_llmpool.training import AdaptRecipe, Recipe, adapt, train
+from st_llmpool.training.guarded_trainer import TrainingError
+from st_llmpool.training.mntp.masked_trainer import MaskedTokenTrainer
+from st_llmpool.training.trainer import EmbedderTrainer
+
+def spoil(kind, what):
+    compute_loss = kind.compute_loss
+    def spoilt(self, *args, **kwargs):
+        loss = compute_loss(self, *args, **kwargs)
+        if self.args.process_index == 1 and self.state.global_step == 2:
+            if what == "gradients":
+                loss.register_hook(lambda gradient: gradient * float("nan"))
+            else:
+                loss = loss * float(what)
+        return loss
+    kind.compute_loss = spoilt
+    return compute_loss
+
+for name, (values, what) in json.loads(Path(sys.argv[1]).read_text()).items():
+    kind = MaskedTokenTrainer if "base" in values else EmbedderTrainer
+    sound = spoil(kind, what)
+    try:
+        adapt(AdaptRecipe.from_dict(values)) if "base" in values else train(Recipe.from_dict(values))
+    except TrainingError as error:
+        rank = __import__("os").environ["RANK"]
+        Path(values["output_dir"]).with_name(f"{name}-{rank}.txt").write_text(str(error))
+    kind.compute_loss = sound
+spoil(EmbedderTrainer, "gradients")
+train(Recipe.from_dict({**values, "output_dir": values["output_dir"] + "-again"}))  # ends the processes
+"""
+
+
+def test_what_is_not_finite_on_one_process_stops_both_before_anything_is_saved(
+    make_recipe, tiny_lm, words_file, tmp_path, write_pairs
+):
+    pairs = write_pairs(tmp_path / "pairs.jsonl", rows=16)
+    training = {"steps": 5, "save_steps": 1, "learning_rate": 1e-3}
+    values = make_recipe({"data": [{"source": pairs}], "training": training}).to_dict()
+    stage = {"kind": "simcse", "texts": [{"source": pairs, "column": "query"}]}
+    texts = {"base": tiny_lm, "texts": [{"source": words_file}], "max_seq_length": 24, "training": values["training"]}
+    runs = {
+        "mntp": (texts, "nan"),
+        "simcse": ({**values, "stages": [stage]}, "inf"),
+    }
+    runs = {name: ({**recipe, "output_dir": str(tmp_path / name)}, what) for name, (recipe, what) in runs.items()}
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    (tmp_path / "script.py").write_text(SPOILT)
+    done = launch(tmp_path / "script.py", tmp_path / "runs.json")
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "TrainingError: Step 3: the gradients are not finite" in done.stderr, done.stderr[-6000:]
+
+    for name in runs:
+        messages = [(tmp_path / f"{name}-{rank}.txt").read_text() for rank in range(2)]
+        assert messages[0].startswith("Step 3: the "), messages[0]
+        assert messages[0] == messages[1]
+        folder = tmp_path / name / ("stages/1-simcse" if name == "simcse" else "")
+        checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
+        assert checkpoints == ["checkpoint-1", "checkpoint-2"], name
+        assert not (folder / "model").exists()
+        assert not (tmp_path / name / ".lock").exists()
