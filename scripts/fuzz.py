@@ -222,7 +222,7 @@ def targets() -> dict[str, Target]:
         return read_models(models, [("m", "")] * len(models))
 
     def folder(file: Path) -> object:
-        return list(doctor._examine_folder(file.parent))
+        return list(doctor._check_folder(file.parent))
 
     def card_text(content: object) -> str:
         return f"---\n{yaml.safe_dump(content)}---\n# Title\n"
