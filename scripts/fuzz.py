@@ -42,9 +42,11 @@ RECIPE = {
     },
     "data": [{"source": "pairs.jsonl", "columns": {"query": "q", "negative": ["n"]}, "weight": 0.5, "limit": 10}],
     "loss": {"name": "infonce", "mixing": {"hardest": 4}, "matryoshka_dims": [8, 16]},
-    "training": {"steps": 10, "learning_rate": "1e-4", "warmup_steps": 0.1, "sparse_tuning": {"layers": 2}},
-    "evaluation": {"data": [{"source": "held.csv"}], "steps": 5},
-    "stages": [{"kind": "mntp", "texts": [{"source": "t.txt"}], "masking": {"share": 0.2}, "merge": [0.1, 0.5]}],
+    "training": {"max_steps": 10, "learning_rate": "1e-4", "warmup_steps": 0.1, "sparse_tuning": {"layers": 2}},
+    "evaluation": {"data": [{"source": "held.csv"}], "eval_steps": 5},
+    "stages": [
+        {"kind": "mntp", "texts": [{"source": "t.txt"}], "masking": {"mlm_probability": 0.2}, "merge": [0.1, 0.5]}
+    ],
 }
 ADAPT = {"output_dir": "x", "base": "b", "texts": [{"source": "t.txt", "limit": 3}], "merge": 0.5, "lora": "paper"}
 STUDY = {
@@ -53,7 +55,7 @@ STUDY = {
     "seeds": [0, 1],
     "designs": [{"design": "5"}, {"design": "4", "option": "x", "change": {"model": {"layers": [1]}}}],
     "contrasts": ["5:4 (x)"],
-    "recipe": {"model": {"tune": "full"}, "data": [{"source": "{data}/a.parquet"}], "training": {"steps": 3}},
+    "recipe": {"model": {"tune": "full"}, "data": [{"source": "{data}/a.parquet"}], "training": {"max_steps": 3}},
     "suite": "builtin",
     "limit": 5,
 }
@@ -85,7 +87,7 @@ RECORD = {
     "evaluation": {"suite": "s"},
     "training": {"evaluations": [[1, {"x_ndcg@10": 0.5}], [2, {"x_ndcg@10": 0.6}], [3, {"x_ndcg@10": 0.7}]]},
     "evaluation_seconds": 1.5,
-    "stages": [{"steps": 3}],
+    "stages": [{"max_steps": 3}],
     "data": {"a": "b"},
 }
 POOLING = {"embedding_dimension": 8, "num_layers": 3, "num_latents": 2, "num_heads": 2, "head_dim": 4, "mlp_ratio": 1}

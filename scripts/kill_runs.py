@@ -72,7 +72,7 @@ def write_inputs(folder: Path) -> None:
 
 def recipe_of(kind: str, inputs: Path, folder: Path, steps: int) -> dict:
     """Returns a recipe with a checkpoint at every second step."""
-    training = {"steps": steps, "batch_size": 4, "save_steps": 2, "learning_rate": 1e-3, "logging_steps": 1}
+    training = {"max_steps": steps, "batch_size": 4, "save_steps": 2, "learning_rate": 1e-3, "logging_steps": 1}
     lora = {"r": 4, "lora_dropout": 0.2}
     texts = [{"source": str(inputs / "texts.txt")}]
     if kind == "mntp":
@@ -88,7 +88,7 @@ def recipe_of(kind: str, inputs: Path, folder: Path, steps: int) -> dict:
         },
         "data": [{"source": str(inputs / "pairs.jsonl")}],
         "training": training,
-        "stages": [{**stage, "training": {**training, "steps": max(steps // 2, 2)}} for stage in stages],
+        "stages": [{**stage, "training": {**training, "max_steps": max(steps // 2, 2)}} for stage in stages],
     }
 
 

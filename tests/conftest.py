@@ -154,7 +154,7 @@ def words_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def make_recipe(tmp_path: Path, tiny_llm: str, pairs: str) -> Callable[..., Recipe]:
-    """`make_recipe({"training": {"steps": 3}}, "seed=1")` changes a recipe that trains in seconds."""
+    """`make_recipe({"training": {"max_steps": 3}}, "seed=1")` changes a recipe that trains in seconds."""
     from st_llmpool.training import Recipe
     from st_llmpool.utils.settings import merge
 
@@ -163,7 +163,7 @@ def make_recipe(tmp_path: Path, tiny_llm: str, pairs: str) -> Callable[..., Reci
             "output_dir": str(tmp_path / "run"),
             "model": {"base": tiny_llm, "max_seq_length": 24},
             "data": [{"source": pairs}],
-            "training": {"steps": 2, "batch_size": 4, "logging_steps": 1, "warmup_steps": 0},
+            "training": {"max_steps": 2, "batch_size": 4, "logging_steps": 1, "warmup_steps": 0},
         }
         return Recipe.from_dict(merge(values, changes or {}), overrides)
 

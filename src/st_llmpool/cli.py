@@ -171,7 +171,7 @@ def batch_size(
     chosen = Recipe.from_yaml(recipe, overrides=overrides or [])
     with console.status("Trying ...") as status:
         trials = largest_batch(
-            chosen, memory, at_most=at_most, told=lambda trial: status.update(f"{trial.describe()}. Trying ...")
+            chosen, memory, at_most=at_most, on_trial=lambda trial: status.update(f"{trial.describe()}. Trying ...")
         )
     best = max(trial.batch_size for trial in trials if trial.fits)
     console.print(batch_table(trials, memory))
@@ -196,12 +196,12 @@ def adapt(
     ] = None,
     column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     attention: Annotated[str, typer.Option(help="bidirectional or causal.")] = "bidirectional",
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps; one pass over the data by default.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; one pass over the data by default.")] = None,
     batch_size: _BatchSize = 64,
     learning_rate: Annotated[
         float | None, typer.Option(help="By default 2e-4 for an adapter, 2e-5 for the full model.")
     ] = None,
-    mask_share: Annotated[float, typer.Option(help="Fraction of tokens to mask.")] = 0.2,
+    mlm_probability: Annotated[float, typer.Option(help="Fraction of tokens to mask.")] = 0.2,
     tune: Annotated[str, typer.Option(help="lora (merged at the end) or full.")] = "lora",
     merge: Annotated[
         list[float] | None,
@@ -214,17 +214,17 @@ def adapt(
     """Adapt BASE with masked next-token prediction and report the gain."""
     from .training import AdaptRecipe
     from .training import adapt as run
-    from .training.mntp.masked_accuracy import accuracy_table
+    from .training.mntp.masked_next_token import accuracy_table
 
     values = {
         "output_dir": str(out),
         "base": base,
         "texts": [{"source": source, "column": column} for source in data],
         "attention": attention,
-        "masking": {"share": mask_share},
+        "masking": {"mlm_probability": mlm_probability},
         "tune": tune,
         "merge": merge[0] if merge and len(merge) == 1 else merge,
-        "training": {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate},
+        "training": {"max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate},
     }
     console = _console()
     chosen = AdaptRecipe.from_dict(values, overrides or [])

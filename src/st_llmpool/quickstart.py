@@ -93,12 +93,12 @@ def _recipe(out: Path, steps: int) -> Recipe:
             "data": [{"source": "docstrings"}],
             "loss": {"num_negatives": 0},
             "training": {
-                "steps": steps,
+                "max_steps": steps,
                 "batch_size": 48,
                 "learning_rate": 5e-4,
                 "warmup_steps": 0.1,
                 "save_steps": steps,
-                "keep_checkpoints": 1,
+                "save_total_limit": 1,
             },
         }
     )

@@ -84,5 +84,5 @@ def test_memory_does_not_grow_with_the_pool_whether_targets_are_few_or_many(targ
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_more_rows_than_there_are_cannot_be_taken(count):
-    with pytest.raises(ConfigurationError, match=f"{count} rows cannot be taken from a pool of 2: take 1 to 2"):
+    with pytest.raises(ConfigurationError, match=f"{count} rows cannot be selected from 2: select 1 to 2"):
         round_robin(np.eye(2), np.eye(2), count)

@@ -178,7 +178,7 @@ def finished(tiny_llm, tmp_path_factory) -> Path:
         "output_dir": str(root / "run"),
         "model": {"base": tiny_llm, "max_seq_length": 16, "tune": "pooling"},
         "data": [{"source": str(root / "pairs.jsonl")}],
-        "training": {"steps": 1, "batch_size": 4, "warmup_steps": 0},
+        "training": {"max_steps": 1, "batch_size": 4, "warmup_steps": 0},
     }
     train(Recipe.from_dict(values))
     shutil.rmtree(root / "run" / "checkpoints")

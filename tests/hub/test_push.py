@@ -358,8 +358,8 @@ def test_no_row_of_the_training_data_and_no_folder_is_saved_or_pushed(hub, tiny_
         "output_dir": str(secret / "run"),
         "model": {"base": str(secret / "base"), "max_seq_length": 16, "tune": tune},
         "data": [{"source": str(secret / "pairs.jsonl")}],
-        "evaluation": {"data": [{"source": str(secret / "pairs.jsonl"), "limit": 4}], "steps": 1},
-        "training": {"steps": 1, "batch_size": 4, "warmup_steps": 0},
+        "evaluation": {"data": [{"source": str(secret / "pairs.jsonl"), "limit": 4}], "eval_steps": 1},
+        "training": {"max_steps": 1, "batch_size": 4, "warmup_steps": 0},
     }
     train(Recipe.from_dict(values))
     saved = contents(secret / "run" / "model")
@@ -381,7 +381,7 @@ def test_rows_of_the_training_data_are_shown_on_request(tiny_llm, tmp_path):
         "output_dir": str(tmp_path / "run"),
         "model": {"base": tiny_llm, "max_seq_length": 16, "tune": "pooling"},
         "data": [{"source": str(tmp_path / "train.jsonl")}],
-        "training": {"steps": 1, "batch_size": 4, "warmup_steps": 0},
+        "training": {"max_steps": 1, "batch_size": 4, "warmup_steps": 0},
         "card_examples": True,
     }
     train(Recipe.from_dict(values))

@@ -22,8 +22,7 @@ from st_llmpool import build_embedder
 from st_llmpool.data.training_data import DatasetSettings, load_pairs
 from st_llmpool.losses import build as losses
 from st_llmpool.losses.build import LossParts, build_loss, check_loss, teacher_scores
-from st_llmpool.losses.cached_focal_ranking_loss import CachedFocalRankingLoss
-from st_llmpool.losses.focal_ranking_loss import FocalRankingLoss
+from st_llmpool.losses.focal_ranking_loss import CachedFocalRankingLoss, FocalRankingLoss
 from st_llmpool.losses.hard_negative_mixing import HardNegativeMixing
 from st_llmpool.losses.settings import LossSettings, MixingSettings
 from st_llmpool.modules.errors import ConfigurationError, DataError
@@ -174,7 +173,7 @@ def test_a_recipe_trains_with_a_guide(make_recipe, tmp_path, other):
 
 
 def test_a_recipe_trains_towards_its_teacher(make_recipe, other):
-    training = {"steps": 30, "batch_size": 12, "learning_rate": 3e-3, "logging_steps": 1}
+    training = {"max_steps": 30, "batch_size": 12, "learning_rate": 3e-3, "logging_steps": 1}
     loss = {"name": "distill", "teacher": other}
     recipe = make_recipe({"loss": loss, "model": {"trust_remote_code": True, "tune": "full"}, "training": training})
     curve = [value for _, value in train(recipe).report["losses"]]
@@ -186,7 +185,7 @@ def normalised(rows: np.ndarray) -> np.ndarray:
 
 
 def test_a_recipe_with_matryoshka_sizes_reports_each_and_saves_the_one_asked_for(make_recipe, pairs):
-    evaluation = {"data": [{"source": pairs, "name": "held"}], "steps": 2}
+    evaluation = {"data": [{"source": pairs, "name": "held"}], "eval_steps": 2}
     changes = {"loss": {"matryoshka_dims": [8, 16]}, "model": {"truncate_dim": 16}, "evaluation": evaluation}
     result = train(make_recipe(changes))
     metrics = result.report["evaluations"][-1][1]

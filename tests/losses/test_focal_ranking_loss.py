@@ -13,8 +13,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from torch import Tensor, nn
 
 from st_llmpool import build_embedder
-from st_llmpool.losses.cached_focal_ranking_loss import CachedFocalRankingLoss
-from st_llmpool.losses.focal_ranking_loss import FocalRankingLoss
+from st_llmpool.losses.focal_ranking_loss import CachedFocalRankingLoss, FocalRankingLoss
 from st_llmpool.losses.hard_negative_mixing import HardNegativeMixing
 from st_llmpool.losses.settings import MixingSettings
 from st_llmpool.modules.errors import InputError

@@ -46,8 +46,12 @@ def tiny_study(tiny_llm, study_data) -> Study:
         recipe={
             "model": {"tune": "full", "max_seq_length": 16},
             "data": [{"source": "{data}/pairs.jsonl"}],
-            "training": {"steps": 4, "batch_size": 4, "save_steps": 2, "logging_steps": 1},
-            "evaluation": {"data": [{"source": "{data}/pairs.jsonl", "limit": 6}], "steps": 2, "at_start": True},
+            "training": {"max_steps": 4, "batch_size": 4, "save_steps": 2, "logging_steps": 1},
+            "evaluation": {
+                "data": [{"source": "{data}/pairs.jsonl", "limit": 6}],
+                "eval_steps": 2,
+                "eval_on_start": True,
+            },
         },
         suite=str(study_data / "suite.yaml"),
         threads=1,

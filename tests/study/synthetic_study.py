@@ -36,7 +36,7 @@ def synthetic_study(**changes: object) -> Study:
         "model": {"tune": "full", "max_seq_length": 128},
         "data": [{"source": "{data}/pairs/train.parquet", "license": "cc-by-sa-4.0"}],
         "loss": {"name": "infonce"},
-        "training": {"steps": 200, "batch_size": 64, "learning_rate": 5e-4},
+        "training": {"max_steps": 200, "batch_size": 64, "learning_rate": 5e-4},
     }
     settings = {
         "designs": designs,

@@ -34,12 +34,12 @@ def data(tmp_path):
 
 def test_epochs_cost_what_their_steps_cost(data):
     """30 rows of the one and 20 of the other set are 3 and 2 batches of 8; two epochs are 10 steps."""
-    by_epochs = forecast(study(epochs=2), [], data_dir=data)
-    assert by_epochs.flops == forecast(study(steps=10), [], data_dir=data).flops
+    by_epochs = forecast(study(num_train_epochs=2), [], data_dir=data)
+    assert by_epochs.flops == forecast(study(max_steps=10), [], data_dir=data).flops
     assert min(by_epochs.flops.values()) > 0
 
 
 def test_epochs_of_unknown_data_are_refused(data):
-    assert forecast(study(steps=10), []).flops
+    assert forecast(study(max_steps=10), []).flops
     with pytest.raises(ConfigurationError, match="say where that is"):
-        forecast(study(epochs=1), [])
+        forecast(study(num_train_epochs=1), [])

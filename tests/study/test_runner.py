@@ -122,7 +122,7 @@ def test_equal_runs_of_another_study_are_taken_over_and_no_others(tiny_study, st
 def test_runs_of_other_settings_are_not_taken_for_those_of_the_study(tiny_study, study_data, tmp_path):
     record_of(tiny_study.runs()[0], tmp_path / "out")
     assert finished(tiny_study.runs(), tmp_path / "out")
-    tiny_study.recipe["training"]["steps"] = 5
+    tiny_study.recipe["training"]["max_steps"] = 5
     with pytest.raises(ConfigurationError, match=r"training\.steps changed"):
         runner_of(tiny_study, study_data, tmp_path / "out")
 

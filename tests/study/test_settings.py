@@ -24,7 +24,7 @@ VALUES = {
     "seeds": [3, 4],
     "bases": {"small": "builtin", "other": "org/model"},
     "suite": "squad",
-    "recipe": {"model": {"tune": "full"}, "data": [{"source": "{data}/pairs.jsonl"}], "training": {"steps": 7}},
+    "recipe": {"model": {"tune": "full"}, "data": [{"source": "{data}/pairs.jsonl"}], "training": {"max_steps": 7}},
 }
 
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from st_llmpool.cli import app
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.tools import batch_size, batch_trial
+from st_llmpool.tools import batch_size
 from st_llmpool.tools.batch_size import BatchTrial, largest_batch
 
 
@@ -55,7 +55,7 @@ def test_it_stops_at_the_largest_that_may_be_tried_and_says_if_none_fits(machine
 def test_what_is_tried_is_the_recipe_on_full_texts_that_all_differ(machine, make_recipe, pairs):
     recipe = make_recipe(
         {
-            "training": {"optimizer": "adamw_8bit", "gradient_checkpointing": True},
+            "training": {"optim": "adamw_8bit", "gradient_checkpointing": True},
             "data": [{"source": pairs, "instruction": "Find: "}],
             "evaluation": {"data": [{"source": pairs}]},
             "stages": [{"kind": "mntp", "texts": [{"source": pairs, "column": "query"}]}],
@@ -65,7 +65,7 @@ def test_what_is_tried_is_the_recipe_on_full_texts_that_all_differ(machine, make
     largest_batch(recipe, memory=1)
     found, rows = tried[0]
     assert found.model == recipe.model
-    assert (found.training.optimizer, found.training.gradient_checkpointing) == ("adamw_8bit", True)
+    assert (found.training.optim, found.training.gradient_checkpointing) == ("adamw_8bit", True)
     assert (found.data[0].instruction, found.stages, found.evaluation.is_on) == ("Find: ", [], False)
     texts = [text for row in rows for text in row.values()]
     assert len(rows) == 2 * found.training.batch_size
@@ -105,10 +105,10 @@ def test_errors_that_tell_of_memory_are_told_from_others(make_recipe, tmp_path, 
     def fail(*args, **kwargs):
         raise RuntimeError(words)
 
-    monkeypatch.setattr(batch_trial, "train", fail)
+    monkeypatch.setattr(batch_size, "train", fail)
     make_recipe().to_yaml(tmp_path / "recipe.yaml")
     with nullcontext() if fits is False else pytest.raises(RuntimeError, match=words):
-        assert batch_trial.main(str(tmp_path / "recipe.yaml"), 2**40) == batch_trial.DOES_NOT_FIT
+        assert batch_size.run_trial(str(tmp_path / "recipe.yaml"), 2**40) == batch_size.DOES_NOT_FIT
 
 
 def test_another_failure_is_no_matter_of_memory(make_recipe):

@@ -10,8 +10,7 @@ import pytest
 
 from st_llmpool.modules.seal import read_manifest
 from st_llmpool.training import Recipe, train
-from st_llmpool.training.checkpoint_seal import fault_of, seal_checkpoint
-from st_llmpool.training.checkpoints import last_checkpoint
+from st_llmpool.training.checkpoints import fault_of, last_checkpoint, seal_checkpoint
 from tests.training.test_checkpoints import write
 
 
@@ -19,7 +18,7 @@ from tests.training.test_checkpoints import write
 def trained(tiny_llm: str, pairs: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoints of a short run. Read only."""
     folder = tmp_path_factory.mktemp("sealed_run") / "run"
-    steps = {"steps": 4, "save_steps": 2, "keep_checkpoints": 2, "batch_size": 4, "warmup_steps": 0}
+    steps = {"max_steps": 4, "save_steps": 2, "save_total_limit": 2, "batch_size": 4, "warmup_steps": 0}
     model = {"base": tiny_llm, "max_seq_length": 24}
     values = {"output_dir": str(folder), "model": model, "data": [{"source": pairs}], "training": steps}
     train(Recipe.from_dict(values))

@@ -50,18 +50,18 @@ def test_the_random_state_of_every_process_must_be_complete(tmp_path):
     assert processes_of(complete) == 2
 
 
-BEST = ["evaluation.keep_best=true", "evaluation.data=[{source: held_out.jsonl}]"]
+BEST = ["evaluation.load_best_model_at_end=true", "evaluation.data=[{source: held_out.jsonl}]"]
 
 
 @pytest.mark.parametrize(
     ("start", "change", "refused"),
     [
-        ([], ["evaluation.steps=7", "evaluation.batch_size=3", "evaluation.at_start=true"], None),
-        ([], BEST, "evaluation.data, evaluation.keep_best"),
+        ([], ["evaluation.eval_steps=7", "evaluation.batch_size=3", "evaluation.eval_on_start=true"], None),
+        ([], BEST, "evaluation.data, evaluation.load_best_model_at_end"),
         (BEST, ["evaluation.data.0.limit=5"], "evaluation.data"),
         (BEST, ["evaluation.suite=builtin"], "evaluation.suite"),
-        (BEST, ["evaluation.steps=7"], "evaluation.steps"),
-        (BEST, ["evaluation.batch_size=3", "evaluation.at_start=true", "training.logging_steps=3"], None),
+        (BEST, ["evaluation.eval_steps=7"], "evaluation.eval_steps"),
+        (BEST, ["evaluation.batch_size=3", "evaluation.eval_on_start=true", "training.logging_steps=3"], None),
         (["loss.teacher=t", "loss.name=distill"], ["evaluation.batch_size=3"], "evaluation.batch_size"),
     ],
 )

@@ -40,7 +40,7 @@ def test_a_recipe_for_a_large_model_trains_on_its_architecture_built_small(name,
         dict(item, name=f"set{place}", subset=None, columns={}) for place, item in enumerate(values["data"])
     ]
     values["model"] |= {"base": make_llm(CONFIGS[name](**SMALL))}
-    values["training"] |= {"steps": 2, "batch_size": 4, "report_to": "none"}
+    values["training"] |= {"max_steps": 2, "batch_size": 4, "report_to": "none"}
     values["loss"] |= {"mini_batch_size": 2}
     if values["model"]["design"] is not None:
         values["model"]["pooling_kwargs"] = {"num_latents": 4, "num_heads": 2, "head_dim": 8}
@@ -57,7 +57,7 @@ def test_a_recipe_for_a_loss_trains_on_other_data(name, tiny_llm, pairs, tmp_pat
     values["model"] |= {"base": tiny_llm, "truncate_dim": values["model"]["truncate_dim"] and 16}
     values["data"][0]["source"] = pairs
     values["evaluation"]["data"] = [item | {"source": pairs} for item in values["evaluation"]["data"]]
-    values["training"] |= {"steps": 2, "batch_size": 4}
+    values["training"] |= {"max_steps": 2, "batch_size": 4}
     values["loss"]["matryoshka_dims"] = values["loss"]["matryoshka_dims"] and [16, 8]
     values["loss"] |= {part: tiny_llm for part in ("guide", "teacher") if values["loss"][part]}
     assert train(Recipe.from_dict(values)).report["steps"] == 2
@@ -69,8 +69,8 @@ def test_the_recipe_with_a_masked_stage_trains_on_other_data(tiny_lm, words_file
     values["model"] |= {"base": tiny_lm}
     values["data"][0]["source"] = pairs
     values["stages"][0]["texts"][0]["source"] = words_file
-    values["training"] |= {"steps": 2, "batch_size": 4}
-    values["stages"][0]["training"] |= {"steps": 2, "batch_size": 4}
+    values["training"] |= {"max_steps": 2, "batch_size": 4}
+    values["stages"][0]["training"] |= {"max_steps": 2, "batch_size": 4}
     assert train(Recipe.from_dict(values)).report["steps"] == 2
     assert json.loads((tmp_path / "run/stages/1-mntp/training.json").read_text())["merge"] == 0.5
 
@@ -86,7 +86,7 @@ def tune(tiny_llm, write_pairs, tmp_path_factory):
         values["output_dir"] = str(folder / name)
         values["model"] |= {"base": tiny_llm, "max_seq_length": 24}
         values["data"] = [{"source": pairs}]
-        values["training"] |= {"steps": 3, "batch_size": 4, "logging_steps": 1, "save_steps": 2}
+        values["training"] |= {"max_steps": 3, "batch_size": 4, "logging_steps": 1, "save_steps": 2}
         return train(Recipe.from_dict(values))
 
     return run
@@ -141,7 +141,7 @@ def test_a_recipe_for_some_layers_trains(name, tune):
 def test_the_paper_recipe_is_the_paper_preset_with_four_bits():
     recipe = Recipe.from_yaml(EXAMPLES / "recipes" / "mistral_7b_qlora_paper.yaml")
     assert (recipe.model.design, recipe.model.quantization) == ("paper-5", "nf4")
-    assert (recipe.training.batch_size, recipe.training.steps, recipe.learning_rate) == (2048, 1000, 1e-5)
+    assert (recipe.training.batch_size, recipe.training.max_steps, recipe.learning_rate) == (2048, 1000, 1e-5)
 
 
 def test_training_on_your_own_pairs_ends_with_a_search(tmp_path, tiny_llm, monkeypatch, capsys):
@@ -150,7 +150,7 @@ def test_training_on_your_own_pairs_ends_with_a_search(tmp_path, tiny_llm, monke
     overrides = [
         f"model.base={tiny_llm}",
         f"output_dir={tmp_path / 'run'}",
-        "training.steps=2",
+        "training.max_steps=2",
         "training.batch_size=4",
     ]
     monkeypatch.setattr(sys, "argv", ["train_on_your_pairs.py", str(tmp_path / "mine.jsonl"), *overrides])

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from st_llmpool.training import Recipe, train
 from st_llmpool.training.guarded_trainer import TrainingError
 from st_llmpool.training.mntp.adaptation import adapt
-from st_llmpool.training.mntp.masked_trainer import MaskedTokenTrainer
+from st_llmpool.training.mntp.trainer import MaskedTokenTrainer
 from st_llmpool.training.trainer import EmbedderTrainer
 from st_llmpool.utils.files import WriteError
 
-from .test_adaptation import make as make_adaptation
+from .mntp.test_adaptation import make as make_adaptation
 
 KINDS = {
     "contrastive": [],
@@ -73,7 +73,7 @@ def batches_seen(monkeypatch, trainer_class):
 def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_at_its_step(make_recipe, monkeypatch, kind, what):
     spoil(monkeypatch, EmbedderTrainer, 3, what)
     seen = batches_seen(monkeypatch, EmbedderTrainer)
-    training = {"steps": 5, "save_steps": 1, "keep_checkpoints": 2, "learning_rate": 1e-3}
+    training = {"max_steps": 5, "save_steps": 1, "save_total_limit": 2, "learning_rate": 1e-3}
     recipe = make_recipe({"training": training}, *KINDS[kind])
     with pytest.raises(TrainingError) as raised:
         train(recipe)
@@ -108,7 +108,7 @@ def test_the_command_gives_one_line_and_status_1(make_recipe, monkeypatch, tmp_p
 
 
 def test_weights_that_a_step_makes_infinite_are_not_saved(make_recipe):
-    recipe = make_recipe({"training": {"steps": 3, "save_steps": 1, "learning_rate": 1e30}})
+    recipe = make_recipe({"training": {"max_steps": 3, "save_steps": 1, "learning_rate": 1e30}})
     with pytest.raises(TrainingError, match=r"Step \d: the (weights|loss|gradients)"):
         train(recipe)
     for file in Path(recipe.output_dir).rglob("*.safetensors"):
@@ -198,7 +198,7 @@ def test_a_full_disk_at_a_checkpoint_gives_one_line_and_keeps_the_one_before(mak
         save(self, folder)
 
     monkeypatch.setattr(EmbedderTrainer, "_save_optimizer_and_scheduler", full)
-    recipe = make_recipe({"training": {"steps": 3, "save_steps": 1, "learning_rate": 1e-3}})
+    recipe = make_recipe({"training": {"max_steps": 3, "save_steps": 1, "learning_rate": 1e-3}})
     with pytest.raises(WriteError, match=r"checkpoint-2 cannot be written: .*what was there is intact"):
         train(recipe)
     checkpoints = Path(recipe.output_dir) / "checkpoints"

@@ -18,7 +18,7 @@ def recipe(**changes):
 
 def test_a_recipe_survives_its_yaml_file(tmp_path):
     values = MINIMAL | {"preset": "paper", "evaluation": {"data": [{"source": "x.csv", "name": "held"}]}, "seed": 3}
-    first = Recipe.from_dict(values, ["training.steps=7", "model.layers=[1, -1]", "data.0.instruction=Frage: "])
+    first = Recipe.from_dict(values, ["training.max_steps=7", "model.layers=[1, -1]", "data.0.instruction=Frage: "])
     first.to_yaml(tmp_path / "recipe.yaml")
     assert Recipe.from_yaml(tmp_path / "recipe.yaml") == first
     assert first.data[0].instruction == "Frage:"
@@ -32,8 +32,8 @@ def test_mixing_is_off_until_it_is_asked_for():
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_preset():
-    built = Recipe.from_dict(MINIMAL | {"preset": "paper", "training": {"steps": 50}}, ["training.batch_size=8"])
-    assert (built.training.steps, built.training.batch_size, built.training.warmup_steps) == (50, 8, 100)
+    built = Recipe.from_dict(MINIMAL | {"preset": "paper", "training": {"max_steps": 50}}, ["training.batch_size=8"])
+    assert (built.training.max_steps, built.training.batch_size, built.training.warmup_steps) == (50, 8, 100)
 
 
 def test_the_paper_preset_is_what_the_paper_says():
@@ -41,8 +41,8 @@ def test_the_paper_preset_is_what_the_paper_says():
     assert (built.loss.name, built.loss.scale, built.loss.num_negatives) == ("infonce", 20.0, 1)
     assert built.loss.gather_across_devices
     assert built.loss.mini_batch_size is not None
-    assert (built.training.batch_size, built.training.steps, built.training.warmup_steps) == (2048, 1000, 100)
-    assert (built.learning_rate, built.training.pooling_learning_rate, built.training.schedule) == (
+    assert (built.training.batch_size, built.training.max_steps, built.training.warmup_steps) == (2048, 1000, 100)
+    assert (built.learning_rate, built.training.pooling_learning_rate, built.training.lr_scheduler_type) == (
         1e-5,
         1e-5,
         "linear",
@@ -61,7 +61,7 @@ def test_the_default_learning_rate_goes_by_what_trains(tune, rate):
         ({"preset": "papper"}, "preset='papper' is unknown.*Did you mean 'paper'"),
         ({"training": {"learnig_rate": 1}}, "training.learnig_rate is not a key.*Did you mean 'learning_rate'"),
         ({"training": {"batch_size": 1}}, "batch_size=1 leaves a query without negatives"),
-        ({"training": {"steps": 0}}, "training.steps=0 must be at least 1"),
+        ({"training": {"max_steps": 0}}, "training.max_steps=0 must be at least 1"),
         ({"data": []}, "data is empty"),
         ({"data": [{"source": "a/x.csv"}, {"source": "b/x.csv"}]}, "two sets that are called 'x'"),
         ({"data": [{"source": "x.csv", "weight": 1}, {"source": "y.csv"}]}, "'y' has no weight"),
@@ -85,20 +85,20 @@ def test_the_default_learning_rate_goes_by_what_trains(tune, rate):
             {"model": {"base": "b", "tune": "full"}, "training": {"sparse_tuning": {"layers": 1}}},
             "model.tune=full has none",
         ),
-        ({"evaluation": {"keep_best": True}}, "keep_best needs something to measure"),
+        ({"evaluation": {"load_best_model_at_end": True}}, "load_best_model_at_end needs something to measure"),
         ({"training": {"learning_rate": -1}}, "training.learning_rate=-1.0 must be above 0 and at most 1"),
         ({"training": {"learning_rate": 1e38}}, r"training.learning_rate=1e\+38 must be above 0 and at most 1"),
         ({"training": {"learning_rate": "nan"}}, "training.learning_rate='nan' must be a finite number"),
         ({"training": {"pooling_learning_rate": -1}}, "pooling_learning_rate=-1.0 must be at least 0 and at most 1"),
         ({"training": {"weight_decay": -0.1}}, "weight_decay=-0.1 must be at least 0"),
-        ({"training": {"workers": -1}}, "workers=-1 must be at least 0"),
+        ({"training": {"dataloader_num_workers": -1}}, "workers=-1 must be at least 0"),
         ({"evaluation": {"batch_size": 0}}, "evaluation.batch_size=0 must be at least 1"),
         ({"seed": -1}, "seed=-1 must be at least 0"),
         ({"seed": 2**32}, "seed=4294967296 must be at least 0 and at most"),
         ({"preset": ["paper"]}, r"preset=\['paper'\] is unknown"),
         (
-            {"stages": [{"kind": "simcse", "texts": [{"source": "x.txt"}], "training": {"steps": 0}}]},
-            "training.steps=0 must be at least 1",
+            {"stages": [{"kind": "simcse", "texts": [{"source": "x.txt"}], "training": {"max_steps": 0}}]},
+            "training.max_steps=0 must be at least 1",
         ),
     ],
 )

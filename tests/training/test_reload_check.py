@@ -85,7 +85,7 @@ def test_a_resumed_run_does_not_check_again(make_recipe, monkeypatch, tmp_path):
 
 
 def adaptation(folder, base, words_file, **changes):
-    training = {"steps": 2, "batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "warmup_steps": 0}
+    training = {"max_steps": 2, "batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "warmup_steps": 0}
     texts = [{"source": words_file}]
     values = {"output_dir": str(folder), "base": base, "texts": texts, "max_seq_length": 24, "training": training}
     return AdaptRecipe.from_dict(values | changes)

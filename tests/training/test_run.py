@@ -37,11 +37,11 @@ def unbroken(request, tmp_path_factory, tiny_llm, write_pairs):
         {"source": write_pairs(folder / "b.jsonl", rows=4, seed=2), "weight": 2},
     ]
     training = {
-        "steps": 5,
+        "max_steps": 5,
         "batch_size": 4,
         "logging_steps": 1,
         "save_steps": 2,
-        "keep_checkpoints": 3,
+        "save_total_limit": 3,
         "learning_rate": 1e-3,
     }
     recipe = Recipe.from_dict(
@@ -90,7 +90,7 @@ def test_a_resumed_run_has_the_losses_and_weights_of_one_that_was_never_stopped(
 
 
 def test_mixing_begins_at_its_step_and_goes_on_after_a_resumption_as_if_never_stopped(make_recipe, tmp_path):
-    training = {"steps": 4, "save_steps": 2, "learning_rate": 1e-3}
+    training = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-3}
     model = {"tune": "lora", "lora": {"r": 4, "lora_dropout": 0.2}}
     plain = make_recipe({"training": training, "model": model})
     mixed = changed_output(plain, tmp_path / "mixed", "loss.mixing.start_step=2")
@@ -178,7 +178,7 @@ def test_neither_a_second_run_nor_a_changed_recipe_enters_a_used_folder(unbroken
 
 
 def test_a_run_without_a_checkpoint_yet_is_resumed_from_its_start(make_recipe):
-    recipe = make_recipe({"training": {"steps": 1}})
+    recipe = make_recipe({"training": {"max_steps": 1}})
     Path(recipe.output_dir).mkdir()
     recipe.to_yaml(Path(recipe.output_dir) / "recipe.yaml")
     assert train(recipe, resume=True).report["steps"] == 1
@@ -206,7 +206,7 @@ def test_a_checkpoint_of_another_model_is_refused(unbroken, tmp_path):
 def test_evaluation_while_training_changes_neither_losses_nor_weights(unbroken, tmp_path, write_pairs):
     recipe, expected = unbroken
     held_out = write_pairs(tmp_path / "held_out.jsonl", rows=6, seed=3)
-    changes = [f"evaluation.data=[{{source: {held_out}}}]", "evaluation.steps=2", "evaluation.at_start=true"]
+    changes = [f"evaluation.data=[{{source: {held_out}}}]", "evaluation.eval_steps=2", "evaluation.eval_on_start=true"]
     result = train(changed_output(recipe, tmp_path / "run", *changes))
     assert result.report["losses"] == expected.report["losses"]
     assert_same_weights(result.model, expected.model)
@@ -229,8 +229,8 @@ def test_a_suite_is_evaluated_while_training(make_recipe, monkeypatch):
             return {"mean": 0.5}
 
     monkeypatch.setattr(evaluation, "SuiteEvaluator", Fake)
-    suite = {"suite": "squad", "data_dir": "data", "steps": 1, "batch_size": 8, "keep_best": True}
-    result = train(make_recipe({"evaluation": suite, "training": {"steps": 1}}))
+    suite = {"suite": "squad", "data_dir": "data", "eval_steps": 1, "batch_size": 8, "load_best_model_at_end": True}
+    result = train(make_recipe({"evaluation": suite, "training": {"max_steps": 1}}))
     assert result.report["evaluations"] == [[1, {"mean": 0.5}]]
 
 
@@ -245,8 +245,8 @@ def test_keep_best_ends_with_the_best_weights(make_recipe, monkeypatch, pairs):
     monkeypatch.setattr(run_file, "held_out_evaluator", lambda *args, **kwargs: FallingScore())
     recipe = make_recipe(
         {
-            "evaluation": {"data": [{"source": pairs}], "steps": 1, "keep_best": True},
-            "training": {"keep_checkpoints": 3, "learning_rate": 0.01},
+            "evaluation": {"data": [{"source": pairs}], "eval_steps": 1, "load_best_model_at_end": True},
+            "training": {"save_total_limit": 3, "learning_rate": 0.01},
         }
     )
     result = train(recipe)
@@ -267,7 +267,7 @@ def test_best_weights_that_cannot_be_loaded_are_an_error(make_recipe, monkeypatc
 
     monkeypatch.setattr(run_file, "held_out_evaluator", lambda *args, **kwargs: FallingScore())
     monkeypatch.setattr(EmbedderTrainer, "_load_from_checkpoint", broken)
-    recipe = make_recipe({"evaluation": {"data": [{"source": pairs}], "steps": 1, "keep_best": True}})
+    recipe = make_recipe({"evaluation": {"data": [{"source": pairs}], "eval_steps": 1, "load_best_model_at_end": True}})
     with pytest.raises(InputError, match="unreadable"):
         train(recipe)
     assert not (Path(recipe.output_dir) / "model").exists()
@@ -289,7 +289,7 @@ def test_the_first_loss_is_infonce_over_positives_and_negatives_of_the_batch(mak
             "model": {"tune": "pooling"},
             "data": [{"source": pairs, "instruction": "Find:"}],
             "loss": {"scale": 7.0},
-            "training": {"steps": 1, "batch_size": 12},
+            "training": {"max_steps": 1, "batch_size": 12},
         }
     )
     result = train(recipe)
@@ -304,11 +304,13 @@ def test_the_first_loss_is_infonce_over_positives_and_negatives_of_the_batch(mak
 
 @pytest.mark.parametrize("changes", [{"loss": {"mini_batch_size": 3}}, {"training": {"gradient_checkpointing": True}}])
 def test_saving_memory_changes_nothing(make_recipe, tmp_path, changes):
-    plain = {"model": {"lora": {"r": 4, "lora_dropout": 0.0}}, "training": {"steps": 3, "learning_rate": 1e-3}}
+    plain = {"model": {"lora": {"r": 4, "lora_dropout": 0.0}}, "training": {"max_steps": 3, "learning_rate": 1e-3}}
     expected = train(make_recipe(plain))
     result = train(
         make_recipe(
-            plain | {"output_dir": str(tmp_path / "other")} | changes, "training.steps=3", "training.learning_rate=1e-3"
+            plain | {"output_dir": str(tmp_path / "other")} | changes,
+            "training.max_steps=3",
+            "training.learning_rate=1e-3",
         )
     )
     np.testing.assert_allclose(np.array(result.report["losses"]), np.array(expected.report["losses"]), atol=1e-5)
@@ -341,7 +343,7 @@ def test_the_instruction_is_put_before_queries_only(make_recipe, pairs, monkeypa
         return compute_loss(self, model, inputs, **kwargs)
 
     monkeypatch.setattr(EmbedderTrainer, "compute_loss", spy)
-    train(make_recipe({"data": [{"source": pairs, "instruction": "Find:"}], "training": {"steps": 1}}))
+    train(make_recipe({"data": [{"source": pairs, "instruction": "Find:"}], "training": {"max_steps": 1}}))
     assert all(text.startswith("Find:q") for text in texts["query"])
     assert all(text.startswith("p") for text in texts["positive"])
     assert all(text.startswith("n") for text in texts["negative"])
@@ -366,7 +368,7 @@ def test_a_save_that_breaks_off_leaves_no_model_folder(make_recipe, monkeypatch)
             raise OSError("disk full")
 
     monkeypatch.setattr(SentenceTransformer, "save_pretrained", half)
-    recipe = make_recipe({"training": {"steps": 1}})
+    recipe = make_recipe({"training": {"max_steps": 1}})
     with pytest.raises(OSError, match="disk full"):
         train(recipe)
     assert [path.name for path in Path(recipe.output_dir).iterdir() if "model" in path.name] == []
@@ -392,7 +394,7 @@ def test_a_save_that_breaks_off_leaves_no_model_folder(make_recipe, monkeypatch)
             ConfigurationError,
             "layers=3 is more than the 2 layers",
         ),
-        (["training.optimizer=adamw_8bits"], ConfigurationError, "Did you mean 'adamw_8bit'"),
+        (["training.optim=adamw_8bits"], ConfigurationError, "Did you mean 'adamw_8bit'"),
         (["model.base=/no/such/model"], ConfigurationError, "/no/such/model"),
         (["training.precision=bf16"], ConfigurationError, "needs a GPU"),
         (["training.batch_size=13"], DataError, "12 rows, fewer than training.batch_size=13.*batch_size=12"),
@@ -435,7 +437,7 @@ def saved_embedder(tiny_llm, tmp_path_factory) -> str:
 
 def test_a_saved_embedder_as_the_base_is_trained_on_with_all_that_it_has(make_recipe, saved_embedder):
     settings = {"base": saved_embedder, "max_seq_length": None, "lora": {"r": 4}}
-    training = {"steps": 1, "learning_rate": 1e-9, "pooling_learning_rate": 1e-9}
+    training = {"max_steps": 1, "learning_rate": 1e-9, "pooling_learning_rate": 1e-9}
     trained = train(make_recipe({"model": settings, "training": training})).model
     start = SentenceTransformer(saved_embedder, trust_remote_code=True)
     assert (trained.prompts["query"], trained.max_seq_length, trained[0].attention) == ("Q:", 20, "causal")
@@ -463,13 +465,16 @@ def test_a_recipe_that_contradicts_the_saved_embedder_is_refused(make_recipe, sa
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("training.schedule=nothing", "settings under training are refused: nothing is not a valid SchedulerType"),
-        ("training.schedule=reduce_lr_on_plateau", "are refused: .*requires an eval strategy"),
         (
-            "training.schedule=warmup_stable_decay",
-            "training.schedule=warmup_stable_decay cannot be used here: .*num_decay",
+            "training.lr_scheduler_type=nothing",
+            "settings under training are refused: nothing is not a valid SchedulerType",
         ),
-        ("training.optimizer=adamw_torch_xla", "training.optimizer=adamw_torch_xla cannot be used here: .*torch_xla"),
+        ("training.lr_scheduler_type=reduce_lr_on_plateau", "are refused: .*requires an eval strategy"),
+        (
+            "training.lr_scheduler_type=warmup_stable_decay",
+            "training.lr_scheduler_type=warmup_stable_decay cannot be used here: .*num_decay",
+        ),
+        ("training.optim=adamw_torch_xla", "training.optim=adamw_torch_xla cannot be used here: .*torch_xla"),
         ("model.attn_implementation=nothing", "cannot be built with model.attn_implementation=nothing"),
         ("model.attn_implementation=flash_attention_2", "cannot be built with model.attn_implementation=flash_att"),
     ],

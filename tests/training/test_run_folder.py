@@ -11,10 +11,10 @@ from transformers import TrainerCallback
 from st_llmpool.modules.errors import ConfigurationError
 from st_llmpool.modules.portable import fingerprint
 from st_llmpool.training import Recipe, train
-from st_llmpool.training.checkpoint_seal import seal_checkpoint
+from st_llmpool.training.checkpoints import seal_checkpoint
 from st_llmpool.training.mntp.adaptation import adapt
 
-from .test_adaptation import make as make_adaptation
+from .mntp.test_adaptation import make as make_adaptation
 from .test_run import assert_same_weights, changed_output
 
 
@@ -36,7 +36,7 @@ def fail():
 @pytest.mark.parametrize("stages", [[], [{"kind": "mntp"}]])
 def test_a_first_start_without_a_checkpoint_gives_way_to_a_corrected_recipe(make_recipe, make_lm, words_file, stages):
     base = make_lm()
-    stages = [{**stage, "texts": [{"source": words_file}], "training": {"steps": 1}} for stage in stages]
+    stages = [{**stage, "texts": [{"source": words_file}], "training": {"max_steps": 1}} for stage in stages]
     recipe = make_recipe({"stages": stages, "model": {"base": base}})
     corrected = Recipe.from_dict(recipe.to_dict(), ["training.learning_rate=1e-3"])
     folder = Path(recipe.output_dir)
@@ -125,7 +125,7 @@ def as_of_two_processes(checkpoint: Path) -> None:
 
 
 def test_a_run_of_two_processes_goes_on_with_one_and_says_what_differs(make_recipe, tmp_path, caplog):
-    training = {"steps": 4, "save_steps": 2, "learning_rate": 1e-3}
+    training = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-3}
     recipe = make_recipe({"training": training, "model": {"lora": {"r": 4, "lora_dropout": 0.0}}})
     expected = train(recipe)
     folder = tmp_path / "resumed"
@@ -152,7 +152,7 @@ def test_dropout_after_such_a_resumption_is_not_that_of_the_first_steps(make_rec
         return training_step(self, *args, **kwargs)
 
     monkeypatch.setattr(EmbedderTrainer, "training_step", spy)
-    training = {"steps": 3, "save_steps": 1, "keep_checkpoints": 3}
+    training = {"max_steps": 3, "save_steps": 1, "save_total_limit": 3}
     recipe = make_recipe({"training": training, "model": {"lora": {"r": 4, "lora_dropout": 0.5}}})
     train(recipe)
     for step in (1, 2):

@@ -152,7 +152,7 @@ def test_a_resumed_run_has_the_losses_of_one_that_was_never_stopped(make_recipe,
         {
             "model": {"lora": {"r": 4, "lora_dropout": 0.2}},
             "training": {
-                "steps": 6,
+                "max_steps": 6,
                 "save_steps": 3,
                 "learning_rate": 0.03,
                 "sparse_tuning": {"layers": 1, "interval": 2, "importance_rate": 1e4},

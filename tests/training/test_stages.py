@@ -19,12 +19,12 @@ from st_llmpool.training.checks import check_views
 from st_llmpool.training.recipe import StageSettings
 
 LORA = {"r": 4, "lora_dropout": 0.2}
-FEW = {"steps": 2, "batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "warmup_steps": 0}
+FEW = {"max_steps": 2, "batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "warmup_steps": 0}
 
 
 def chain(folder: Path, base: str, words_file: str, pairs: str) -> Recipe:
     stages = [
-        {"kind": "mntp", "texts": [{"source": words_file}], "tune": "full", "masking": {"share": 0.3}},
+        {"kind": "mntp", "texts": [{"source": words_file}], "tune": "full", "masking": {"mlm_probability": 0.3}},
         {"kind": "simcse", "texts": [{"source": words_file}], "merge": 0.5},
         {"kind": "contrastive", "data": [{"source": pairs}], "merge": [0.3, 0.9]},
     ]
@@ -34,7 +34,7 @@ def chain(folder: Path, base: str, words_file: str, pairs: str) -> Recipe:
             "model": {"base": base, "max_seq_length": 24, "lora": LORA},
             "data": [{"source": pairs}],
             "training": FEW,
-            "evaluation": {"data": [{"source": pairs, "name": "held_out"}], "steps": 50},
+            "evaluation": {"data": [{"source": pairs, "name": "held_out"}], "eval_steps": 50},
             "stages": stages,
         }
     )
@@ -241,12 +241,12 @@ def test_a_stage_that_was_killed_between_its_checkpoints_ends_as_one_that_was_no
     tmp_path, tiny_lm, words_file, pairs, monkeypatch, kind
 ):
     """Killed in the fourth of five steps, with a checkpoint after the second."""
-    training = FEW | {"steps": 5, "save_steps": 2, "learning_rate": 1e-2}
+    training = FEW | {"max_steps": 5, "save_steps": 2, "learning_rate": 1e-2}
     stage = {"kind": kind, "texts": [{"source": words_file}], "tune": "lora", "training": training}
 
     def recipe(name: str) -> Recipe:
         values = chain(tmp_path / name, tiny_lm, words_file, pairs).to_dict() | {"stages": [stage]}
-        return Recipe.from_dict(values, ["training.steps=1", "evaluation.data=[]"])
+        return Recipe.from_dict(values, ["training.max_steps=1", "evaluation.data=[]"])
 
     expected = train(recipe("unbroken"))
     step, calls = Trainer.training_step, []

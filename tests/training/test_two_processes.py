@@ -48,7 +48,7 @@ def test_two_processes_give_the_losses_and_weights_of_one_with_the_whole_batch(m
         {"source": write_pairs(tmp_path / "b.jsonl", rows=8, seed=2)},
     ]
     model = {"lora": {"r": 4, "lora_dropout": 0.0}}
-    recipe = make_recipe({"data": sets, "model": model, "training": {"steps": 3, "learning_rate": 1e-3}})
+    recipe = make_recipe({"data": sets, "model": model, "training": {"max_steps": 3, "learning_rate": 1e-3}})
     alone = {
         name: train(Recipe.from_dict(recipe.to_dict(), [f"output_dir={tmp_path / name}-alone", *RUNS[name][1]]))
         for name in ("plain", "hard", "sparse")

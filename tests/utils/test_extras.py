@@ -80,7 +80,7 @@ def test_a_study_finds_what_is_missing_before_its_first_run(tmp_path, libraries,
     [
         ("accelerate", "train", {}),
         ("tensorboard", "train", {"training": {"report_to": "tensorboard"}}),
-        ("mteb", "eval", {"evaluation": {"suite": "builtin", "steps": 1}}),
+        ("mteb", "eval", {"evaluation": {"suite": "builtin", "eval_steps": 1}}),
     ],
 )
 def test_a_training_as_well(tmp_path, libraries, extra, changes):
@@ -91,7 +91,7 @@ def test_a_training_as_well(tmp_path, libraries, extra, changes):
         "output_dir": str(tmp_path / "run"),
         "model": {"base": "builtin", "max_seq_length": 16},
         "data": [{"source": str(tmp_path / "pairs.jsonl")}],
-        "training": {"steps": 1, "batch_size": 2},
+        "training": {"max_steps": 1, "batch_size": 2},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(merge(recipe, changes)))
     done = run_without(libraries, "train", tmp_path / "recipe.yaml")

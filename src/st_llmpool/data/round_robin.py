@@ -1,4 +1,4 @@
-"""Shares out the rows of a pool among target rows, each of which takes its nearest in turn."""
+"""Assign rows of a pool to target rows in turn, each to its nearest."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import numpy as np
 
 from ..modules.errors import ConfigurationError
 
-#: Similarities, or numbers of the pool's rows, that are in memory together: 32 MB in float64.
+#: Similarities, or numbers of the pool's rows, held in memory at a time: 32 MB in float64.
 BLOCK_SCORES = 4_000_000
 
 
 @dataclass(frozen=True)
-class Shares:
-    """What was taken, in the order of taking; each (k,).
+class Assignment:
+    """The selected rows, in order of selection; each array is (k,).
 
     Attributes:
-        rows: Places in the pool.
-        targets: Places of the target rows that took them.
-        scores: Similarities of the two.
-        passes: How often the pool was read.
+        rows: Indices into the pool.
+        targets: Indices of the target rows that they were assigned to.
+        scores: Cosine similarities.
+        passes: Number of passes over the pool.
     """
 
     rows: np.ndarray
@@ -31,22 +31,21 @@ class Shares:
 
 def round_robin(
     pool: np.ndarray, target: np.ndarray, count: int, *, candidates: int | None = None, block_scores: int = BLOCK_SCORES
-) -> Shares:
-    """Lets each target row in turn take the most similar row of the pool that is left (RDS+, arXiv 2503.01807, alg. 1).
+) -> Assignment:
+    """Assigns to each target row in turn its most similar remaining row of the pool (RDS+, arXiv 2503.01807, alg. 1).
 
-    Of equally similar rows, the first is taken. Where there are more target rows than rows to take, those that take one
-    are spread evenly over them.
+    Ties go to the first row. With more target rows than rows to select, the target rows that get one are spread evenly.
 
-    The pool is read in blocks, and each target row keeps only its best candidates. When it needs more because others
-    took them, the pool is read again, for candidates among the rows that are left. The result is that of the whole
-    matrix of similarities, whatever the sizes: products are summed in float64 and compared in float32.
+    The pool is read in blocks, and each target row keeps only its best candidates. When these run out, the
+    pool is read again for candidates among the remaining rows. The result is that of the full similarity matrix,
+    whatever the sizes: products are summed in float64 and compared in float32.
 
     Args:
         pool: (N, D) of length 1; may be a ``numpy.memmap`` that is larger than memory.
         target: (M, D) of length 1.
-        count: How many rows to take, k.
-        candidates: How many each target row keeps; None keeps what a quiet pool needs, and 64 more.
-        block_scores: How many similarities, or numbers of the pool's rows, are in memory together.
+        count: Number of rows to select, k.
+        candidates: Candidates per target row; None keeps twice its number of turns, and 64 more.
+        block_scores: Similarities, or values of the pool's rows, held in memory at a time.
 
     Raises:
         ConfigurationError: If the pool has fewer than k rows, or there is no target row.
@@ -57,29 +56,29 @@ def round_robin(
         array([0, 2, 1])
     """
     if not 1 <= count <= len(pool):
-        raise ConfigurationError(f"{count} rows cannot be taken from a pool of {len(pool)}: take 1 to {len(pool)}.")
+        raise ConfigurationError(f"{count} rows cannot be selected from {len(pool)}: select 1 to {len(pool)}.")
     if len(target) == 0:
-        raise ConfigurationError("There is no target row that could take any: give at least one.")
-    takers = np.arange(min(count, len(target))) * len(target) // min(count, len(target))
-    rounds = -(-count // len(takers))
+        raise ConfigurationError("There is no target row: give at least one.")
+    active = np.arange(min(count, len(target))) * len(target) // min(count, len(target))
+    rounds = -(-count // len(active))
     size = min(candidates or 2 * rounds + 64, len(pool))
-    block = max(block_scores // max(len(takers), target.shape[1]), 1)
-    wanted = target[takers].astype(np.float64)
+    block = max(block_scores // max(len(active), target.shape[1]), 1)
+    wanted = target[active].astype(np.float64)
     is_left = np.ones(len(pool), dtype=bool)
     rows, scores, passes = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.float32), 0
-    taken = 0
-    while taken < count:
+    selected = 0
+    while selected < count:
         passes += 1
         best_scores, best_rows = _candidates(pool, wanted, is_left, size, block)
-        while taken < count:
-            turn = taken % len(takers)
+        while selected < count:
+            turn = selected % len(active)
             free = np.flatnonzero((best_rows[turn] >= 0) & is_left[best_rows[turn]])
             if len(free) == 0:
                 break
-            rows[taken], scores[taken] = best_rows[turn, free[0]], best_scores[turn, free[0]]
-            is_left[rows[taken]] = False
-            taken += 1
-    return Shares(rows, takers[np.arange(count) % len(takers)], scores, passes)
+            rows[selected], scores[selected] = best_rows[turn, free[0]], best_scores[turn, free[0]]
+            is_left[rows[selected]] = False
+            selected += 1
+    return Assignment(rows, active[np.arange(count) % len(active)], scores, passes)
 
 
 def _candidates(

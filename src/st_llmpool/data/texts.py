@@ -1,4 +1,4 @@
-"""Loads unlabelled text: one column of any file that holds a text a row, or a plain text file."""
+"""Load unlabelled text: a column of a table, or the lines of a text file."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class TextSettings:
-    """Where one set of texts comes from.
+    """The source of one set of texts.
 
     Attributes:
-        source: A parquet, JSONL, CSV or TSV file, a TXT file with a text a line, a folder with one such file a split,
-            the name of a dataset on the Hub, or ``docstrings`` for those of the packages that are installed here.
+        source: A parquet, JSONL, CSV or TSV file, a TXT file with one text per line, a folder with one such file
+            per split, the name of a dataset on the Hub, or ``docstrings`` for those of the installed packages.
         name: What logs and cards call it; None goes by the source.
         column: Column that holds the text; TXT files and docstrings have no columns.
         subset: Configuration of a Hub dataset.
         split: Split of a folder, a Hub dataset or the docstrings.
-        limit: Take only the first rows.
+        limit: Use only the first rows.
         license: Licence of the data, for the model card.
 
     Raises:
@@ -70,7 +70,7 @@ def load_texts(settings: TextSettings) -> Dataset:
 
     Raises:
         DataError: If the file or the dataset is missing or empty, the column is, or a cell is not text or blank.
-            Blank lines of a TXT file are passed over.
+            Blank lines of a TXT file are skipped.
 
     Example:
         >>> import tempfile

@@ -1,4 +1,4 @@
-"""Loads the training sets of a recipe as query, positive and negatives, and refuses what cannot be trained on."""
+"""Load the training sets of a recipe as query, positive and negatives, and check them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ ROLES = ("query", "positive", "negative")
 
 @dataclass
 class DatasetSettings:
-    """Where one set of pairs comes from and what its columns mean.
+    """The source of one set of pairs, and the roles of its columns.
 
     Attributes:
-        source: A parquet, JSONL, CSV or TSV file, a folder with one such file a split, the name of a dataset on the
+        source: A parquet, JSONL, CSV or TSV file, a folder with one such file per split, the name of a dataset on the
             Hub, or ``docstrings`` for those of the packages that are installed here.
         name: What logs and cards call it; None is the last part of the source, without the folders above it, whose
             names may be private.
@@ -40,8 +40,8 @@ class DatasetSettings:
             column of lists. Without an entry a role's column is called as the role; negatives may be absent.
         instruction: Put before every query, as it stands; without a space at its end, which would change the
             tokens of the first word.
-        weight: Share of the batches relative to other sets; None goes by size.
-        limit: Take only the first rows.
+        weight: Sampling weight of the set relative to others; None is proportional to size.
+        limit: Use only the first rows.
         license: Licence of the data, for the model card.
     """
 
@@ -117,7 +117,7 @@ def load_pairs(settings: DatasetSettings, num_negatives: int | None = None) -> D
 
 
 def read_rows(settings: DatasetSettings) -> Dataset:
-    """Returns the rows of `settings` with all their columns, whatever these hold.
+    """Returns the rows of `settings` with all their columns.
 
     Raises:
         DataError: If the file or the dataset is missing or cannot be read.

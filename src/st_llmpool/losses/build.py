@@ -23,26 +23,25 @@ from torch import Tensor, nn
 
 from ..fast_inference import optimized_inference
 from ..modules.errors import ConfigurationError, DataError, nearest
-from .cached_focal_ranking_loss import CachedFocalRankingLoss
-from .focal_ranking_loss import FocalRankingLoss
+from .focal_ranking_loss import CachedFocalRankingLoss, FocalRankingLoss
 from .hard_negative_mixing import HardNegativeMixing
 from .settings import LossSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-#: Rows whose teacher embeddings are in memory together.
+#: Rows whose teacher embeddings are held in memory at a time.
 ROWS_AT_A_TIME = 10_000
 
 
 @dataclass(frozen=True)
 class LossParts:
-    """What a loss is built from beside the model and its settings.
+    """Inputs of a loss besides the model and its settings.
 
     Attributes:
-        gather: Use the other processes' texts as negatives too.
-        mixing: Makes more negatives, for ``infonce``.
-        guide: Says which texts are no negatives, for ``gist``.
+        gather: Also use the other processes' texts as negatives.
+        mixing: Mixes more negatives, for ``infonce``.
+        guide: Model that filters false negatives, for ``gist``.
     """
 
     gather: bool = False
@@ -68,7 +67,7 @@ def infonce(model: SentenceTransformer, settings: LossSettings, parts: LossParts
 
 
 def gist(model: SentenceTransformer, settings: LossSettings, parts: LossParts) -> nn.Module:
-    """InfoNCE without the negatives that a guide model holds for positives (GISTEmbed, Solatorio 2024, 2402.16829).
+    """InfoNCE without the negatives that a guide model considers positives (GISTEmbed, Solatorio 2024, 2402.16829).
 
     A text of the batch that the guide finds closer to the query than the query's positive is left out.
     """
@@ -97,9 +96,9 @@ def teacher_scores(pairs: Dataset, teacher: SentenceTransformer, *, scale: float
 
     Args:
         pairs: Columns ``query``, ``positive`` and at least one of negatives.
-        teacher: Reads queries and documents with its own prompts.
-        scale: Of the similarities.
-        batch_size: Texts to a batch.
+        teacher: Encodes queries and documents with its own prompts.
+        scale: Inverse temperature.
+        batch_size: Batch size.
     """
     options: dict[str, Any] = {"batch_size": batch_size, "convert_to_tensor": True, "show_progress_bar": False}
     labels: list[list[float]] = []
@@ -114,13 +113,13 @@ def teacher_scores(pairs: Dataset, teacher: SentenceTransformer, *, scale: float
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What a loss name stands for.
+    """A loss that a recipe can name.
 
     Attributes:
         build: Called with model, settings and parts.
-        options: The settings that not every loss has.
-        needs: The one of them that it cannot do without.
-        columns: The fewest columns that it takes, query and positive among them.
+        options: The settings that only some losses have.
+        needs: The required one among them.
+        columns: Minimum number of columns, query and positive included.
     """
 
     build: Callable[[SentenceTransformer, LossSettings, LossParts], nn.Module]
@@ -143,14 +142,14 @@ def build_loss(model: SentenceTransformer, settings: LossSettings, parts: LossPa
     Args:
         model: The model.
         settings: The loss.
-        parts: What else it is built from; None has nothing.
+        parts: Its other inputs, if any.
 
     Raises:
         ConfigurationError: If the model has fewer dimensions than ``matryoshka_dims`` ask for.
     """
     parts = parts or LossParts()
     if parts.guide is not None:
-        parts.guide.requires_grad_(False)  # a part of the loss, whose weights the trainer would take for its own
+        parts.guide.requires_grad_(False)  # it is a submodule of the loss, whose weights would otherwise train
     loss = LOSSES[settings.name].build(model, settings, parts)
     if settings.matryoshka_dims is None:
         return loss
@@ -163,7 +162,7 @@ def build_loss(model: SentenceTransformer, settings: LossSettings, parts: LossPa
 
 
 def check_loss(settings: LossSettings) -> None:
-    """Refuses an unknown loss, and options that it does not have or lacks.
+    """Checks the loss's name, and that its options apply and are complete.
 
     Raises:
         ConfigurationError: With the nearest known name, or the losses that have the option.
@@ -181,13 +180,13 @@ def check_loss(settings: LossSettings) -> None:
         having = [name for name, other in LOSSES.items() if field.name in other.options]
         if value != field.default and having and settings.name not in having:
             raise ConfigurationError(
-                f"loss.{field.name}={value!r} has no meaning for loss.name={settings.name}. Drop it, or use one of "
+                f"loss.{field.name}={value!r} does not apply to loss.name={settings.name}. Remove it, or use one of "
                 f"{having}."
             )
 
 
 def check_columns(datasets: Mapping[str, Dataset], settings: LossSettings) -> None:
-    """Refuses sets that lack the hard negatives that the loss compares, or have more than it takes.
+    """Checks that datasets have the hard negatives that the loss needs, and no more than it supports.
 
     Raises:
         DataError: With what to change.
@@ -201,6 +200,6 @@ def check_columns(datasets: Mapping[str, Dataset], settings: LossSettings) -> No
             )
         if settings.name == "gist" and settings.mini_batch_size is None and found > 3:
             raise DataError(
-                f"The set {name!r} has {found - 2} hard negatives to a query, but loss.name=gist takes one. Set "
-                f"loss.num_negatives=1, or loss.mini_batch_size, with which it takes all."
+                f"The set {name!r} has {found - 2} hard negatives per query, but loss.name=gist supports one. Set "
+                f"loss.num_negatives=1, or loss.mini_batch_size, which supports all."
             )

@@ -24,12 +24,12 @@ class HardNegativeMixing(TrainerCallback):
     and each h is scaled to length 1. A query's mixed negatives are its own: among the documents that they are made of
     may be the positives of others.
 
-    It is also the trainer's callback, by which it knows the step. What is drawn depends on seed, step and the query's
-    place in the whole batch, on nothing else: not on the number of processes, on mini-batches or on resuming.
+    It is also a trainer callback, to know the current step. Random draws depend only on the seed, the step and the
+    query's position in the global batch: not on the number of processes, on mini-batches or on resuming.
 
     Args:
         settings: How many of which kind, from which step, with gradient or not.
-        seed: Of what is drawn.
+        seed: Seed of the random draws.
 
     Example:
         >>> mixing = HardNegativeMixing(MixingSettings(hardest=2, pairwise=1, listwise=True))
@@ -50,7 +50,7 @@ class HardNegativeMixing(TrainerCallback):
         return self.settings.count > 0 and self.step >= self.settings.start_step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes over the trainer's step."""
+        """Reads the trainer's step."""
         self.step = state.global_step
 
     def mix(self, documents: Tensor, scores: Tensor, *, rows: Tensor, batch_size: int) -> Tensor:
@@ -59,8 +59,8 @@ class HardNegativeMixing(TrainerCallback):
         Args:
             documents: (N, D).
             scores: (Q, N), scaled; -inf for a query's positive.
-            rows: (Q,) place of each query in the whole batch, over all processes.
-            batch_size: Queries of the whole batch.
+            rows: (Q,) position of each query in the global batch, over all processes.
+            batch_size: Queries in the global batch.
         """
         if self.settings.detach:
             documents, scores = documents.detach(), scores.detach()
@@ -84,6 +84,6 @@ class HardNegativeMixing(TrainerCallback):
 
     def _pairs(self, chosen: Tensor, rows: Tensor, batch_size: int) -> Tensor:
         """Returns the pair-wise mixed negatives (Q, pairwise, D), not yet of length 1."""
-        first, second, share = (part.to(rows.device)[rows] for part in self.draw(batch_size, chosen.shape[1]))
+        first, second, weight = (part.to(rows.device)[rows] for part in self.draw(batch_size, chosen.shape[1]))
         query = torch.arange(len(chosen), device=chosen.device).unsqueeze(1)
-        return torch.lerp(chosen[query, second], chosen[query, first], share.unsqueeze(2).to(chosen.dtype))
+        return torch.lerp(chosen[query, second], chosen[query, first], weight.unsqueeze(2).to(chosen.dtype))

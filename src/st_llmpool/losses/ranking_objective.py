@@ -26,9 +26,9 @@ class RankingObjective:
     arXiv 2506.20923). In terms of m nothing is lost where P rounds to 1, and every gradient is finite.
 
     Attributes:
-        focal_gamma: γ; 0 weighs all queries alike.
-        detach_focal: Take the weights for constants; else they have a gradient too.
-        mixing: Makes more negatives; None for none.
+        focal_gamma: γ; 0 weights all queries equally.
+        detach_focal: Detach the focal weights (stop-gradient).
+        mixing: Mixes more negatives; None for none.
 
     Raises:
         ConfigurationError: If γ is negative or not finite.
@@ -48,7 +48,7 @@ class RankingObjective:
     def __post_init__(self) -> None:
         if not 0 <= self.focal_gamma < math.inf:
             raise ConfigurationError(
-                f"focal_gamma={self.focal_gamma} must be 0 or more; 0 weighs all queries alike, 0.5 is the paper's."
+                f"focal_gamma={self.focal_gamma} must be 0 or more; 0 weights all queries equally, 0.5 is the paper's."
             )
 
     @property
@@ -61,10 +61,10 @@ class RankingObjective:
 
         Args:
             queries: (Q, D).
-            documents: (N, D), the positives of the whole batch first.
+            documents: (N, D), the positives of the global batch first.
             positives: (Q,) place of each query's positive in `documents`.
-            scale: By which cosine similarities are multiplied.
-            batch_size: Queries of the whole batch, over all processes.
+            scale: Inverse temperature, which multiplies cosine similarities.
+            batch_size: Queries in the global batch, over all processes.
         """
         scores = cos_sim(queries, documents) * scale
         positive = scores.gather(1, positives.unsqueeze(1))
@@ -81,20 +81,20 @@ class RankingObjective:
         return (weights.detach() if self.detach_focal else weights) * losses
 
     def get_config_dict(self) -> dict[str, Any]:
-        """Returns what a model card says of it."""
+        """Returns the settings that a model card lists."""
         mixing = None if self.mixing is None else vars(self.mixing.settings)
         return {"focal_gamma": self.focal_gamma, "detach_focal": self.detach_focal, "mixing": mixing}
 
 
 def gather_documents(columns: Sequence[Tensor], *, gather_across_devices: bool) -> tuple[Tensor, Tensor, int]:
-    """Puts the documents of the batch one after the other, those of all processes if asked.
+    """Concatenates the documents of the batch, over all processes if asked.
 
     Args:
         columns: Positives, then each column of hard negatives, all (B, D).
-        gather_across_devices: Take the other processes' documents too, with gradient.
+        gather_across_devices: Include the other processes' documents, with gradient.
 
     Returns:
-        Documents (N, D); the place of each of this process's positives among them (B,); the queries of the whole batch.
+        Documents (N, D); the index of each of this process's positives (B,); the queries in the global batch.
     """
     start, size = 0, len(columns[0])
     if gather_across_devices:

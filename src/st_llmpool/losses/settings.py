@@ -12,11 +12,11 @@ class MixingSettings:
     """New negatives that are mixed from a query's hardest ones; :class:`HardNegativeMixing` says how.
 
     Attributes:
-        hardest: From how many, the k that score highest without being the positive.
-        pairwise: How many random blends of two of them a query gets.
+        hardest: The k highest-scoring documents that are not the positive, which are mixed.
+        pairwise: Number of random blends of two of them per query.
         listwise: Add the blend of all of them, weighted by similarity.
         start_step: Mix from this step on; 0 is the first.
-        detach: Take mixed negatives for constants; else they move what they are made of.
+        detach: Detach mixed negatives (stop-gradient).
 
     Raises:
         ConfigurationError: From the constructor, if a number is out of range.
@@ -44,19 +44,19 @@ class LossSettings:
 
     Attributes:
         name: A name in ``st_llmpool.losses.build.LOSSES``.
-        scale: Inverse temperature, by which cosine similarities are multiplied.
-        num_negatives: Hard negatives to a query; None takes all that a set has.
-        mini_batch_size: Embed this many texts at a time and cache gradients (Gao et al. 2021, arXiv 2101.06983),
+        scale: Inverse temperature, which multiplies cosine similarities.
+        num_negatives: Hard negatives per query; None uses all that a dataset has.
+        mini_batch_size: Number of texts per forward pass with gradient caching (Gao et al. 2021, arXiv 2101.06983),
             so that memory no longer grows with the batch; None embeds the batch at once.
         gather_across_devices: Use the texts of all processes as negatives.
-        focal_gamma: Weigh each query by (1 - P)^gamma, P its probability of finding its positive, so that hard queries
-            count more (KaLM-Embedding-V2, arXiv 2506.20923, takes 0.5); 0 weighs all alike.
-        focal_detach: Take these weights for constants.
-        mixing: Mix new negatives from the hardest ones; None mixes none, ``{}`` takes the defaults.
+        focal_gamma: Weight each query by (1 - P)^gamma, P its probability of finding its positive, so that hard queries
+            count more (KaLM-Embedding-V2, arXiv 2506.20923, uses 0.5); 0 weights all equally.
+        focal_detach: Detach the focal weights (stop-gradient).
+        mixing: Mix new negatives from the hardest ones; None mixes none, ``{}`` uses the defaults.
         guide: For ``gist``, the model (name or folder) that says which texts of a batch are no negatives.
         teacher: For ``distill``, the model (name or folder) whose similarities are learned.
-        matryoshka_dims: Train so that the first so many dimensions are an embedding of their own, at each of these
-            sizes and the whole one (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147). Evaluation on held-out pairs
+        matryoshka_dims: Train the first N dimensions as an embedding of their own, for each N in the list and the full
+            size (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147). Evaluation on held-out pairs
             reports every size; ``model.truncate_dim`` says which one the saved model gives.
     """
 

@@ -132,7 +132,7 @@ def _parameters(base: str) -> int:
 def _training_flops(run: PlannedRun, parameters: int, data_dir: Path | None) -> float:
     """Returns 6 N per token, 4 N where the backbone's weights have no gradient (Kaplan et al. 2020, 2001.08361)."""
     recipe = run.to_recipe(data_dir or Path(), Path(run.id))
-    steps = recipe.training.steps
+    steps = recipe.training.max_steps
     if steps is None:
         steps = _steps_of(recipe.training, run.to_recipe(data_dir, Path(run.id)).data)
     texts = 2 + (recipe.loss.num_negatives or 0)
@@ -143,7 +143,7 @@ def _training_flops(run: PlannedRun, parameters: int, data_dir: Path | None) -> 
 def _steps_of(training: TrainingSettings, data: Sequence[DatasetSettings]) -> int:
     """Returns the steps of a training that counts in epochs: those of each set, whose last part batch is dropped."""
     rows = [min(_count_rows(item.source, item.subset, item.split), item.limit or sys.maxsize) for item in data]
-    return int(training.epochs * sum(count // training.batch_size for count in rows))
+    return int(training.num_train_epochs * sum(count // training.batch_size for count in rows))
 
 
 @cache

@@ -12,7 +12,7 @@ contrasts: ["5:mean-bidirectional"]     # pre-registered; all other pairs are ex
 recipe:                                 # as of `st-llmpool train`; {data} is the folder given as --data
   model: {tune: lora}
   data: [{source: "{data}/pairs.parquet"}]
-  training: {steps: 1000}
+  training: {max_steps: 1000}
 suite: squad_slices
 ```
 """
@@ -29,7 +29,7 @@ from typing import Any
 from ..evaluation.suite import read_suite
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..stats.results import MAX_CONTRASTS, MAX_MODELS, label
-from ..training.recipe import Recipe
+from ..training.recipe import Recipe, with_earlier_names
 from ..utils.files import slug
 from ..utils.reading import read_yaml, shown
 from ..utils.settings import from_mapping, merge
@@ -95,7 +95,8 @@ class PlannedRun:
     @property
     def key(self) -> str:
         """A hash of all settings that its numbers depend on; where the data lie is not among them."""
-        content = json.dumps([_FORMAT, self.recipe, self.seed, self.evaluation], sort_keys=True)
+        recipe = with_earlier_names(self.recipe)  # so that runs of earlier versions count
+        content = json.dumps([_FORMAT, recipe, self.seed, self.evaluation], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def to_recipe(self, data_dir: Path | None, output_dir: Path) -> Recipe:

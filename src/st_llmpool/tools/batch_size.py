@@ -1,25 +1,36 @@
-"""Finds the largest batch that a recipe can train with in a given memory, by training with it."""
+"""Find the largest batch that a recipe can train with in a given memory, by training with it."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
+import torch
 from rich.table import Table
+from transformers import TrainerCallback
 
 from ..data.training_data import load_pairs
-from ..modules.errors import ConfigurationError
+from ..modules.errors import ConfigurationError, StLlmpoolError
 from ..training.recipe import DEFAULT_LENGTH, Recipe
-from .batch_trial import DOES_NOT_FIT, REFUSED, STEPS
+from ..training.run import train
 
+#: What the process returns if the steps do not fit, and if the recipe is refused.
+DOES_NOT_FIT, REFUSED = 75, 76
+# What errors say that are no MemoryError: torch's on a CPU, cuBLAS's, and CUDA's own.
+_RAN_OUT = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+#: The optimizer's state is there from the first step's end on, so the second is the one that counts.
+STEPS = 2
 GIB = 2**30
 #: Seconds between two looks at a process's memory.
 _INTERVAL = 0.05
@@ -30,9 +41,9 @@ class BatchTrial:
     """Two training steps with one batch size.
 
     Attributes:
-        batch_size: Queries to a step.
+        batch_size: Queries per step.
         fits: Whether they ran within the memory.
-        memory: The most memory that they took, in GiB; None if they did not fit.
+        memory: Peak memory in GiB; None if they did not fit.
         seconds: Of the second step; None if they did not fit.
     """
 
@@ -53,14 +64,12 @@ class BatchTrial:
 
 def free_memory() -> float:
     """Returns the GiB that are free on the GPU, or on this machine if it has none."""
-    import torch
-
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     return free / GIB
 
 
 def largest_batch(
-    recipe: Recipe, memory: float, *, at_most: int = 4096, told: Callable[[BatchTrial], None] = lambda trial: None
+    recipe: Recipe, memory: float, *, at_most: int = 4096, on_trial: Callable[[BatchTrial], None] = lambda trial: None
 ) -> list[BatchTrial]:
     """Tries batch sizes, each in a process of its own that trains two steps on texts of the full length.
 
@@ -70,9 +79,9 @@ def largest_batch(
 
     Args:
         recipe: What to train.
-        memory: GiB that a process may take: of a GPU what torch reserves, else what is resident, loading included.
+        memory: Limit in GiB: of what torch reserves on a GPU, else of resident memory, loading included.
         at_most: The largest batch to try.
-        told: Called after each trial.
+        on_trial: Called after each trial.
 
     Returns:
         The trials, by batch size; the last one that fits is the answer.
@@ -94,7 +103,7 @@ def largest_batch(
         with tempfile.TemporaryDirectory() as folder:
             trial = _try(_recipe_of(recipe, size, columns, instruction, Path(folder)), Path(folder), memory)
         trials.append(trial)
-        told(trial)
+        on_trial(trial)
         if trial.fits:
             fits = size
         elif size == smallest:
@@ -145,14 +154,14 @@ def _recipe_of(recipe: Recipe, size: int, columns: int, instruction: str | None,
         "evaluation": {},
         "data": [{"source": str(source), "columns": negatives, "instruction": instruction}],
     }
-    values["training"] |= {"steps": STEPS, "batch_size": size, "save_steps": STEPS}
+    values["training"] |= {"max_steps": STEPS, "batch_size": size, "save_steps": STEPS}
     return Recipe.from_dict(values)
 
 
 def _try(recipe: Recipe, folder: Path, memory: float) -> BatchTrial:
     size, limit = recipe.training.batch_size, int(memory * GIB)
     recipe.to_yaml(folder / "recipe.yaml")
-    command = [sys.executable, "-m", f"{__package__}.batch_trial", str(folder / "recipe.yaml"), str(limit)]
+    command = [sys.executable, "-m", __name__, str(folder / "recipe.yaml"), str(limit)]
     with open(folder / "log", "w+") as log, open(folder / "answer", "w+") as answer:
         quiet = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         process = psutil.Popen(command, stdout=answer, stderr=log, env=os.environ | quiet)
@@ -178,11 +187,69 @@ def _try(recipe: Recipe, folder: Path, memory: float) -> BatchTrial:
 
 def _wait(process: psutil.Popen, limit: int) -> int:
     """Waits for a process to end, and on a CPU ends it when it takes too much."""
-    import torch
-
     while True:
         try:
             return int(process.wait(_INTERVAL))
         except psutil.TimeoutExpired:
             if not torch.cuda.is_available() and process.memory_info().rss > limit:
                 return DOES_NOT_FIT
+
+
+class _Enough(Exception):
+    """Ends the run before anything is saved."""
+
+
+class _Stopwatch(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self.started
+        if state.global_step == STEPS:
+            raise _Enough
+
+
+def run_trial(recipe_file: str, memory: int) -> int:
+    """Runs one trial in this process, which may run out of memory; a CPU's memory is watched from outside.
+
+    Writes a JSON object with the peak in bytes (reserved by torch on a GPU, resident on a CPU) and the seconds of the
+    last step, or the reason why the recipe is refused.
+
+    Args:
+        recipe_file: The recipe.
+        memory: Limit in bytes on a GPU.
+
+    Returns:
+        The exit code: 0, :data:`DOES_NOT_FIT` or :data:`REFUSED`.
+    """
+    stopwatch = _Stopwatch()
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory / torch.cuda.mem_get_info()[1]))
+    try:
+        train(Recipe.from_yaml(recipe_file), callbacks=[stopwatch])
+    except _Enough:
+        sys.stdout.write(json.dumps({"memory": _peak(), "seconds": stopwatch.seconds}) + "\n")
+        return 0
+    except (torch.OutOfMemoryError, MemoryError):
+        return DOES_NOT_FIT
+    except StLlmpoolError as error:
+        sys.stdout.write(json.dumps({"refused": str(error)}) + "\n")
+        return REFUSED
+    except RuntimeError as error:
+        if any(words in str(error) for words in _RAN_OUT):
+            return DOES_NOT_FIT
+        raise
+    raise RuntimeError(f"The run ended before step {STEPS}.")
+
+
+def _peak() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    sys.exit(run_trial(sys.argv[1], int(sys.argv[2])))

@@ -20,7 +20,7 @@ from sentence_transformers.base.modules.normalize import Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import is_sentence_transformer_model
 
-from ..data.round_robin import Shares, round_robin
+from ..data.round_robin import Assignment, round_robin
 from ..data.training_data import DatasetSettings, read_rows
 from ..designs import build_embedder, resolve_base
 from ..fast_inference import optimize_inference
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 #: What is added to a chosen row: its place in the order of choosing, its similarity to the target row that took it,
 #: that row's place in the target, its file and its place there.
 ADDED = ("selection_rank", "selection_score", "selection_target_row", "selection_source", "selection_source_row")
-#: Rows that are in memory together.
+#: Rows held in memory at a time.
 CHUNK = 1024
 #: Columns that are read if none is named.
 TEXT_COLUMNS = ("text", "query")
@@ -46,11 +46,11 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen.
+    """The selected rows.
 
     Attributes:
         file: The parquet file with the chosen rows.
-        note: What is in the JSON file beside it: sizes, histograms, nearest and farthest rows.
+        note: Content of the JSON file next to it: sizes, histograms, nearest and farthest rows.
     """
 
     file: Path
@@ -87,11 +87,11 @@ def select(
     trust_remote_code: bool = False,
     console: Console | None = None,
 ) -> Selection:
-    """Chooses `count` rows of the pool that look like the target (RDS+, Ivison et al. 2025, arXiv 2503.01807).
+    """Selects `count` rows of the pool that are similar to the target (RDS+, Ivison et al. 2025, arXiv 2503.01807).
 
     A text x with last hidden states h_1..h_T is the mean Σ_t w_t h_t with w_t = t / Σ_s s, of length 1: under causal
-    attention the later tokens have seen more. Then each target row in turn takes the row of the pool with the largest
-    cosine similarity that none has taken before; :func:`~st_llmpool.data.round_robin.round_robin` has the details.
+    attention the later tokens have seen more. Then each target row in turn is assigned the remaining row with the
+    largest cosine similarity; :func:`~st_llmpool.data.round_robin.round_robin` has the details.
 
     The pool's vectors are kept in a nameless file on the disk of `out` while this runs, 4 D bytes a row, which the
     system frees even after a kill, and the pool itself is read through an Arrow file of ``datasets``; memory does not
@@ -102,14 +102,14 @@ def select(
         target: As one of them; the rows to look like.
         count: How many rows to choose.
         out: A ``.parquet`` file for the chosen rows, with all their columns and those in :data:`ADDED`, in the order of
-            choosing; the note goes into ``.json`` beside it. Neither may exist; both are written whole or not at all.
-        model: Name or folder of a language model, or of a sentence-transformers model, whose backbone is taken as it
+            choosing; the note goes into a ``.json`` file next to it. Neither may exist; both are written atomically.
+        model: Name or folder of a language model, or of a sentence-transformers model, whose backbone is used as it
             is; ``builtin`` is the small one that comes with the package.
         columns: The pool's columns with text, joined by a line break; none is ``text`` or else ``query``.
         target_columns: The same for the target; none is as for the pool.
         by: A column of the pool to count the chosen rows by, besides their files.
-        max_length: Tokens of a text that count, at most as many as the model takes.
-        batch_size: Texts to a batch.
+        max_length: Tokens per text, at most the model's own limit.
+        batch_size: Batch size.
         trust_remote_code: Run code of the model that is not the installed package's.
         console: For the progress bar; None is standard error.
 
@@ -154,8 +154,8 @@ def select(
                 for chunk in _vectors(source, rows, texts_of[source], **options):
                     vectors[place : place + len(chunk)] = chunk
                     place += len(chunk)
-            shares = round_robin(vectors, wanted, count)
-    table = _chosen(sources, shares)
+            assigned = round_robin(vectors, wanted, count)
+    table = _chosen(sources, assigned)
     _write(table, out)
     chosen = [_text(row, texts_of[row["selection_source"]]) for row in table.to_pylist()]
     note = {
@@ -165,20 +165,20 @@ def select(
         "target_rows": len(targets),
         "pool": {source: len(rows) for source, rows in sources.items()},
         "chosen": count,
-        "passes": shares.passes,
-        "score": {name: float(getattr(np, name)(shares.scores)) for name in ("min", "median", "max")},
+        "passes": assigned.passes,
+        "score": {name: float(getattr(np, name)(assigned.scores)) for name in ("min", "median", "max")},
         "histograms": _histograms(table, by),
     }
-    order = np.argsort(-shares.scores, kind="stable")
+    order = np.argsort(-assigned.scores, kind="stable")
     for name, ranks in {"nearest": order[:SHOWN], "farthest": order[::-1][:SHOWN]}.items():
         note[name] = [
             {
-                "score": float(shares.scores[rank]),
+                "score": float(assigned.scores[rank]),
                 "source": table["selection_source"][rank].as_py(),
                 "source_row": table["selection_source_row"][rank].as_py(),
                 "text": chosen[rank],
-                "target_row": int(shares.targets[rank]),
-                "target": _text(targets[int(shares.targets[rank])], target_names),
+                "target_row": int(assigned.targets[rank]),
+                "target": _text(targets[int(assigned.targets[rank])], target_names),
             }
             for rank in ranks.tolist()
         ]
@@ -302,18 +302,18 @@ def _bar(total: int, console: Console | None) -> Iterator[Callable[[int], None]]
         yield lambda count: progress.advance(task, count)
 
 
-def _chosen(sources: dict[str, Dataset], shares: Shares) -> pa.Table:
+def _chosen(sources: dict[str, Dataset], assigned: Assignment) -> pa.Table:
     """Returns the chosen rows with what is added to them, in the order of choosing."""
     import pyarrow as pa
 
     ends = np.cumsum([len(rows) for rows in sources.values()])
-    of_source = np.searchsorted(ends, shares.rows, side="right")
+    of_source = np.searchsorted(ends, assigned.rows, side="right")
     tables = []
     for number, (source, rows) in enumerate(sources.items()):
         ranks = np.flatnonzero(of_source == number)
-        places = shares.rows[ranks] - (ends[number] - len(rows))
+        places = assigned.rows[ranks] - (ends[number] - len(rows))
         table = rows.select(places).with_format("arrow")[:].replace_schema_metadata(None)
-        values = (ranks + 1, shares.scores[ranks], shares.targets[ranks], [source] * len(ranks), places)
+        values = (ranks + 1, assigned.scores[ranks], assigned.targets[ranks], [source] * len(ranks), places)
         types = (pa.int64(), pa.float32(), pa.int64(), pa.string(), pa.int64())
         for name, value, kind in zip(ADDED, values, types, strict=True):
             table = table.append_column(name, pa.array(value, kind))

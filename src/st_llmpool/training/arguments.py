@@ -1,4 +1,4 @@
-"""What every kind of training here asks of transformers' trainer."""
+"""Trainer arguments that all kinds of training have in common."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..modules.errors import ConfigurationError
 from .optimizers import trainer_optimizer
 from .recipe import TrainingSettings
 
-T = TypeVar("T", bound=TrainingArguments)
-
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T", bound=TrainingArguments)
 
 
 def shared_arguments(training: TrainingSettings, folder: Path, *, learning_rate: float, seed: int) -> dict[str, Any]:
@@ -24,8 +24,8 @@ def shared_arguments(training: TrainingSettings, folder: Path, *, learning_rate:
     Args:
         training: The recipe's settings.
         folder: The run's folder.
-        learning_rate: Of the adapter or the backbone.
-        seed: Of weights, data and dropout.
+        learning_rate: Learning rate of the adapter or the backbone.
+        seed: Seed of weights, data and dropout.
     """
     precision = precision_of(training.precision)
     return {
@@ -33,21 +33,22 @@ def shared_arguments(training: TrainingSettings, folder: Path, *, learning_rate:
         "use_cpu": not torch.accelerator.is_available(),  # or accelerate starts several processes without a group
         "seed": seed,
         "full_determinism": training.full_determinism,
-        "max_steps": training.steps or -1,
-        "num_train_epochs": training.epochs,
+        "max_steps": training.max_steps or -1,
+        "num_train_epochs": training.num_train_epochs,
         "per_device_train_batch_size": training.batch_size,
-        # One batch, shared out over the processes. By default each process would draw a batch of its own: from
-        # another set than its neighbours, and with their duplicates as its negatives.
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        # One batch is split over the processes. By default each process would draw a batch of its own, from
+        # another dataset than the others, and with their duplicates as its negatives.
         "accelerator_config": {"split_batches": True},
         "dataloader_drop_last": True,
-        "dataloader_num_workers": training.workers,
+        "dataloader_num_workers": training.dataloader_num_workers,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "learning_rate": learning_rate,
-        "lr_scheduler_type": training.schedule,
+        "lr_scheduler_type": training.lr_scheduler_type,
         "warmup_steps": training.warmup_steps if training.warmup_steps < 1 else int(training.warmup_steps),
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
-        "optim": trainer_optimizer(training.optimizer),
+        "optim": trainer_optimizer(training.optim),
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "logging_steps": training.logging_steps,
@@ -55,32 +56,34 @@ def shared_arguments(training: TrainingSettings, folder: Path, *, learning_rate:
         "logging_nan_inf_filter": False,
         "report_to": training.report_to,
         "save_strategy": "steps",
-        "save_total_limit": training.keep_checkpoints,
+        "save_total_limit": training.save_total_limit,
+        **training.arguments,
     }
 
 
 def trainer_arguments(kind: type[T], **values: Any) -> T:
-    """Returns the trainer's arguments.
+    """Builds the trainer's arguments, on one GPU per process.
+
+    Args:
+        kind: ``TrainingArguments`` or a subclass.
+        **values: Its fields.
 
     Raises:
-        ConfigurationError: If transformers refuses one, or what it needs is not installed.
+        ConfigurationError: If the trainer refuses a value.
     """
     try:
-        return kind(**values)
-    except (ValueError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split())
+        arguments = kind(**values)
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise ConfigurationError(f"The settings under training are refused: {reason}") from error
-
-
-def use_one_gpu(arguments: TrainingArguments) -> None:
-    """Keeps the trainer from spreading one process over all GPUs by ``DataParallel``."""
-    if arguments.n_gpu > 1:
+    if arguments.n_gpu > 1:  # else the trainer spreads one process over all GPUs with DataParallel
         logger.warning("One of %d GPUs is used; accelerate launch -m st_llmpool train uses all.", arguments.n_gpu)
         arguments._n_gpu = 1
+    return arguments
 
 
 def enable_gradient_checkpointing(backbone: Any) -> None:
-    """Makes a transformers model compute its activations twice instead of keeping them."""
+    """Makes a transformers model recompute activations in the backward pass instead of storing them."""
     if hasattr(backbone, "activation_checkpointing_enable"):  # transformers 5.23 renamed it
         backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:

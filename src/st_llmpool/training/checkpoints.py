@@ -1,8 +1,10 @@
-"""Finds the last complete checkpoint, and loads one into the model that is being trained."""
+"""Seal checkpoints, find the last complete one, and load it into the model that is being trained."""
 
 from __future__ import annotations
 
+import json
 import logging
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,46 @@ from torch import nn
 
 from ..adapters import has_adapter
 from ..modules.errors import InputError
+from ..modules.seal import MANIFEST, differences, read_manifest, record_of, write_manifest
 from ..utils.reading import read_json
-from .checkpoint_seal import fault_of
+
+
+def seal_checkpoint(checkpoint: Path) -> None:
+    """Adds what the trainer wrote to the seal that the model's own save left in a checkpoint.
+
+    Args:
+        checkpoint: Written to its end by every process.
+    """
+    manifest = read_manifest(checkpoint)
+    ignored = {MANIFEST, "README.md", *manifest.get("files", ())}
+    state = [file for file in sorted(checkpoint.iterdir()) if file.is_file() and file.name not in ignored]
+    write_manifest(checkpoint, {**manifest, "state": {file.name: record_of(file) for file in state}})
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """Returns why training cannot resume from a checkpoint, None if it can.
+
+    Without a seal (of an older version, or a run that was killed just before it) only complete files are checked.
+
+    Args:
+        checkpoint: Its folder, of any number of processes: all have written their random state before the trainer's.
+    """
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "trainer_state.json, which is written last, is missing or damaged"
+    states = sorted(file.name for file in checkpoint.glob("rng_state*.pth")) or ["rng_state.pth"]
+    for name in (*states, "scheduler.pt"):
+        if not zipfile.is_zipfile(checkpoint / name):  # a zip file's directory is at its end
+            return f"{name} is missing or cut"
+    if not any(checkpoint.glob("optimizer*")):
+        return "the optimizer's state is missing"
+    manifest = read_manifest(checkpoint)
+    if not manifest and (checkpoint / MANIFEST).is_file():
+        return f"{MANIFEST} is damaged"
+    found = differences(checkpoint, {**manifest.get("files", {}), **manifest.get("state", {})})
+    return "; ".join(map(str, found)) or None
+
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +78,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def load_trained_weights(model: SentenceTransformer, checkpoint: Path) -> None:
-    """Loads what trains beside a frozen backbone: the adapter, if there is one, and the modules after the backbone.
+    """Loads what trains on a frozen backbone: the adapter, if there is one, and the modules after the backbone.
 
     The backbone itself stays as it is, quantised or not: a checkpoint does not hold it, and reading the base a second
     time would give other shapes if it is quantised.
@@ -81,7 +121,7 @@ def _load_adapter(backbone: Any, checkpoint: Path) -> None:
 
     saved = load_file(checkpoint / "adapter_model.safetensors")
     weights = {name.removeprefix("base_model.model."): tensor for name, tensor in saved.items()}
-    # peft's own name for a magnitude of DoRA; a saved model has the whole one.
+    # peft's in-memory name of a DoRA magnitude; files have the full name.
     weights = {name.replace("magnitude_vector.weight", "magnitude_vector"): weights[name] for name in weights}
     expected = get_peft_model_state_dict(backbone, adapter_name=backbone.active_adapters()[0])
     _check_fit({name: tensor.shape for name, tensor in expected.items()}, weights, checkpoint)

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before weights are loaded: names, adapter targets, batches, missing libraries."""
+"""Validate a recipe before any weights are loaded: names, libraries, adapter targets, layers, batches."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from sentence_transformers.util import batch_to_device
 
 from ..adapters import PEFT_ERRORS, check_start, lora_config, misfit, without_loftq
-from ..designs import DESIGNS, POOLINGS
-from ..losses.build import check_loss
+from ..designs import DESIGNS, POOLINGS, resolve_base
+from ..losses.build import check_columns, check_loss
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..modules.llm_transformer import resolve_layers
 from ..modules.trainable_pooling import TrainablePooling
@@ -21,6 +21,7 @@ from ..saved_embedder import is_saved_embedder, read_architecture
 from ..utils.extras import require
 from ..utils.random_state import preserve_rng_state
 from .freezing import check_freezing
+from .further_arguments import check_reports
 from .optimizers import check_optimizer
 from .recipe import ModelSettings, Recipe, TrainingSettings
 from .sparse_tuning import check_number_of_layers
@@ -33,8 +34,39 @@ if TYPE_CHECKING:
 _TEXT = "Two views of this sentence shall differ, or there is nothing to learn from them. " * 4
 
 
+def check_recipe(recipe: Recipe, *, two_views: bool = False) -> None:
+    """Checks everything about a recipe that needs neither its data nor the base's weights.
+
+    Args:
+        recipe: The recipe.
+        two_views: Whether it contrasts two views of each text, which takes dropout.
+
+    Raises:
+        ConfigurationError: If names are unknown, this machine lacks something, or the recipe does not fit the base.
+    """
+    check_names(recipe)
+    base = resolve_base(recipe.model.base)
+    check_layers(recipe, base)
+    check_pooling(recipe.model, base)
+    if recipe.model.tune == "lora":
+        check_adapter(recipe.model, base)
+    if two_views:
+        check_dropout(recipe.model, base)
+
+
+def check_data(datasets: DatasetDict | Mapping[str, Dataset], recipe: Recipe, world_size: int) -> None:
+    """Checks that the datasets have the columns that the loss needs, and fill a batch on every process.
+
+    Raises:
+        ConfigurationError: If the batch cannot be split over the processes.
+        DataError: If a dataset lacks columns, is too small, or has too few distinct texts.
+    """
+    check_columns(datasets, recipe.loss)
+    check_batches(datasets, recipe, world_size)
+
+
 def check_names(recipe: Recipe) -> None:
-    """Checks names and that what they ask for is installed.
+    """Checks names, and that the libraries and devices that they need are available.
 
     Raises:
         ConfigurationError: If a name is unknown, a library is missing, or nothing would train.
@@ -70,11 +102,11 @@ def check_machine(training: TrainingSettings, *, adapter: bool, quantized: bool 
             f"training.precision={training.precision} needs a GPU, and there is none here. Use auto or fp32, "
             f"which is the faster one on a CPU too."
         )
-    check_optimizer(training.optimizer)
+    check_optimizer(training.optim)
+    check_reports(training.report_to)
     wanted = {
         "model.tune=lora": ("peft", adapter),
         "model.quantization": ("bitsandbytes", quantized),
-        "training.report_to": ("tensorboard", training.report_to == "tensorboard"),
     }
     for setting, (library, is_wanted) in wanted.items():
         if is_wanted:
@@ -183,12 +215,12 @@ def check_dropout(model: ModelSettings, base: str) -> None:
 
 
 def check_views(embedder: SentenceTransformer, model: ModelSettings) -> None:
-    """Checks what :func:`check_dropout` promises, on the model itself: some architectures never call their dropout.
+    """Checks :func:`check_dropout` on the model itself, since some architectures never apply their dropout.
 
-    What is drawn afterwards is as if it had not happened.
+    The random state is unchanged.
 
     Args:
-        embedder: Stays as it is.
+        embedder: Not changed.
         model: The settings that it was built from. With dropout in the adapter nothing is compared: an adapter has no
             effect before its first step.
 
@@ -212,17 +244,12 @@ def _read_config(model: ModelSettings, base: str) -> PreTrainedConfig:
 
 
 def check_batches(datasets: DatasetDict | Mapping[str, Dataset], recipe: Recipe, world_size: int) -> None:
-    """Checks that every set fills a batch, on every process.
-
-    Raises:
-        ConfigurationError: If the batch cannot be shared out over the processes.
-        DataError: If a set is too small, or has too few different texts.
-    """
+    """Checks that every dataset fills a batch on every process; errors as for :func:`check_data`."""
     batch_size = recipe.training.batch_size
     if batch_size % world_size:
         lower = max(batch_size // world_size, 1) * world_size
         raise ConfigurationError(
-            f"training.batch_size={batch_size} is over all processes and cannot be shared out evenly over "
+            f"training.batch_size={batch_size} is over all devices and cannot be split evenly over "
             f"{world_size}. Use {lower} or {lower + world_size}."
         )
     if batch_size // world_size < 2 and not recipe.loss.gather_across_devices:
@@ -237,7 +264,7 @@ def check_batches(datasets: DatasetDict | Mapping[str, Dataset], recipe: Recipe,
                 f"The set {name!r} has {len(dataset)} rows, fewer than training.batch_size={batch_size}, and each "
                 f"batch comes from one set. Use more rows, or training.batch_size={fitting}."
             )
-        if recipe.training.no_duplicates:
+        if recipe.training.batch_sampler == "no_duplicates":
             _check_first_batch(name, dataset, batch_size)
 
 
@@ -248,8 +275,8 @@ def _check_first_batch(name: str, dataset: Dataset, batch_size: int) -> None:
     if found < batch_size:
         raise DataError(
             f"The set {name!r} repeats its texts so often that a batch without duplicates ends at {found} rows, below "
-            f"training.batch_size={batch_size}. Use a smaller batch, or training.no_duplicates=false, which "
-            f"lets a text stand as its own negative."
+            f"training.batch_size={batch_size}. Use a smaller batch, or training.batch_sampler=batch_sampler, "
+            f"which lets a text be its own negative."
         )
 
 
@@ -283,7 +310,7 @@ def _equal_views(architecture: str, base: str) -> ConfigurationError:
 def _drops(module: torch.nn.Module) -> bool:
     if isinstance(module, torch.nn.Dropout):
         return module.p > 0
-    # Attention and some whole layers drop by a function, with a probability that they keep as a number.
+    # Attention and some layers apply dropout as a function, with a probability that they store as a number.
     return any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
 
 

@@ -1,4 +1,4 @@
-"""Freezes the lowest layers of a backbone, whose general features a task rarely has to change."""
+"""Freeze the lowest layers of a backbone, whose general features rarely need to change."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..modules.errors import ConfigurationError
 
 
 def freeze_lowest_layers(backbone: nn.Module, count: int) -> None:
-    """Takes the embeddings and the lowest layers out of training (Telly-k, Shi et al. 2023, arXiv 2304.05216).
+    """Freezes the embeddings and the first `count` layers (Telly-k, Shi et al. 2023, arXiv 2304.05216).
 
     What lies above them trains as before: the other layers and the final norm, or their adapters. An adapter that is
     frozen before its first step has no effect, since its product starts at zero.
@@ -44,7 +44,7 @@ def freeze_lowest_layers(backbone: nn.Module, count: int) -> None:
 
 
 def check_freezing(count: int, layers: int) -> None:
-    """Refuses to freeze more layers than leave one to train.
+    """Checks that at least one layer is left to train.
 
     Args:
         count: How many are to be frozen.

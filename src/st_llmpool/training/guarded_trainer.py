@@ -21,9 +21,8 @@ from transformers.utils import logging as hf_logging
 
 from ..modules.errors import ConfigurationError, StLlmpoolError
 from ..utils.files import reraise_as_write_error
-from .checkpoint_seal import seal_checkpoint
-from .checkpoints import last_checkpoint
-from .progress import RichProgress
+from .callbacks import RichProgress
+from .checkpoints import last_checkpoint, seal_checkpoint
 
 _ROWS = "rows_of_batch"
 _SHOWN = 16
@@ -53,6 +52,7 @@ class GuardedTrainer:
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # losses are means of a batch: to be averaged over accumulated ones
         if self.processing_class is not None:  # as ``train`` does, which a finished run never calls
             verbosity = hf_logging.get_verbosity()
             hf_logging.set_verbosity_error()
@@ -87,7 +87,7 @@ class GuardedTrainer:
         Raises:
             ConfigurationError: If it cannot be used here.
         """
-        with _refused_by_name("training.optimizer", self.args.optim):
+        with _refused_by_name("training.optim", self.args.optim):
             return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
 
     def create_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -96,7 +96,7 @@ class GuardedTrainer:
         Raises:
             ConfigurationError: If it needs what a recipe cannot say.
         """
-        with _refused_by_name("training.schedule", self.args.lr_scheduler_type):
+        with _refused_by_name("training.lr_scheduler_type", self.args.lr_scheduler_type):
             return super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:

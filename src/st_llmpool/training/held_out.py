@@ -20,8 +20,8 @@ def held_out_evaluator(
         name: Prefix of the metrics, as in ``pairs_cosine_ndcg@10``.
         pairs: Columns ``query``, ``positive`` and any negatives.
         query_prompt: Put before every query.
-        batch_size: Texts to a batch.
-        truncate_dim: Cut embeddings to so many dimensions; None takes them as the model gives them.
+        batch_size: Batch size.
+        truncate_dim: Truncate embeddings to this many dimensions; None keeps the model's own size.
     """
     columns = [pairs[column] for column in pairs.column_names if column != "query"]
     corpus = _number("d", (text for texts in columns for text in texts))

@@ -1,4 +1,4 @@
-"""Weights between a base and what was made of it."""
+"""Interpolate between the weights of a base and of a model that was trained from it."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def merge_with_base(
     Args:
         model: The trained model; changed in place.
         base: Its base's weights, by the same names; buffers and what is not there stay as trained. With 1 as the only
-            share it is not looked at.
-        alphas: Shares of the trained weights. With more than one, each is tried and the best stays; of equal ones the
+            weight it is not used.
+        alphas: Weights of the trained model. With more than one, each is tried and the best is kept; of equal ones the
             smaller, which is nearer to the base.
         score: Scores `model` as it is; called only if there is a choice.
 
     Returns:
-        The share that was taken, and the score of each that was tried.
+        The chosen weight, and the score of each that was tried.
 
     Raises:
         ConfigurationError: If a weight has another shape in the base, or none has its name there.
@@ -57,21 +57,23 @@ def merge_with_base(
     tuned = {name: weight for name, weight in model.named_parameters() if name in base}
     _check_shapes(tuned, base)
     if len(alphas) == 1:
-        _take(tuned, base, tuned, alphas[0])
+        _interpolate_all(tuned, base, tuned, alphas[0])
         return alphas[0], {}
     kept = {
         name: weight.detach().to("cpu", copy=True) for name, weight in tuned.items()
-    }  # a GPU may hold no second one
+    }  # a GPU may have no space for a second copy
     scores: dict[float, float] = {}
     for alpha in sorted(alphas):
-        _take(tuned, base, kept, alpha)
+        _interpolate_all(tuned, base, kept, alpha)
         scores[alpha] = score()
     chosen = max(scores, key=lambda alpha: scores[alpha])
-    _take(tuned, base, kept, chosen)
+    _interpolate_all(tuned, base, kept, chosen)
     return chosen, scores
 
 
-def _take(weights: Mapping[str, Tensor], base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float) -> None:
+def _interpolate_all(
+    weights: Mapping[str, Tensor], base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float
+) -> None:
     for name, weight in weights.items():
         weight.copy_(interpolate(base[name], tuned[name].to(weight.device), alpha))
 

@@ -25,8 +25,8 @@ def lamb() -> type[Optimizer]:
     λ cancels in u / ‖u‖ up to ε. It is ``pytorch_optimizer.Lamb`` with these settings; as it comes, that one
     bounds ‖x‖ by 10, divides the step by 1 − β₁ᵗ, and keeps the decay out of u.
 
-    A step moves a tensor by the share η of its length, so η is larger than Adam's, such as 0.01, and tensors that start
-    at zero, an adapter's B and the pooling's U, grow slowly: it is meant for ``model.tune: full`` and large batches.
+    A step moves a tensor by the fraction η of its length, so η is larger than Adam's, such as 0.01, and tensors that
+    start at zero, an adapter's B and the pooling's U, grow slowly: it is for ``model.tune: full`` and large batches.
 
     Example:
         >>> import torch
@@ -70,8 +70,8 @@ def check_optimizer(name: str) -> None:
     """
     known = [*OPTIMIZERS, *(option.value for option in OptimizerNames)]
     if name not in known:
-        raise ConfigurationError(f"training.optimizer={name!r} is unknown; known: {known}.{nearest(name, known)}")
+        raise ConfigurationError(f"training.optim={name!r} is unknown; known: {known}.{nearest(name, known)}")
     is_quantised = any(part in name for part in ("8bit", "paged", "bnb"))
     library, extra = ("pytorch_optimizer", "lamb") if name in OPTIMIZERS else ("bitsandbytes", "train")
     if name in OPTIMIZERS or is_quantised:
-        require(extra, library, purpose=f"training.optimizer={name}")
+        require(extra, library, purpose=f"training.optim={name}")

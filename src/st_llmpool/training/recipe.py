@@ -1,12 +1,12 @@
-"""The recipe: everything that a training run depends on, as one dataclass that a YAML file fills."""
+"""The recipe: everything that a training run depends on, as a dataclass that is read from YAML."""
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -16,8 +16,8 @@ from ..losses.settings import LossSettings
 from ..modules.errors import ConfigurationError, nearest
 from ..utils.files import write_atomically
 from ..utils.reading import read_yaml, shown
-from ..utils.settings import Range, check_ranges, from_mapping, merge, with_overrides
-from .merge_shares import check_merge
+from ..utils.settings import Range, check_ranges, from_mapping, merge, to_mapping, with_overrides
+from .further_arguments import checked_arguments
 
 #: Longest text in tokens, where a recipe says nothing and its base is no saved embedder.
 DEFAULT_LENGTH = 512
@@ -40,11 +40,11 @@ PRESETS: dict[str, dict[str, Any]] = {
             "gather_across_devices": True,
         },
         "training": {
-            "steps": 1000,
+            "max_steps": 1000,
             "batch_size": 2048,
             "learning_rate": 1e-5,
             "pooling_learning_rate": 1e-5,
-            "schedule": "linear",
+            "lr_scheduler_type": "linear",
             "warmup_steps": 100,
         },
     },
@@ -69,12 +69,12 @@ class ModelSettings:
         max_seq_length: Longest text in tokens; None is 512, or a saved embedder's own.
         truncate_dim: Dimensions that the saved model's embeddings are cut to, one of ``loss.matryoshka_dims``; None
             keeps all.
-        tune: What trains beside the pooling: a ``lora`` adapter, the ``full`` backbone, or the ``pooling`` alone.
+        tune: What trains with the pooling: a ``lora`` adapter, the ``full`` backbone, or the ``pooling`` alone.
         lora: ``paper`` (r 16, alpha 32, dropout 0.1, all linear layers) or fields of a ``peft.LoraConfig``, such as
             ``use_rslora: true`` (arXiv 2312.03732), ``use_dora: true`` (2402.09353) or, with ``quantization: nf4``,
             ``init_lora_weights: loftq`` (2310.08659).
-        freeze_layers: Leave the embeddings and so many of the lowest layers as they are (Telly-k, Shi et al. 2023,
-            arXiv 2304.05216); under an adapter, theirs stays without effect.
+        freeze_layers: Freeze the embeddings and the first N layers (Telly-k, Shi et al. 2023, arXiv 2304.05216); an
+            adapter in them has no effect.
         quantization: ``nf4`` or ``int8`` (bitsandbytes) for the frozen backbone under an adapter.
         allow_partial: Accept layers that cannot be made bidirectional.
         attn_implementation: As in transformers.
@@ -112,25 +112,27 @@ class MaskingSettings:
     """How texts are masked.
 
     Attributes:
-        share: Of a text's tokens, how many are chosen; at least one is.
+        mlm_probability: Fraction of a text's tokens that is chosen; at least one token is.
         replacement: ``mask`` puts the mask token in every chosen place; ``bert`` in 80 % of them, another token in
             10 %, and leaves 10 % as they are.
-        token: The mask token: one of the tokenizer's, or a new one that is added. None takes the tokenizer's mask
+        token: The mask token: one of the tokenizer's, or a new one that is added. None uses the tokenizer's mask
             token, else a reserved or unused special token, else a new one.
 
     Raises:
-        ConfigurationError: From the constructor, if `share` is not between 0 and 1.
+        ConfigurationError: From the constructor, if `mlm_probability` is not between 0 and 1.
     """
 
-    share: float = 0.2
+    RENAMED: ClassVar = {"share": "mlm_probability"}
+
+    mlm_probability: float = 0.2
     replacement: Literal["mask", "bert"] = "mask"
     token: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
+        if not 0 < self.mlm_probability < 1:
             raise ConfigurationError(
-                f"masking.share={self.share} must be above 0, or nothing is predicted, and below 1, or nothing is left "
-                f"to predict from."
+                f"masking.mlm_probability={self.mlm_probability} must be above 0, or nothing is predicted, and below "
+                f"1, or nothing is left to predict from."
             )
 
 
@@ -139,8 +141,8 @@ class SparseTuningSettings:
     """Adapters of a few layers at a time, by importance; :class:`SparseTuning` says how.
 
     Attributes:
-        layers: How many layers train at a time; the paper takes a quarter of them.
-        interval: Steps after which importance is measured and layers are drawn anew.
+        layers: How many layers train at a time; the paper uses a quarter of them.
+        interval: Steps after which importance is measured and layers are redrawn.
         trials: How many sets of layers are weakened to measure it.
         suppression: What is left of a weakened adapter's effect.
         importance_rate: Learning rate of the importance.
@@ -170,66 +172,86 @@ class TrainingSettings:
     """How to train.
 
     Attributes:
-        steps: Optimizer steps; None goes by `epochs`.
-        epochs: Passes over the data, where `steps` is None.
-        batch_size: Queries to a step, over all processes together, so that a recipe means the same on any number.
+        max_steps: Optimizer steps; None goes by `num_train_epochs`.
+        num_train_epochs: Passes over the data, where `max_steps` is None.
+        batch_size: Queries in a batch, over all devices together, so that a recipe means the same on any number.
+        gradient_accumulation_steps: Batches per optimizer step; negatives come from one batch.
         learning_rate: Of the adapter or the backbone; None is 2e-4 for an adapter, 2e-5 for the full backbone.
         pooling_learning_rate: Of the pooling, which starts from scratch.
-        schedule: As ``lr_scheduler_type`` in transformers.
-        warmup_steps: Steps; below 1 a share of all steps.
+        lr_scheduler_type: ``linear``, ``cosine`` or another of transformers.
+        warmup_steps: Steps; below 1 a fraction of all steps.
         weight_decay: Decoupled weight decay.
-        max_grad_norm: Longest gradient; a longer one is scaled down.
-        optimizer: As ``optim`` in transformers, such as ``adamw_8bit`` or ``paged_adamw_8bit`` (bitsandbytes), or
+        max_grad_norm: Gradients are clipped to this norm.
+        optim: An optimizer of transformers, such as ``adamw_8bit`` or ``paged_adamw_8bit`` (bitsandbytes), or
             ``lamb``.
         sparse_tuning: Train the adapters of a few layers at a time, drawn by importance (arXiv 2410.11772); None
             trains all.
         precision: ``auto`` is ``bf16`` on a GPU that has it and ``fp32`` elsewhere.
-        gradient_checkpointing: Compute activations twice instead of keeping them.
-        no_duplicates: Never put a text into a batch twice, where it would be its own negative.
-        workers: Processes that tokenize ahead.
+        gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
+        batch_sampler: ``no_duplicates`` never puts a text into a batch twice, where it would be its own negative;
+            ``batch_sampler`` may.
+        dataloader_num_workers: Processes that tokenize ahead.
         logging_steps: Steps between two log entries.
         save_steps: Steps between two checkpoints.
-        keep_checkpoints: How many to keep.
-        report_to: ``none`` or ``tensorboard``.
+        save_total_limit: How many checkpoints to keep.
+        report_to: ``none``, or integrations of transformers: ``wandb``, ``trackio``, ``mlflow``, ``tensorboard``, ...
         full_determinism: Deterministic GPU kernels, slower.
+        arguments: Any further field of ``SentenceTransformerTrainingArguments``. In a recipe these stand among the
+            others, by their own names, such as ``adam_beta2: 0.95``.
+
+    Raises:
+        ConfigurationError: From the constructor, if a number is out of range.
     """
 
-    steps: int | None = None
-    epochs: float = 1.0
+    RENAMED: ClassVar = {
+        "steps": "max_steps",
+        "epochs": "num_train_epochs",
+        "schedule": "lr_scheduler_type",
+        "optimizer": "optim",
+        "workers": "dataloader_num_workers",
+        "keep_checkpoints": "save_total_limit",
+        "no_duplicates": "batch_sampler (no_duplicates or batch_sampler)",
+    }
+
+    max_steps: int | None = None
+    num_train_epochs: float = 1.0
     batch_size: int = 64
+    gradient_accumulation_steps: int = 1
     learning_rate: float | None = None
     pooling_learning_rate: float = 1e-3
-    schedule: str = "linear"
+    lr_scheduler_type: str = "linear"
     warmup_steps: float = 0.1
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    optimizer: str = "adamw_torch"
+    optim: str = "adamw_torch"
     sparse_tuning: SparseTuningSettings | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
-    no_duplicates: bool = True
-    workers: int = 0
+    batch_sampler: Literal["no_duplicates", "batch_sampler"] = "no_duplicates"
+    dataloader_num_workers: int = 0
     logging_steps: int = 10
     save_steps: int = 200
-    keep_checkpoints: int = 2
-    report_to: Literal["none", "tensorboard"] = "none"
+    save_total_limit: int = 2
+    report_to: str | list[str] = "none"
     full_determinism: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict, metadata={"rest": checked_arguments})
 
     def __post_init__(self) -> None:
         rate = Range(0, 1, is_open=True)  # AdamW's steps have the size of the rate: above 1 nothing is left of a weight
         ranges = {
-            "steps": Range(1),
-            "epochs": Range(0, is_open=True),
+            "max_steps": Range(1),
+            "num_train_epochs": Range(0, is_open=True),
             "batch_size": Range(1),
+            "gradient_accumulation_steps": Range(1),
             "learning_rate": rate,
             "pooling_learning_rate": Range(0, 1),  # 0 leaves the pooling as it starts
             "warmup_steps": Range(0),
             "weight_decay": Range(0, 1e3),
             "max_grad_norm": Range(0, is_open=True),
-            "workers": Range(0, 1024),
+            "dataloader_num_workers": Range(0, 1024),
             "logging_steps": Range(1),
             "save_steps": Range(1),
-            "keep_checkpoints": Range(1),
+            "save_total_limit": Range(1),
         }
         check_ranges(self, "training", ranges)
 
@@ -239,26 +261,28 @@ class EvaluationSettings:
     """Evaluation while training; off where neither `data` nor `suite` is given.
 
     Attributes:
-        steps: Steps between two evaluations.
+        eval_steps: Steps between two evaluations.
         data: Held-out pairs; each query has to find its positive among all positives and negatives.
         suite: Name or file of a suite of local mteb tasks.
         data_dir: Folder with the suite's data.
-        at_start: Evaluate before the first step too.
-        keep_best: End with the checkpoint that is best instead of the last one: by nDCG@10 on the first set of `data`,
-            by the mean of `suite` where there is no `data`.
-        batch_size: Texts to a batch.
+        eval_on_start: Evaluate before the first step too.
+        load_best_model_at_end: End with the checkpoint that is best instead of the last one: by nDCG@10 on the
+            first set of `data`, by the mean of `suite` where there is no `data`.
+        batch_size: Batch size.
     """
 
-    steps: int = 100
+    RENAMED: ClassVar = {"steps": "eval_steps", "at_start": "eval_on_start", "keep_best": "load_best_model_at_end"}
+
+    eval_steps: int = 100
     data: list[DatasetSettings] = field(default_factory=list)
     suite: str | None = None
     data_dir: str | None = None
-    at_start: bool = False
-    keep_best: bool = False
+    eval_on_start: bool = False
+    load_best_model_at_end: bool = False
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        check_ranges(self, "evaluation", {"steps": Range(1), "batch_size": Range(1)})
+        check_ranges(self, "evaluation", {"eval_steps": Range(1), "batch_size": Range(1)})
 
     @property
     def metric(self) -> str:
@@ -271,9 +295,36 @@ class EvaluationSettings:
         return bool(self.data) or self.suite is not None
 
 
+def check_merge(merge: float | Sequence[float] | None, where: str = "merge") -> None:
+    """Checks that the weights of a merge lie between 0 and 1.
+
+    Raises:
+        ConfigurationError: With the value and its range.
+    """
+    for alpha in merge_weights(merge):
+        if not 0 <= alpha <= 1 or math.isnan(alpha):
+            raise ConfigurationError(
+                f"{where}={alpha} must lie between 0 (the base's weights) and 1 (those that were trained)."
+            )
+    if isinstance(merge, Sequence) and not merge:
+        raise ConfigurationError(f"{where} is an empty list; leave it out to keep the trained weights.")
+
+
+def merge_weights(merge: float | Sequence[float] | None) -> list[float]:
+    """Returns the weights of the trained model to choose from; None is the trained model alone.
+
+    Example:
+        >>> merge_weights(None), merge_weights(0.5), merge_weights([0.3, 0.6])
+        ([1.0], [0.5], [0.3, 0.6])
+    """
+    if merge is None:
+        return [1.0]
+    return [float(alpha) for alpha in merge] if isinstance(merge, Sequence) else [float(merge)]
+
+
 @dataclass
 class StageSettings:
-    """A stage before the recipe's own training; it starts from what the stage before it left.
+    """A stage before the recipe's own training; it starts from the previous stage's model.
 
     Attributes:
         kind: ``mntp`` predicts masked tokens (:func:`st_llmpool.training.adapt`), before any other kind; ``simcse``
@@ -283,12 +334,12 @@ class StageSettings:
         texts: Unlabelled text, for ``mntp`` and ``simcse``.
         held_out: For ``mntp``, texts to measure the masked accuracy on; without any, some of `texts` are kept aside.
         data: Pairs, for ``contrastive``.
-        tune: What trains beside the pooling: a ``lora`` adapter, merged at the end of the stage, or the ``full``
+        tune: What trains with the pooling: a ``lora`` adapter, merged at the end of the stage, or the ``full``
             backbone; None is the recipe's ``model.tune``.
         lora: As ``model.lora``, which None stands for.
         max_seq_length: As ``model.max_seq_length``, which None stands for.
-        merge: Share of the trained weights in the backbone that the stage leaves, the rest being those it started
-            from; the pooling stays as trained. Of a list the best is taken: by masked accuracy for ``mntp``, by nDCG@10
+        merge: Weight of the trained model in the backbone that the stage leaves, the rest being what it started from;
+            the pooling stays as trained. Of a list the best is taken: by masked accuracy for ``mntp``, by nDCG@10
             on the first set of ``evaluation.data`` else. None keeps the trained weights.
         masking: For ``mntp``.
         loss: For ``simcse`` and ``contrastive``; None is the default for the first and the recipe's for the second.
@@ -296,7 +347,7 @@ class StageSettings:
         evaluation: For ``simcse`` and ``contrastive``; None is the recipe's.
 
     Raises:
-        ConfigurationError: From the constructor, if the stage has what its kind has no use for, or lacks its data.
+        ConfigurationError: From the constructor, if a setting does not apply to its kind, or data are missing.
     """
 
     kind: Literal["mntp", "simcse", "contrastive"]
@@ -319,7 +370,7 @@ class StageSettings:
         for name in sorted(set().union(*_STAGE_FIELDS.values()) - own):
             if getattr(self, name):
                 raise ConfigurationError(
-                    f"stages: {name} has no meaning for kind={self.kind}, which has {', '.join(sorted(own))}. Drop it."
+                    f"stages: {name} does not apply to kind={self.kind}, which has {', '.join(sorted(own))}. Remove it."
                 )
         check_ranges(self, "stages", {"max_seq_length": Range(1)})
         needed = "data" if self.kind == "contrastive" else "texts"
@@ -347,8 +398,8 @@ class Recipe:
         loss: The loss.
         training: Steps, learning rates, precision, logging.
         evaluation: Evaluation while training.
-        stages: What runs before it, in this order; each leaves its model in ``stages/<number>-<kind>/model``.
-        seed: Of the weights' initial values, the data's order and dropout.
+        stages: Stages before the recipe's own training; each leaves its model in ``stages/<number>-<kind>/model``.
+        seed: Seed of initial weights, data order and dropout.
         card_examples: Show a few rows of the training data, verbatim, in the model card.
         preset: A name in ``PRESETS``, whose values stand where the recipe says nothing else.
 
@@ -406,7 +457,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns every setting, defaults included, as nested mappings."""
-        return dataclasses.asdict(self)
+        return to_mapping(self)
 
     def to_yaml(self, path: str | Path) -> None:
         """Writes every setting, defaults included; :meth:`from_yaml` reads it back to an equal recipe."""
@@ -419,6 +470,29 @@ class Recipe:
         if self.training.learning_rate is not None:
             return self.training.learning_rate
         return 2e-5 if self.model.tune == "full" else 2e-4
+
+
+def with_earlier_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a recipe's nested mappings under the names that fields had before they were transformers' own.
+
+    Example:
+        >>> with_earlier_names({"training": {"max_steps": 5}, "seed": 1})
+        {'training': {'steps': 5}, 'seed': 1}
+    """
+    named: dict[str, Any] = {
+        "training": TrainingSettings,
+        "evaluation": EvaluationSettings,
+        "masking": MaskingSettings,
+    }
+    earlier = {}
+    for key, value in values.items():
+        if isinstance(value, list):
+            value = [with_earlier_names(item) if isinstance(item, dict) else item for item in value]
+        elif key in named and isinstance(value, dict):
+            names = {now: before for before, now in named[key].RENAMED.items()}
+            value = {names.get(name, name): item for name, item in value.items()}
+        earlier[key] = value
+    return earlier
 
 
 def _check_data(recipe: Recipe) -> None:
@@ -449,7 +523,7 @@ def _check_model(model: ModelSettings) -> None:
         )
     if model.freeze_layers and model.tune == "pooling":
         raise ConfigurationError(
-            f"model.freeze_layers={model.freeze_layers} has no meaning for model.tune=pooling, which freezes every "
+            f"model.freeze_layers={model.freeze_layers} does not apply to model.tune=pooling, which freezes every "
             f"layer. Drop it, or use model.tune=lora or full."
         )
 
@@ -467,8 +541,10 @@ def _check_training(recipe: Recipe) -> None:
             f"training.batch_size={training.batch_size} leaves a query without negatives of other queries, so there is "
             f"nothing to contrast. Use at least 2; with little memory set loss.mini_batch_size=1."
         )
-    if recipe.evaluation.keep_best and not recipe.evaluation.is_on:
-        raise ConfigurationError("evaluation.keep_best needs something to measure: give evaluation.data or .suite.")
+    if recipe.evaluation.load_best_model_at_end and not recipe.evaluation.is_on:
+        raise ConfigurationError(
+            "evaluation.load_best_model_at_end needs something to measure: give evaluation.data or .suite."
+        )
 
 
 def _check_dimensions(recipe: Recipe) -> None:
@@ -491,15 +567,15 @@ def _check_stages(recipe: Recipe) -> None:
                 f"and its pooling would be lost. Put it first."
             )
         if stage.kind == "mntp" and stage.tune is None and recipe.model.tune == "pooling":
-            raise ConfigurationError(f"stages.{place}: model.tune=pooling has no meaning for mntp. Set its tune.")
+            raise ConfigurationError(f"stages.{place}: model.tune=pooling does not apply to mntp. Set its tune.")
         if stage.kind == "mntp" and recipe.model.quantization is not None:
             raise ConfigurationError(
-                f"stages.{place}: model.quantization={recipe.model.quantization!r} is not for mntp, whose result is a "
-                f"whole base. Run st-llmpool adapt by itself, and name its result as model.base."
+                f"stages.{place}: model.quantization={recipe.model.quantization!r} does not apply to mntp, which ends "
+                f"in a complete base. Run st-llmpool adapt by itself, and name its result as model.base."
             )
         evaluation = stage.evaluation or recipe.evaluation
         if stage.kind != "mntp" and isinstance(stage.merge, list) and len(stage.merge) > 1 and not evaluation.data:
             raise ConfigurationError(
-                f"stages.{place}: merge={stage.merge} is a choice, and there is nothing to choose by. Give "
+                f"stages.{place}: merge={stage.merge} needs a score to choose by. Give "
                 f"evaluation.data, held-out pairs, or one number."
             )

@@ -1,4 +1,4 @@
-"""What a run leaves for cards and studies: training.json, and a picture of the loss where matplotlib is there."""
+"""Write a run's training.json, and a plot of its loss where matplotlib is installed."""
 
 from __future__ import annotations
 

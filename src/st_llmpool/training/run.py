@@ -1,4 +1,4 @@
-"""Runs a recipe: checks, model, trainer, checkpoints, and the final model in one piece."""
+"""Run a recipe: check it, build the model, train with checkpoints, save the final model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 from datasets import DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvaluator
-from sentence_transformers.base.sampler import BatchSamplers
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from ..adapters import has_adapter
@@ -22,7 +21,7 @@ from ..data.texts import load_views
 from ..data.training_data import load_pairs
 from ..designs import build_embedder, resolve_base
 from ..hub.loading import load_model
-from ..losses.build import LossParts, build_loss, check_columns, teacher_scores
+from ..losses.build import LossParts, build_loss, teacher_scores
 from ..losses.hard_negative_mixing import HardNegativeMixing
 from ..model_card.card import card_without_forwards, training_facts
 from ..modules.errors import ConfigurationError
@@ -31,29 +30,19 @@ from ..utils.files import atomic_folder
 from ..utils.parameters import count_weights
 from ..utils.random_state import preserve_rng_state
 from ..utils.reading import read_json_object
-from .arguments import enable_gradient_checkpointing, precision_of, shared_arguments, trainer_arguments, use_one_gpu
-from .checks import (
-    check_adapter,
-    check_batches,
-    check_dropout,
-    check_layers,
-    check_names,
-    check_pooling,
-    check_views,
-    design_arguments,
-)
-from .elapsed_time import ElapsedTimeCallback, seconds_of
+from .arguments import enable_gradient_checkpointing, precision_of, shared_arguments, trainer_arguments
+from .callbacks import ElapsedTimeCallback, RichProgress, seconds_of
+from .checks import check_data, check_recipe, check_views, design_arguments
 from .freezing import freeze_lowest_layers
 from .held_out import held_out_evaluator
 from .optimizers import OPTIMIZERS
-from .pooling_share import NOTHING, trainable_poolings
-from .progress import RichProgress
+from .pooling_change import NEGLIGIBLE, trainable_poolings
 from .recipe import DEFAULT_LENGTH, Recipe, StageSettings
 from .reload_check import check_on_first_process, check_reload
 from .report import write_report
-from .run_folder import check_output, checkpoint_of, one_at_a_time, remove_checkpoints_after
+from .run_folder import check_output, checkpoint_of, locked_run, remove_checkpoints_after
 from .sparse_tuning import SparseTuning
-from .stages import run_stages, settle
+from .stages import merge_stage, run_stages
 from .trainer import EmbedderTrainer
 from .weighted_batch_sampler import WeightedBatchSampler
 
@@ -62,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run gives.
+    """The result of a run.
 
     Attributes:
         model: The trained model.
@@ -76,19 +65,19 @@ class TrainingResult:
 
 
 def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> TrainingResult:
-    """Trains as `recipe` says.
+    """Trains an embedding model as the recipe describes.
 
     In ``recipe.output_dir`` it leaves ``model``, ``training.json``, ``loss.png``, ``recipe.yaml`` and ``checkpoints``.
-    A recipe with stages runs them first, each in a folder below ``stages``. All that can be known to be wrong, with
-    stages too, is found before weights are loaded. Runs on several processes under
-    ``accelerate launch``; the batch is then shared out, so that losses are those of one process.
+    A recipe with stages runs them first, each in a folder below ``stages``. The recipe and its stages are validated
+    before any weights are loaded. Under ``accelerate launch`` it runs on several processes; each batch is split over
+    them, so that losses are those of one process.
 
     Args:
-        recipe: What to do.
-        resume: Go on from the last complete checkpoint in ``output_dir``, from the start if there is none yet. The
-            losses and weights are those of a run that was never stopped. With another number of processes the batches
-            are the same, but dropout is drawn anew.
-        callbacks: The trainer's, beside our own.
+        recipe: The recipe.
+        resume: Resume from the last complete checkpoint in ``output_dir``, or start if there is none. Losses and
+            weights are those of an uninterrupted run. With another number of processes the batches
+            are the same, but dropout differs.
+        callbacks: Additional trainer callbacks.
 
     Raises:
         ConfigurationError: If the recipe does not fit the base, this machine, or what is in ``output_dir``, or another
@@ -98,7 +87,7 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCa
         DataError: If a training set cannot be trained on.
 
     Example:
-        >>> recipe = Recipe.from_yaml("recipe.yaml", ["training.steps=10"])  # doctest: +SKIP
+        >>> recipe = Recipe.from_yaml("recipe.yaml", ["training.max_steps=10"])  # doctest: +SKIP
         >>> train(recipe).model.encode(["a text"]).shape  # doctest: +SKIP
         (1, 256)
     """
@@ -106,7 +95,7 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCa
     check_output(recipe, folder, resume=resume)
     if (folder / "model").is_dir():
         return _finished(recipe, folder)
-    with one_at_a_time(folder):
+    with locked_run(folder):
         return _train_in(folder, recipe, resume=resume, callbacks=callbacks)
 
 
@@ -115,14 +104,14 @@ def _train_in(folder: Path, recipe: Recipe, *, resume: bool, callbacks: Sequence
     start = None
     if recipe.stages:
         if prepared.arguments.process_index == 0:
-            _keep_recipe(recipe, folder)  # before the first stage, so that the whole can be resumed
+            _keep_recipe(recipe, folder)  # before the first stage, so that all of it can be resumed
         start = run_stages(recipe, check=_prepare, train=_train_stage)
     return _train(recipe, prepared, start, resume=resume, callbacks=callbacks)
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What a recipe comes down to before weights are loaded."""
+    """A validated recipe, before weights are loaded."""
 
     arguments: SentenceTransformerTrainingArguments
     datasets: DatasetDict
@@ -130,24 +119,17 @@ class _Prepared:
 
 
 def _prepare(recipe: Recipe, stage: StageSettings | None = None) -> _Prepared:
-    """Loads the data, and finds what can be known to be wrong."""
-    check_names(recipe)
+    """Loads the data and validates the recipe."""
+    two_views = stage is not None and stage.kind == "simcse"
+    check_recipe(recipe, two_views=two_views)
     arguments = _training_arguments(recipe, Path(recipe.output_dir))
     with arguments.main_process_first(desc="loading data"):
-        if stage is not None and stage.kind == "simcse":
+        if stage is not None and two_views:
             datasets = DatasetDict({item.label: load_views(item) for item in stage.texts})
         else:
             datasets = DatasetDict({item.label: load_pairs(item, recipe.loss.num_negatives) for item in recipe.data})
         evaluator = _evaluator(recipe)
-    check_columns(datasets, recipe.loss)
-    check_batches(datasets, recipe, arguments.world_size)
-    base = resolve_base(recipe.model.base)
-    check_layers(recipe, base)
-    check_pooling(recipe.model, base)
-    if recipe.model.tune == "lora":
-        check_adapter(recipe.model, base)
-    if stage is not None and stage.kind == "simcse":
-        check_dropout(recipe.model, base)
+    check_data(datasets, recipe, arguments.world_size)
     return _Prepared(arguments, datasets, evaluator)
 
 
@@ -190,7 +172,7 @@ def _train(
     if checkpoint is None or not trainer.restore_finished(checkpoint):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     rows = {name: len(dataset) for name, dataset in datasets.items()}
-    at_end = None if stage is None else partial(settle, model, base, stage, recipe.evaluation, prepared.evaluator)
+    at_end = None if stage is None else partial(merge_stage, model, base, stage, recipe.evaluation, prepared.evaluator)
     return _finish(trainer, recipe, folder, rows, at_end)
 
 
@@ -214,23 +196,21 @@ def _finished(recipe: Recipe, folder: Path) -> TrainingResult:
 
 def _training_arguments(recipe: Recipe, folder: Path) -> SentenceTransformerTrainingArguments:
     training, evaluation = recipe.training, recipe.evaluation
-    arguments = trainer_arguments(
+    return trainer_arguments(
         SentenceTransformerTrainingArguments,
         **shared_arguments(training, folder, learning_rate=recipe.learning_rate, seed=recipe.seed),
         per_device_eval_batch_size=evaluation.batch_size,
-        batch_sampler=BatchSamplers.NO_DUPLICATES if training.no_duplicates else BatchSamplers.BATCH_SAMPLER,
+        batch_sampler=training.batch_sampler,
         multi_dataset_batch_sampler=_set_sampler(recipe),
         prompts={item.label: {"query": item.instruction} for item in recipe.data if item.instruction} or None,
         eval_strategy="steps" if evaluation.is_on else "no",
-        eval_steps=evaluation.steps,
-        eval_on_start=evaluation.is_on and evaluation.at_start,
-        save_steps=evaluation.steps if evaluation.keep_best else training.save_steps,
-        load_best_model_at_end=evaluation.keep_best,
-        metric_for_best_model=evaluation.metric if evaluation.keep_best else None,
+        eval_steps=evaluation.eval_steps,
+        eval_on_start=evaluation.is_on and evaluation.eval_on_start,
+        save_steps=evaluation.eval_steps if evaluation.load_best_model_at_end else training.save_steps,
+        load_best_model_at_end=evaluation.load_best_model_at_end,
+        metric_for_best_model=evaluation.metric if evaluation.load_best_model_at_end else None,
         greater_is_better=True,
     )
-    use_one_gpu(arguments)
-    return arguments
 
 
 def _set_sampler(recipe: Recipe) -> Any:
@@ -362,7 +342,7 @@ def _trainer(
             *(made for made in (mixing, sparse) if made is not None),
             *callbacks,
         ],
-        optimizer_class=OPTIMIZERS.get(recipe.training.optimizer),
+        optimizer_class=OPTIMIZERS.get(recipe.training.optim),
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -376,14 +356,14 @@ def _finish(
     rows: dict[str, int],
     at_end: Callable[[], dict[str, Any]] | None,
 ) -> TrainingResult:
-    trainer.pooling_share.remove()
+    trainer.pooling_change.remove()
     model, state = trainer.model, trainer.state
-    share = next((entry["pooling_share"] for entry in reversed(state.log_history) if "pooling_share" in entry), None)
-    if share is not None and share < NOTHING:
+    change = next((entry["pooling_share"] for entry in reversed(state.log_history) if "pooling_share" in entry), None)
+    if change is not None and change < NEGLIGIBLE:
         logger.warning(
-            "The pooling did nothing: it moves the embedding by %.2f %% of the plain readout. Train longer, raise "
+            "The pooling has no effect: it changes the embedding by %.2f %% (‖e - r‖/‖r‖). Train longer, raise "
             "training.pooling_learning_rate, or use the plain readout, which is cheaper.",
-            100 * share,
+            100 * change,
         )
     facts = {
         "wall_seconds": round(seconds_of(trainer), 1),
@@ -394,7 +374,7 @@ def _finish(
         "licenses": {item.label: item.license for item in recipe.data},
         "parameters": count_weights(model.parameters()),
         "trained_parameters": count_weights(parameter for parameter in model.parameters() if parameter.requires_grad),
-        "pooling_did_nothing": None if share is None else share < NOTHING,
+        "pooling_did_nothing": None if change is None else change < NEGLIGIBLE,
         "best_step": state.best_global_step,
     }
     report: dict[str, Any] = {}

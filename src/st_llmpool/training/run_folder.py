@@ -20,14 +20,15 @@ logger = logging.getLogger(__name__)
 #: What may differ between a run and its resumption: nothing that changes the weights.
 _FREE_TO_CHANGE = {
     "output_dir",
-    "evaluation.steps",
+    "evaluation.eval_steps",
     "evaluation.batch_size",
-    "evaluation.at_start",
+    "evaluation.eval_on_start",
     "training.logging_steps",
     "training.save_steps",
-    "training.keep_checkpoints",
+    "training.save_total_limit",
     "training.report_to",
-    "training.workers",
+    "training.dataloader_num_workers",
+    "training.run_name",
 }
 
 
@@ -43,7 +44,7 @@ class SavedRecipe(Protocol):
 
 
 def check_output(recipe: SavedRecipe, folder: Path, *, resume: bool) -> None:
-    """Refuses to mix two runs in one folder, or to go on with another recipe.
+    """Checks that a folder is free, or holds an interrupted run of the same recipe.
 
     A folder without a checkpoint or a finished stage holds no run yet: a first start that was refused or stopped may
     be started again with a corrected recipe.
@@ -51,7 +52,7 @@ def check_output(recipe: SavedRecipe, folder: Path, *, resume: bool) -> None:
     Args:
         recipe: The recipe of the run.
         folder: Its folder.
-        resume: Whether to go on with a run that is there.
+        resume: Whether to resume a run that is there.
 
     Raises:
         ConfigurationError: If the folder holds a run that is not resumed, another run, or something else's model.
@@ -67,7 +68,10 @@ def check_output(recipe: SavedRecipe, folder: Path, *, resume: bool) -> None:
             f"output_dir={str(folder)!r} already holds a run. Resume it (--resume), choose another output_dir, or "
             f"delete it."
         )
-    earlier, now = type(recipe).from_yaml(folder / "recipe.yaml").to_dict(), recipe.to_dict()
+    try:
+        earlier, now = type(recipe).from_yaml(folder / "recipe.yaml").to_dict(), recipe.to_dict()
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{folder / 'recipe.yaml'} cannot be resumed: {error}") from error
     changes = [name for name in differences(earlier, now) if name not in _FREE_TO_CHANGE - _bound(now)]
     if changes:
         raise ConfigurationError(
@@ -87,8 +91,8 @@ def _has_begun(folder: Path) -> bool:
 def _bound(settings: dict[str, Any]) -> set[str]:
     """Returns what is free to change in general, but changes the weights of this run."""
     bound = set()
-    if settings["evaluation"].get("keep_best"):
-        bound.add("evaluation.steps")  # which checkpoints there are to choose from
+    if settings["evaluation"].get("load_best_model_at_end"):
+        bound.add("evaluation.eval_steps")  # which checkpoints there are to choose from
     if settings.get("loss", {}).get("teacher"):
         bound.add("evaluation.batch_size")  # of the teacher too, whose scores differ in the last bits by it
     return bound
@@ -107,7 +111,7 @@ def checkpoint_of(folder: Path, world_size: int) -> Path | None:
         logger.warning("No checkpoint in %s is complete (%s): step 1 is next.", folder, ", ".join(sorted(left)))
     if checkpoint is not None and processes_of(checkpoint) != world_size:
         logger.warning(
-            "%s is of %d processes and goes on with %d: batches stay the same, dropout is drawn anew.",
+            "%s is of %d processes and goes on with %d: batches stay the same, dropout differs.",
             checkpoint,
             processes_of(checkpoint),
             world_size,
@@ -116,11 +120,11 @@ def checkpoint_of(folder: Path, world_size: int) -> Path | None:
 
 
 @contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of `folder` while the processes of one are at work; the first of them holds the lock.
+def locked_run(folder: Path) -> Iterator[None]:
+    """Locks `folder` for the processes of one run; the first of them holds the lock.
 
     Raises:
-        ConfigurationError: If another run is at work there.
+        ConfigurationError: If another run is active there.
     """
     with locked_folder(folder) if int(os.environ.get("RANK", 0)) == 0 else nullcontext():
         yield

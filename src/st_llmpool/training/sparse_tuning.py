@@ -32,8 +32,8 @@ class SparseTuning(TrainerCallback, ExportableState):
     * the n layers that train until then are drawn without replacement, each by σ(I_l). The others' adapters get no
       gradient and keep their values, and their optimizer state.
 
-    The formulas are those of the authors' published code, with the sign of I turned round; there the layers are drawn
-    anew at each step, and a batch of its own is measured. Pooling, and adapters outside the layers, always train.
+    The formulas are those of the authors' published code, with the sign of I turned round; there the layers are redrawn
+    at each step, and measured on a separate batch. Pooling, and adapters outside the layers, always train.
 
     What is drawn depends on seed, step and importance; the loss is the mean over all processes, so they all draw the
     same. Importance is in the checkpoints.
@@ -144,11 +144,11 @@ def updated_importance(
         >>> updated_importance(np.zeros(2), [[0], [1]], rewards=[0.5, 0.1], rate=10.0)
         array([-0.5,  0.5])
     """
-    share = _sigmoid(importance)
+    probability = _sigmoid(importance)
     advantage = np.zeros_like(importance)
     for weakened, reward in zip(sets, rewards, strict=True):
         advantage[list(weakened)] += reward - np.mean(rewards)
-    return importance - rate * share * (1 - share) * advantage
+    return importance - rate * probability * (1 - probability) * advantage
 
 
 def check_number_of_layers(settings: SparseTuningSettings, found: int) -> None:
@@ -164,7 +164,7 @@ def check_number_of_layers(settings: SparseTuningSettings, found: int) -> None:
     if settings.layers > found:
         raise ConfigurationError(
             f"training.sparse_tuning.layers={settings.layers} is more than the {found} layers whose adapter can train. "
-            f"Use at most {found}; the paper takes a quarter of the layers."
+            f"Use at most {found}; the paper uses a quarter of the layers."
         )
 
 

@@ -1,4 +1,4 @@
-"""The stages of a recipe: what each does, and the chain in which each starts from what the one before it left."""
+"""Run the stages of a recipe in order; each starts from the model that the previous one left."""
 
 from __future__ import annotations
 
@@ -19,23 +19,22 @@ from ..modules.errors import ConfigurationError
 from ..utils.random_state import preserve_rng_state
 from .checks import design_arguments
 from .interpolation import merge_with_base
-from .merge_shares import shares_of
 from .mntp.adaptation import adapt, check_adapt
 from .mntp.recipe import AdaptEvaluationSettings, AdaptRecipe
-from .recipe import DEFAULT_LENGTH, EvaluationSettings, MaskingSettings, Recipe, StageSettings
+from .recipe import DEFAULT_LENGTH, EvaluationSettings, MaskingSettings, Recipe, StageSettings, merge_weights
 
 #: Trains a stage: called with its recipe, the folder that it starts from if there is one, and its settings.
 Train = Callable[[Recipe, Path | None, StageSettings], Any]
 
 
 def run_stages(recipe: Recipe, check: Callable[[Recipe, StageSettings], Any], train: Train) -> Path:
-    """Runs the stages of `recipe` in order; a finished one is passed over, one that was stopped goes on.
+    """Runs the stages of `recipe` in order; finished ones are skipped, an interrupted one is resumed.
 
     All stages are checked before the first one starts.
 
     Args:
-        recipe: The whole recipe.
-        check: Finds what is wrong with a ``simcse`` or ``contrastive`` stage.
+        recipe: The recipe.
+        check: Validates a ``simcse`` or ``contrastive`` stage.
         train: Trains one.
 
     Returns:
@@ -69,10 +68,10 @@ def adapt_recipe(recipe: Recipe, stage: StageSettings, folder: Path, start: Path
     """Returns what :func:`adapt` does for a stage of kind ``mntp``.
 
     Args:
-        recipe: The whole recipe.
+        recipe: The recipe.
         stage: The stage.
         folder: Its folder.
-        start: What the stage before it left; None is the recipe's base.
+        start: The previous stage's model; None is the recipe's base.
 
     Raises:
         ConfigurationError: If the recipe freezes layers, which an adaptation cannot.
@@ -107,7 +106,7 @@ def embedder_recipe(recipe: Recipe, stage: StageSettings, folder: Path) -> Recip
     """Returns the recipe of a stage of kind ``simcse`` or ``contrastive``, which has none itself.
 
     Args:
-        recipe: The whole recipe.
+        recipe: The recipe.
         stage: The stage.
         folder: Its folder.
     """
@@ -130,24 +129,24 @@ def embedder_recipe(recipe: Recipe, stage: StageSettings, folder: Path) -> Recip
     )
 
 
-def settle(
+def merge_stage(
     model: SentenceTransformer,
     base: str,
     stage: StageSettings,
     evaluation: EvaluationSettings,
     evaluator: BaseEvaluator | None,
 ) -> dict[str, Any]:
-    """Makes what a stage trained a whole model: adapter merged, backbone merged with the one that it started from.
+    """Merges the adapter of a trained stage, then its backbone with the one that it started from.
 
     Args:
         model: Changed in place.
         base: What its backbone started from.
-        stage: Says how much of what was trained stays.
+        stage: Has the weight of the trained model.
         evaluation: Says which metric is best.
         evaluator: Chooses, where there is a choice.
 
     Returns:
-        For ``training.json``: the share of the trained weights, and the score of each that was tried.
+        For ``training.json``: the weight of the trained model, and the score of each that was tried.
     """
     device = model.device
     if has_adapter(model):
@@ -155,8 +154,8 @@ def settle(
             model.save_pretrained(folder, create_model_card=False)
             merge_adapter(model, Path(folder))
         model.to(device)
-    shares = shares_of(stage.merge)
-    if shares == [1.0]:
+    alphas = merge_weights(stage.merge)
+    if alphas == [1.0]:
         return {"merge": 1.0, "merge_scores": []}
 
     def score() -> float:
@@ -165,5 +164,5 @@ def settle(
             return float(evaluator(model)[evaluation.metric])
 
     weights = load_again(model[0].model, base, dtype=torch.float32).state_dict()
-    chosen, scores = merge_with_base(model[0].model, weights, shares, score)
-    return {"merge": chosen, "merge_scores": [[share, found] for share, found in scores.items()]}
+    chosen, scores = merge_with_base(model[0].model, weights, alphas, score)
+    return {"merge": chosen, "merge_scores": [[alpha, found] for alpha, found in scores.items()]}

@@ -1,4 +1,4 @@
-"""sentence-transformers' trainer: exact resuming, evaluation without a trace, the pooling's share in the log."""
+"""sentence-transformers' trainer with exact resuming and the pooling's effect in the log."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from ..adapters import has_adapter
 from ..model_card.card import card_without_forwards
 from ..modules.errors import InputError
 from ..utils.random_state import preserve_rng_state
-from .checkpoint_seal import fault_of
-from .checkpoints import load_trained_weights
+from .checkpoints import fault_of, load_trained_weights
 from .guarded_trainer import GuardedTrainer
-from .pooling_share import PoolingShare
+from .pooling_change import PoolingChange
 
 
 class EmbedderTrainer(GuardedTrainer, SentenceTransformerTrainer):
@@ -35,7 +34,7 @@ class EmbedderTrainer(GuardedTrainer, SentenceTransformerTrainer):
     ) -> None:
         self._optimizer_class = optimizer_class
         super().__init__(*args, **kwargs)
-        self.pooling_share = PoolingShare(self.model)
+        self.pooling_change = PoolingChange(self.model)
 
     def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         """Returns the optimizer's class and arguments, among them the groups with their learning rates."""
@@ -45,9 +44,9 @@ class EmbedderTrainer(GuardedTrainer, SentenceTransformerTrainer):
         return self._optimizer_class(), {name: options[name] for name in ("lr", "optimizer_dict")}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs, with the pooling's share beside each training loss."""
-        if "loss" in logs and (share := self.pooling_share.take()) is not None:
-            of_each_process = self.accelerator.gather(torch.tensor(share, device=self.accelerator.device))
+        """Logs, with the pooling's effect next to each training loss."""
+        if "loss" in logs and (change := self.pooling_change.pop_mean()) is not None:
+            of_each_process = self.accelerator.gather(torch.tensor(change, device=self.accelerator.device))
             logs = {**logs, "pooling_share": of_each_process.mean().item()}
         super().log(logs, start_time)
 

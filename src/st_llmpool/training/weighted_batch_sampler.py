@@ -1,4 +1,4 @@
-"""Batches from several sets in given shares; sentence-transformers has only equal shares and shares by size."""
+"""Sample batches from several datasets by weight; sentence-transformers has only equal and proportional sampling."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, ConcatDataset
 
 
 class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):
-    """Takes each batch from one set, the sets in a random order and in shares by weight.
+    """Draws each batch from one dataset; datasets come in random order, in proportion to their weights.
 
     An epoch has as many batches as all sets have together. A set whose batches run out starts again in a new order, so
     small sets can be repeated and large ones cut.
@@ -69,10 +69,10 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):
 
 
 def _apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """Splits `total` into whole numbers in the ratio of `weights`, by largest remainders."""
-    shares = [total * weight / sum(weights) for weight in weights]
-    counts = [int(share) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda place: counts[place] - shares[place])
+    """Splits `total` into integers in the ratio of `weights`, by largest remainders."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [int(value) for value in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda place: counts[place] - exact[place])
     for place in by_remainder[: total - sum(counts)]:
         counts[place] += 1
     return counts

@@ -7,7 +7,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from ..modules.errors import ConfigurationError, nearest
@@ -25,7 +25,9 @@ def from_mapping(settings: type[T], values: object, where: str = "") -> T:
         where: Dotted name of the place in the file, for messages.
 
     Returns:
-        The dataclass, every value of its field's type (``1e-4``, text in YAML 1.1, becomes a float).
+        The dataclass, every value of its field's type (``1e-4``, text in YAML 1.1, becomes a float). A field with the
+        metadata ``rest``, a function of the values, their place and the fields, holds the keys that no field has. A
+        key in the class's ``RENAMED`` (old name to new) is refused with its new name.
 
     Raises:
         ConfigurationError: If a key is unknown or missing, or a value does not fit its field.
@@ -40,8 +42,15 @@ def from_mapping(settings: type[T], values: object, where: str = "") -> T:
     if not isinstance(values, Mapping):
         raise ConfigurationError(f"{where or 'The file'} must hold keys and values; found {shown(values)}.")
     fields = {field.name: field for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
+    renamed: Mapping[str, str] = getattr(settings, "RENAMED", {})
+    rest = next((field.name for field in fields.values() if field.metadata.get("rest")), None)
+    further = {}
     for key in values:
-        if key not in fields:
+        if key in renamed:
+            raise ConfigurationError(f"{_join(where, key)} is now {_join(where, renamed[key])}.")
+        if rest is not None and key not in fields and isinstance(key, str):
+            further[key] = values[key]
+        elif key not in fields or key == rest:
             hint = nearest(str(key), fields) or f" Known keys: {', '.join(fields)}."
             raise ConfigurationError(f"{_join(where, _name(key))} is not a key here.{hint}")
     for name, field in fields.items():
@@ -49,7 +58,33 @@ def from_mapping(settings: type[T], values: object, where: str = "") -> T:
         if required and name not in values:
             raise ConfigurationError(f"{_join(where, name)} is missing, and there is no default for it.")
     kinds = typing.get_type_hints(settings)
-    return settings(**{key: _coerce(kinds[key], value, _join(where, key)) for key, value in values.items()})
+    known = {key: value for key, value in values.items() if key not in further}
+    made = {key: converted(kinds[key], value, _join(where, key)) for key, value in known.items()}
+    if rest is not None and further:
+        made[rest] = fields[rest].metadata["rest"](further, where, fields)
+    return settings(**made)
+
+
+def to_mapping(settings: Any) -> dict[str, Any]:
+    """Returns a dataclass as nested mappings that :func:`from_mapping` reads back."""
+    return dict(_plain_items(settings))
+
+
+def _plain_items(settings: Any) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.metadata.get("rest"):
+            yield from value.items()
+        else:
+            yield field.name, _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_mapping(value)
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 class Range(NamedTuple):
@@ -203,8 +238,17 @@ def _index(place: list[Any], part: str, path: str) -> int:
     return int(part)
 
 
-def _coerce(kind: Any, value: Any, where: str) -> Any:
-    """Returns `value` as a `kind`, or raises."""
+def converted(kind: Any, value: Any, where: str) -> Any:
+    """Returns `value` as a `kind`.
+
+    Args:
+        kind: A type, as in an annotation.
+        value: What a file holds.
+        where: Dotted name of its place, for the message.
+
+    Raises:
+        ConfigurationError: If it does not fit.
+    """
     origin = get_origin(kind)
     if kind is Any:
         return value
@@ -214,13 +258,13 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         return _choose(get_args(kind), value, where)
     if origin is list:
         items = value if isinstance(value, list) else [value]
-        return [_coerce(get_args(kind)[0], item, f"{where}.{place}") for place, item in enumerate(items)]
+        return [converted(get_args(kind)[0], item, f"{where}.{place}") for place, item in enumerate(items)]
     if origin in (dict, Mapping) or kind is dict:
         if not isinstance(value, Mapping):
             raise ConfigurationError(f"{where}={shown(value)} must hold keys and values.")
         of_keys, of_values = get_args(kind) or (Any, Any)
         return {
-            _coerce(of_keys, key, f"{where} (a key)"): _coerce(of_values, item, _join(where, _name(key)))
+            converted(of_keys, key, f"{where} (a key)"): converted(of_values, item, _join(where, _name(key)))
             for key, item in value.items()
         }
     if dataclasses.is_dataclass(kind):
@@ -234,13 +278,13 @@ def _coerce_union(kinds: Sequence[Any], value: Any, where: str) -> Any:
     options = [kind for kind in kinds if kind is not type(None)]
     for kind in options:  # a value that is of one of the types stays as it is
         if isinstance(kind, type) and type(value) is kind:
-            return _coerce(kind, value, where)
+            return converted(kind, value, where)
     for kind in options[:-1]:
         try:
-            return _coerce(kind, value, where)
+            return converted(kind, value, where)
         except ConfigurationError:
             continue
-    return _coerce(options[-1], value, where)
+    return converted(options[-1], value, where)
 
 
 def _choose(options: Sequence[Any], value: Any, where: str) -> Any:

@@ -26,9 +26,9 @@ def test_equal_training_is_shown_setting_by_setting(report):
 
 def test_unequal_training_is_said_loudly(tmp_path):
     changed = {"builtin_5_seed1": {"data": {"pairs/train.parquet": "f" * 16}}}
-    page, _ = small(tmp_path, change={"training": {"steps": 400}}, **changed)
+    page, _ = small(tmp_path, change={"training": {"max_steps": 400}}, **changed)
     warnings = " ".join(re.findall(r"<blockquote>(.*?)</blockquote>", page, re.DOTALL))
-    assert "Not only the design differs: training.steps of 5." in warnings
+    assert "Not only the design differs: training.max_steps of 5." in warnings
     assert "pairs/train.parquet differs between runs: it is another file in builtin_5_seed1." in warnings
 
 

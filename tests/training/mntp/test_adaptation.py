@@ -19,8 +19,9 @@ from st_llmpool.cli import app
 from st_llmpool.data.texts import TextSettings
 from st_llmpool.modules.errors import ConfigurationError, DataError
 from st_llmpool.training import AdaptRecipe, adapt
+from st_llmpool.training.checkpoints import seal_checkpoint
 from st_llmpool.training.mntp import adaptation
-from st_llmpool.training.mntp.masked_accuracy import masked_score
+from st_llmpool.training.mntp.masked_next_token import masked_score
 
 TUNES = {
     "full": {"tune": "full", "masking": {"replacement": "bert"}},
@@ -30,13 +31,13 @@ TUNES = {
 
 
 def make(folder: Path, base: str, words_file: str, **changes) -> AdaptRecipe:
-    training = {"steps": 5, "batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2}
+    training = {"max_steps": 5, "batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2}
     values = {
         "output_dir": str(folder),
         "base": base,
         "texts": [{"source": words_file}],
         "max_seq_length": 24,
-        "training": training | {"keep_checkpoints": 3, "warmup_steps": 0},
+        "training": training | {"save_total_limit": 3, "warmup_steps": 0},
     }
     return AdaptRecipe.from_dict(values | changes)
 
@@ -58,6 +59,7 @@ def test_a_resumed_adaptation_is_one_that_was_never_stopped(unbroken, tmp_path):
     values = json.loads(state.read_text())
     values["stateful_callbacks"]["ElapsedTimeCallback"]["attributes"]["seconds"] = 1000.0  # of the part before the stop
     state.write_text(json.dumps(values))
+    seal_checkpoint(state.parent)
     resumed = adapt(dataclasses.replace(recipe, output_dir=str(folder)), resume=True)
     assert resumed.report["losses"] == expected.report["losses"]
     assert resumed.report["wall_seconds"] >= 1000
@@ -159,7 +161,7 @@ def test_held_out_texts_are_not_trained_on(tmp_path, words_file):
 @pytest.mark.parametrize("unbroken", ["lora"], indirect=True)
 def test_evaluation_while_training_changes_nothing(unbroken, tmp_path):
     recipe, expected = unbroken
-    evaluation = dataclasses.replace(recipe.evaluation, steps=2)
+    evaluation = dataclasses.replace(recipe.evaluation, eval_steps=2)
     result = adapt(dataclasses.replace(recipe, output_dir=str(tmp_path / "run"), evaluation=evaluation))
     assert result.report["losses"] == expected.report["losses"]
     steps = [step for step, metrics in result.report["evaluations"]]
@@ -220,7 +222,7 @@ def test_a_share_of_the_trained_weights_leaves_the_rest_to_the_base(unbroken, tm
 CHANGES = [
     ({"limit": 4}, "evaluation.limit"),
     ({"texts": [{"source": "other.txt"}]}, "evaluation.texts"),
-    ({"steps": 3, "batch_size": 2}, None),
+    ({"eval_steps": 3, "batch_size": 2}, None),
 ]
 
 
@@ -240,19 +242,19 @@ def test_what_changes_the_training_texts_is_not_free_when_a_run_is_resumed(unbro
 @pytest.mark.parametrize("options", [[], ["--merge", "0.5", "--tune", "full"]])
 def test_the_command_leaves_a_base_and_says_what_it_brought(tmp_path, tiny_lm, words_file, options):
     out = tmp_path / "adapted"
-    arguments = ["adapt", tiny_lm, "--data", words_file, "--out", str(out), "--steps", "2", "--batch-size", "4"]
+    arguments = ["adapt", tiny_lm, "--data", words_file, "--out", str(out), "--max-steps", "2", "--batch-size", "4"]
     settings = ["max_seq_length=24", "lora.r=4", "lora.lora_dropout=0"] if not options else ["max_seq_length=24"]
-    result = CliRunner().invoke(app, [*arguments, "--mask-share", "0.3", *options, *settings])
+    result = CliRunner().invoke(app, [*arguments, "--mlm-probability", "0.3", *options, *settings])
     assert result.exit_code == 0, result.output
     report = json.loads((out / "training.json").read_text())
     assert f"{report['masked_accuracy']['adapted']:.1%}".replace("%", " %") in result.output
     assert str(out / "model") in result.output
     assert report["steps"] == 2
     recipe = AdaptRecipe.from_yaml(out / "recipe.yaml")
-    assert (recipe.masking.share, recipe.max_seq_length, recipe.training.batch_size) == (0.3, 24, 4)
+    assert (recipe.masking.mlm_probability, recipe.max_seq_length, recipe.training.batch_size) == (0.3, 24, 4)
     assert recipe.merge == (0.5 if options else None)
     assert build_embedder(str(out / "model"), pooling="mean", device="cpu").encode(["a text"]).shape == (1, 32)
-    again = CliRunner().invoke(app, [*arguments, "--mask-share", "0.3", *options, *settings])
+    again = CliRunner().invoke(app, [*arguments, "--mlm-probability", "0.3", *options, *settings])
     assert again.exit_code != 0
     assert "already holds a run" in again.output + str(again.exception)
 

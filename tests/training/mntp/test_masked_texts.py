@@ -8,8 +8,7 @@ from datasets import Dataset
 from transformers import ByT5Tokenizer
 
 from st_llmpool.base_tokenizer import append_eos
-from st_llmpool.training.mntp.masked_texts import MaskedTexts, collate, tokenize
-from st_llmpool.training.mntp.masking import IGNORE, Vocabulary
+from st_llmpool.training.mntp.masked_texts import IGNORE, MaskedTexts, Vocabulary, collate, tokenize
 from st_llmpool.training.recipe import MaskingSettings
 from tests.conftest import tiny_tokenizer
 
@@ -69,7 +68,7 @@ def test_special_tokens_that_a_text_spells_out_are_not_predicted(long_texts):
     ids, special = pieces["input_ids"][0], pieces["special"][0]
     marked = [token for token, flag in zip(ids, special, strict=True) if flag]
     assert marked == tokenizer.convert_tokens_to_ids(["<pad>", "<|im_start|>"])
-    examples = MaskedTexts(pieces, MaskingSettings(share=0.9), VOCABULARY, length=20)
+    examples = MaskedTexts(pieces, MaskingSettings(mlm_probability=0.9), VOCABULARY, length=20)
     predicted = {label for place in range(20) for label in examples[place]["labels"].tolist()}
     assert not predicted & set(marked)
     assert len(predicted) > 2
@@ -81,7 +80,7 @@ def test_an_example_depends_on_seed_and_place_alone():
     )
 
     def make(seed: int) -> MaskedTexts:
-        return MaskedTexts(pieces, MaskingSettings(share=0.4), VOCABULARY, length=21, seed=seed)
+        return MaskedTexts(pieces, MaskingSettings(mlm_probability=0.4), VOCABULARY, length=21, seed=seed)
 
     forwards, backwards, other = make(3), make(3), make(4)
     one = [forwards[place] for place in range(21)]

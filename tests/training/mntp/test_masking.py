@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.training.mntp.masking import IGNORE, Vocabulary, mask_tokens, maskable
+from st_llmpool.training.mntp.masked_texts import IGNORE, Vocabulary, mask_tokens, maskable
 from st_llmpool.training.recipe import MaskingSettings
 
 MASK = 99
@@ -29,7 +29,7 @@ def generator(seed: int) -> torch.Generator:
 def test_the_share_is_masked_but_never_the_first_nor_a_special_token(text, share, seed):
     ids, special = text
     places = maskable(ids, special)
-    masked, labels = mask_tokens(ids, places, MaskingSettings(share=share), VOCABULARY, generator(seed))
+    masked, labels = mask_tokens(ids, places, MaskingSettings(mlm_probability=share), VOCABULARY, generator(seed))
     chosen = [place for place in range(len(ids)) if labels[place] != IGNORE]
     allowed = [place for place in range(1, len(ids)) if special[place] == 0]
     assert set(chosen) <= set(allowed)
@@ -42,7 +42,7 @@ def test_the_share_is_masked_but_never_the_first_nor_a_special_token(text, share
 
 def test_bert_masks_four_fifths_and_replaces_and_leaves_a_tenth_each():
     ids = torch.arange(100_000) % 90
-    settings = MaskingSettings(share=0.5, replacement="bert")
+    settings = MaskingSettings(mlm_probability=0.5, replacement="bert")
     masked, labels = mask_tokens(ids, torch.arange(1, 100_000), settings, VOCABULARY, generator(0))
     chosen = labels != IGNORE
     shares = [(masked[chosen] == MASK), (masked[chosen] >= 100), (masked[chosen] == ids[chosen])]
@@ -55,7 +55,10 @@ def test_every_place_is_chosen_as_often_as_any_other():
     ids = torch.arange(11)
     counts = torch.zeros(11)
     for seed in range(2000):
-        counts += mask_tokens(ids, torch.arange(1, 11), MaskingSettings(share=0.3), VOCABULARY, generator(seed))[1] >= 0
+        counts += (
+            mask_tokens(ids, torch.arange(1, 11), MaskingSettings(mlm_probability=0.3), VOCABULARY, generator(seed))[1]
+            >= 0
+        )
     assert counts[0] == 0
     assert counts[1:].sum() == 6000
     assert counts[1:].min() > 520
@@ -64,5 +67,5 @@ def test_every_place_is_chosen_as_often_as_any_other():
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
 def test_a_share_that_leaves_nothing_to_do_is_refused(share):
-    with pytest.raises(ConfigurationError, match="share"):
-        MaskingSettings(share=share)
+    with pytest.raises(ConfigurationError, match="mlm_probability"):
+        MaskingSettings(mlm_probability=share)

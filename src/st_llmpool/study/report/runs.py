@@ -13,7 +13,7 @@ from ...modules.errors import StLlmpoolError, __version__
 from ...stats.comparison import Comparison
 from ...stats.results import Results, label
 from ...stats.tables import Sheet
-from ...training.pooling_share import NOTHING
+from ...training.pooling_change import NEGLIGIBLE
 from ...training.recipe import DEFAULT_LENGTH
 from ...utils.settings import differences
 from ...utils.words import counted, listed
@@ -204,7 +204,7 @@ def write_convergence(document: Document, records: Sequence[RunRecord]) -> None:
         "Still rising": ("under-trained: the last validation is the best by over 1 %", lambda run: run.rising is True),
         "Unknown": ("fewer than three evaluations", lambda run: run.rising is None),
         "The pooling did nothing": (
-            f"it changes the embedding by less than {100 * NOTHING:.0f} %",
+            f"it changes the embedding by less than {100 * NEGLIGIBLE:.0f} %",
             lambda run: run.training.get("pooling_did_nothing") is True,
         ),
     }
@@ -308,7 +308,7 @@ def _draw_curves(document: Document, curves: dict[str, list[Curve]], name: str, 
         means = [np.mean([run[step] for run in values]) for step in steps]
         axes.plot(steps, means, linewidth=1.6, label=design, **style)
     if name.startswith("pooling_change"):
-        axes.axhline(NOTHING, color="0.3", linestyle=":", linewidth=1)
+        axes.axhline(NEGLIGIBLE, color="0.3", linestyle=":", linewidth=1)
     axes.set(xlabel="step", ylabel=words)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)

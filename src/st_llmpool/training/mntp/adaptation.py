@@ -1,4 +1,4 @@
-"""Adapts a base to bidirectional attention by masked next-token prediction, and says what that brought."""
+"""Adapt a base to bidirectional attention with masked next-token prediction, and report the gain."""
 
 from __future__ import annotations
 
@@ -30,36 +30,40 @@ from ...saved_embedder import is_saved_embedder
 from ...utils.files import atomic_folder
 from ...utils.parameters import count_weights
 from ...utils.reading import read_json_object
-from ..arguments import enable_gradient_checkpointing, precision_of, shared_arguments, trainer_arguments, use_one_gpu
+from ..arguments import enable_gradient_checkpointing, precision_of, shared_arguments, trainer_arguments
+from ..callbacks import ElapsedTimeCallback, RichProgress, seconds_of
 from ..checks import check_adapter, check_machine
-from ..elapsed_time import ElapsedTimeCallback, seconds_of
 from ..interpolation import merge_with_base
-from ..merge_shares import shares_of
-from ..progress import RichProgress
-from ..recipe import MaskingSettings, ModelSettings
+from ..recipe import MaskingSettings, ModelSettings, merge_weights
 from ..reload_check import check_language_model, check_on_first_process
 from ..report import write_report
-from ..run_folder import check_output, checkpoint_of, one_at_a_time, remove_checkpoints_after
-from .language_model import attend, load_language_model, load_tokenizer, stored_dtype
-from .mask_token import choose_mask_token, ordinary_tokens, use_mask_token
-from .masked_accuracy import constant_accuracy, masked_score, most_frequent_token
-from .masked_texts import Example, MaskedTexts, collate, tokenize
-from .masked_trainer import MaskedTokenTrainer
-from .masking import Vocabulary
+from ..run_folder import check_output, checkpoint_of, locked_run, remove_checkpoints_after
+from .language_model import (
+    apply_attention,
+    choose_mask_token,
+    load_language_model,
+    load_tokenizer,
+    ordinary_tokens,
+    stored_dtype,
+    use_mask_token,
+)
+from .masked_next_token import constant_accuracy, masked_score, most_frequent_token
+from .masked_texts import Example, MaskedTexts, Vocabulary, collate, tokenize
 from .recipe import AdaptRecipe
+from .trainer import MaskedTokenTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
-# Of the training texts, the most that is kept aside to measure on.
-_HELD_OUT_SHARE = 0.1
+# Largest fraction of the training texts that is held out.
+_HELD_OUT_FRACTION = 0.1
 
 
 @dataclass(frozen=True)
 class AdaptResult:
-    """What an adaptation gives.
+    """The result of an adaptation.
 
     Attributes:
         model_dir: Folder of the adapted base, for `build_embedder` or any ``from_pretrained``.
@@ -87,7 +91,7 @@ def adapt(recipe: AdaptRecipe, *, resume: bool = False) -> AdaptResult:
     no base does: whoever loads it chooses.
 
     ``training.json`` compares, on the same masked tokens of held-out text (each chosen place holds the mask token,
-    whatever ``masking.replacement`` is), the shares that are found:
+    whatever ``masking.replacement`` is), the accuracy:
 
     - ``adapted``: by the result, with the recipe's attention, from the masked text;
     - ``base``: by the base as it was, in the same way: what the change of attention alone leaves of it;
@@ -96,9 +100,9 @@ def adapt(recipe: AdaptRecipe, *, resume: bool = False) -> AdaptResult:
     - ``no_context``: by always answering with the most frequent token of the training text.
 
     Args:
-        recipe: What to do.
-        resume: Go on from the last complete checkpoint in ``output_dir``, from the start if there is none yet. The
-            losses and weights are those of a run that was never stopped.
+        recipe: The recipe.
+        resume: Resume from the last complete checkpoint in ``output_dir``, or start if there is none. Losses and
+            weights are those of an uninterrupted run.
 
     Raises:
         ConfigurationError: If the recipe does not fit the base, this machine, or what is in ``output_dir``, or another
@@ -117,7 +121,7 @@ def adapt(recipe: AdaptRecipe, *, resume: bool = False) -> AdaptResult:
     if (folder / "model").is_dir():
         logger.info("%s is finished; nothing to train.", folder)
         return AdaptResult(folder / "model", read_json_object(folder / "training.json"))
-    with one_at_a_time(folder):
+    with locked_run(folder):
         return _adapt_in(folder, recipe, resume=resume)
 
 
@@ -134,7 +138,7 @@ def _adapt_in(folder: Path, recipe: AdaptRecipe, *, resume: bool) -> AdaptResult
     token = choose_mask_token(tokenizer, recipe.masking.token)
     vocabulary = Vocabulary(use_mask_token(tokenizer, model, token), ordinary_tokens(tokenizer))
     texts = _tokenize(recipe, tokenizer, train, held_out, vocabulary)
-    attend(model, recipe)
+    apply_attention(model, recipe)
     if recipe.training.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     trainer = _trainer(recipe, _with_adapter(model, recipe), tokenizer, texts, arguments)
@@ -157,7 +161,7 @@ def _adapt_in(folder: Path, recipe: AdaptRecipe, *, resume: bool) -> AdaptResult
 
 
 def check_adapt(recipe: AdaptRecipe) -> str:
-    """Finds what can be known to be wrong before weights are loaded.
+    """Validates an adaptation before any weights are loaded.
 
     Returns:
         The base's Hub id or folder.
@@ -190,7 +194,7 @@ def _load(recipe: AdaptRecipe) -> tuple[Dataset, Dataset]:
         raise DataError(
             "texts hold one text, which cannot be trained on and measured on. Give more, or evaluation.texts."
         )
-    count = min(limit, max(1, int(_HELD_OUT_SHARE * len(train))))
+    count = min(limit, max(1, int(_HELD_OUT_FRACTION * len(train))))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     return train.select(sorted(order[count:])), train.select(sorted(order[:count]))
 
@@ -207,7 +211,7 @@ def _tokenize(
     for name, found in (("training", pieces), ("held-out", others)):
         if len(found) == 0:
             raise DataError(f"The {name} texts are of one token each: there is nothing before it to predict it from.")
-    masking = MaskingSettings(share=recipe.masking.share)
+    masking = MaskingSettings(mlm_probability=recipe.masking.mlm_probability)
     examples = MaskedTexts(others, masking, vocabulary, length=len(others), seed=recipe.seed)
     return _Texts(pieces, [examples[place] for place in range(len(examples))], vocabulary)
 
@@ -218,15 +222,14 @@ def _training_arguments(recipe: AdaptRecipe, folder: Path) -> TrainingArguments:
         TrainingArguments,
         **shared_arguments(training, folder, learning_rate=recipe.learning_rate, seed=recipe.seed),
         per_device_eval_batch_size=evaluation.batch_size,
-        eval_strategy="no" if evaluation.steps is None else "steps",
-        eval_steps=evaluation.steps,
+        eval_strategy="no" if evaluation.eval_steps is None else "steps",
+        eval_steps=evaluation.eval_steps,
         save_steps=training.save_steps,
         remove_unused_columns=False,
     )
-    use_one_gpu(arguments)
     if training.batch_size % arguments.world_size:
         raise ConfigurationError(
-            f"training.batch_size={training.batch_size} is over all processes and cannot be shared out evenly over "
+            f"training.batch_size={training.batch_size} is over all devices and cannot be split evenly over "
             f"{arguments.world_size}."
         )
     return arguments
@@ -261,14 +264,15 @@ def _trainer(
     arguments: TrainingArguments,
 ) -> MaskedTokenTrainer:
     training = recipe.training
-    steps = training.steps or max(1, int(training.epochs * len(texts.pieces) / training.batch_size))
+    per_step = training.batch_size * training.gradient_accumulation_steps
+    steps = training.max_steps or max(1, int(training.num_train_epochs * len(texts.pieces) / per_step))
     arguments.max_steps = steps
     trainer = MaskedTokenTrainer(
         model=model,
         args=arguments,
         data_collator=partial(collate, padding_side=tokenizer.padding_side),
         train_dataset=MaskedTexts(
-            texts.pieces, recipe.masking, texts.vocabulary, length=steps * training.batch_size, seed=recipe.seed
+            texts.pieces, recipe.masking, texts.vocabulary, length=steps * per_step, seed=recipe.seed
         ),
         eval_dataset=texts.held_out,
         callbacks=[ElapsedTimeCallback(), RichProgress()],
@@ -307,7 +311,7 @@ def _save(model: Any, recipe: AdaptRecipe, base: str, tokenizer: PreTrainedToken
 
 
 def _release(trainer: MaskedTokenTrainer) -> None:
-    """Lets go of what only training needed: optimizer, schedule, loader, and what was wrapped around the model."""
+    """Frees what only training needs: optimizer, schedule, loader, and the model's wrapper."""
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.model_wrapped = trainer.model  # type: ignore[assignment]
     handler = trainer.callback_handler
@@ -322,7 +326,7 @@ def _finish(
     tokenizer: PreTrainedTokenizerBase,
     texts: _Texts,
 ) -> dict[str, Any]:
-    """Merges, measures and saves; outside of a merge with one model in memory at a time."""
+    """Merges, measures and saves; with one model in memory at a time, except to merge."""
     folder = Path(recipe.output_dir)
     model: Any = trainer.model
     device = model.device
@@ -343,7 +347,7 @@ def _finish(
         "mask_token": tokenizer.mask_token,
         "masked_tokens": adapted.tokens,
         "merge": alpha,
-        "merge_scores": [[share, score] for share, score in scores.items()],
+        "merge_scores": [[weight, score] for weight, score in scores.items()],
     }
     with atomic_folder(folder / "model") as target:
         _save(model, recipe, base, tokenizer, target)
@@ -369,9 +373,9 @@ def _merge(
     tokenizer: PreTrainedTokenizerBase,
     score: Callable[[], float],
 ) -> tuple[float, dict[float, float]]:
-    shares = shares_of(recipe.merge)
-    weights = {} if shares == [1.0] else _untouched(recipe, base, tokenizer).state_dict()
-    return merge_with_base(model, weights, shares, score)
+    alphas = merge_weights(recipe.merge)
+    weights = {} if alphas == [1.0] else _untouched(recipe, base, tokenizer).state_dict()
+    return merge_with_base(model, weights, alphas, score)
 
 
 def _untouched(recipe: AdaptRecipe, base: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -14,10 +13,9 @@ from ...data.texts import TextSettings
 from ...modules.errors import ConfigurationError
 from ...utils.files import write_atomically
 from ...utils.reading import read_yaml
-from ...utils.settings import Range, check_ranges, from_mapping, with_overrides
-from ..merge_shares import check_merge
+from ...utils.settings import Range, check_ranges, from_mapping, to_mapping, with_overrides
 from ..optimizers import OPTIMIZERS
-from ..recipe import MaskingSettings, TrainingSettings
+from ..recipe import MaskingSettings, TrainingSettings, check_merge
 
 
 @dataclass
@@ -27,17 +25,19 @@ class AdaptEvaluationSettings:
     Attributes:
         texts: Held-out sets; where none is given, `limit` texts of the training sets are kept aside.
         limit: Most texts to measure on.
-        steps: Steps between two measurements while training; None measures at the end only.
-        batch_size: Texts to a batch.
+        eval_steps: Steps between two measurements while training; None measures at the end only.
+        batch_size: Batch size.
     """
+
+    RENAMED: ClassVar = {"steps": "eval_steps"}
 
     texts: list[TextSettings] = field(default_factory=list)
     limit: int = 500
-    steps: int | None = None
+    eval_steps: int | None = None
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        check_ranges(self, "evaluation", dict.fromkeys(("limit", "steps", "batch_size"), Range(1)))
+        check_ranges(self, "evaluation", dict.fromkeys(("limit", "eval_steps", "batch_size"), Range(1)))
 
 
 @dataclass
@@ -52,12 +52,12 @@ class AdaptRecipe:
         masking: Which tokens are masked, and by what.
         tune: What trains: a ``lora`` adapter, which is merged at the end, or the ``full`` model.
         lora: ``paper`` (r 16, alpha 32, dropout 0.1, all linear layers) or fields of a ``peft.LoraConfig``.
-        merge: Share of the trained weights in the result, the rest being the base's. Of a list the share with the best
-            masked accuracy is taken. None keeps the trained weights.
+        merge: Weight of the trained model in the result, 0 to 1, the rest being the base's. Of a list, the one with
+            the best masked accuracy is used. None keeps the trained weights.
         max_seq_length: Longest text in tokens.
         long_texts: ``cut`` makes several texts of a longer one; ``truncate`` leaves the rest out.
         training: Steps, learning rate, precision, logging. What concerns pairs (``pooling_learning_rate``,
-            ``no_duplicates``) has no meaning here.
+            ``batch_sampler``) does not apply here.
         evaluation: On what the masked accuracy is measured.
         allow_partial: Accept layers that cannot be made bidirectional.
         attn_implementation: As in transformers.
@@ -69,7 +69,7 @@ class AdaptRecipe:
         ConfigurationError: From the constructor, if a number is out of range or no text is named.
 
     Example:
-        >>> AdaptRecipe("runs/adapted", "builtin", [TextSettings("texts.txt")]).masking.share
+        >>> AdaptRecipe("runs/adapted", "builtin", [TextSettings("texts.txt")]).masking.mlm_probability
         0.2
     """
 
@@ -97,14 +97,14 @@ class AdaptRecipe:
         check_merge(self.merge)
         # Of two tokens one is predicted, from the other.
         check_ranges(self, "", {"max_seq_length": Range(2), "seed": Range(0, 2**32 - 1)})
-        if self.training.optimizer in OPTIMIZERS:
+        if self.training.optim in OPTIMIZERS:
             raise ConfigurationError(
-                f"training.optimizer={self.training.optimizer} is of contrastive training; an adaptation takes those "
-                f"that transformers has, such as adamw_torch."
+                f"training.optim={self.training.optim} is for contrastive training only; use one of transformers here, "
+                f"such as adamw_torch."
             )
         if self.training.sparse_tuning is not None:
             raise ConfigurationError(
-                "training.sparse_tuning is of contrastive training; leave it out of an adaptation."
+                "training.sparse_tuning is for contrastive training only; leave it out of an adaptation."
             )
 
     @classmethod
@@ -119,7 +119,7 @@ class AdaptRecipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns every setting, defaults included, as nested mappings."""
-        return dataclasses.asdict(self)
+        return to_mapping(self)
 
     def to_yaml(self, path: str | Path) -> None:
         """Writes every setting, defaults included."""

@@ -1,4 +1,4 @@
-"""Watches how far a trained pooling moves the embedding from the plain readout."""
+"""Measure how much a trained pooling changes the embedding, relative to the plain readout."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Below this share the pooling did nothing, and the plain readout would have given the same embedding.
-NOTHING = 0.01
+#: Below this relative change the pooling has no effect worth its cost.
+NEGLIGIBLE = 0.01
 
 
 def trainable_poolings(model: Iterable[nn.Module]) -> list[nn.Module]:
@@ -20,18 +20,18 @@ def trainable_poolings(model: Iterable[nn.Module]) -> list[nn.Module]:
     return [module for module in model if hasattr(module, "default_learning_rate")]
 
 
-class PoolingShare:
-    """Mean of ‖embedding − readout‖ / ‖readout‖ over the texts since it was last asked.
+class PoolingChange:
+    """Mean of ‖embedding − readout‖ / ‖readout‖ over the texts since the last reading.
 
     Args:
-        model: The model; nothing is watched if it has no trainable pooling.
+        model: The model; nothing is measured if it has no trainable pooling.
 
     Example:
         >>> from st_llmpool.modules import MultiLayerPooling
         >>> untrained = MultiLayerPooling(embedding_dimension=8, num_layers=1)
-        >>> share = PoolingShare([untrained])
+        >>> change = PoolingChange([untrained])
         >>> features = untrained({"layer_summaries": torch.ones(3, 1, 8), "readout": torch.ones(3, 8)})
-        >>> share.take()
+        >>> change.pop_mean()
         0.0
     """
 
@@ -40,8 +40,8 @@ class PoolingShare:
         self._count = 0
         self._hooks = [pooling.register_forward_hook(self._add) for pooling in trainable_poolings(model)]
 
-    def take(self) -> float | None:
-        """Returns the mean and starts anew; None if there was no forward in training mode."""
+    def pop_mean(self) -> float | None:
+        """Returns the mean and resets it; None if there was no forward pass in training mode."""
         if self._count == 0:
             return None
         mean = float(self._sum) / self._count
@@ -49,7 +49,7 @@ class PoolingShare:
         return mean
 
     def remove(self) -> None:
-        """Stops watching."""
+        """Removes the hooks."""
         for hook in self._hooks:
             hook.remove()
 

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.training.mntp.mask_token import choose_mask_token, ordinary_tokens, use_mask_token
+from st_llmpool.training.mntp.language_model import choose_mask_token, ordinary_tokens, use_mask_token
 from tests.conftest import tiny_tokenizer
 
 

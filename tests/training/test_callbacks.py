@@ -3,7 +3,7 @@ import io
 from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from st_llmpool.training.progress import RichProgress
+from st_llmpool.training.callbacks import RichProgress
 
 
 def show(*, is_terminal: bool) -> str:
@@ -13,7 +13,9 @@ def show(*, is_terminal: bool) -> str:
     progress.on_train_begin(args, state, control)
     state.global_step = 2
     progress.on_step_end(args, state, control)
-    progress.on_log(args, state, control, logs={"loss": 1.5, "learning_rate": 1e-4, "pooling_share": 0.02})
+    logs = {"loss": 1.5, "learning_rate": 1e-4, "pooling_share": 0.02}
+    state.log_history.append(logs)
+    progress.on_log(args, state, control, logs=logs)
     progress.on_log(args, state, control, logs={"eval_ndcg": 0.25, "eval_runtime": 3.0})
     progress.on_log(args, state, control, logs={"train_runtime": 9.0, "train_loss": 1.0})
     progress.on_train_end(args, state, control)
@@ -22,7 +24,7 @@ def show(*, is_terminal: bool) -> str:
 
 def test_without_a_terminal_each_log_entry_is_one_line():
     assert show(is_terminal=False).rstrip().splitlines() == [  # rich 14.0 ends with an empty line
-        "step 2/4  loss 1.5000  lr 1.0e-04  pooling share 2.0 %",
+        "step 2/4  loss 1.5000  lr 1.0e-04  pooling changes the embedding by 2.0 % (‖e - r‖/‖r‖)",
         "step 2/4  ndcg 0.2500",
     ]
 
@@ -30,5 +32,13 @@ def test_without_a_terminal_each_log_entry_is_one_line():
 def test_a_terminal_shows_steps_numbers_and_the_time_left():
     text = show(is_terminal=True)
     assert all(
-        part in text for part in ("2/4", "loss 1.5000", "lr 1.0e-04", "pooling share 2.0 %", "left", "ndcg 0.2500")
+        part in text
+        for part in (
+            "2/4",
+            "loss 1.5000",
+            "lr 1.0e-04",
+            "pooling changes the embedding by 2.0 % (‖e - r‖/‖r‖)",
+            "left",
+            "ndcg 0.2500",
+        )
     )

@@ -11,14 +11,13 @@ from transformers import Trainer
 
 from ...utils.random_state import preserve_rng_state
 from ..guarded_trainer import GuardedTrainer
-from .masked_accuracy import MaskedScore, masked_score
-from .masked_next_token import masked_logits, masked_loss
+from .masked_next_token import MaskedScore, masked_logits, masked_loss, masked_score
 
 
 class MaskedTokenTrainer(GuardedTrainer, Trainer):
     """Trains a causal language model on :class:`MaskedTexts`; used as its base class is.
 
-    The evaluation set is a sequence of examples, and its metrics are the share of the masked tokens that are found and
+    The evaluation set is a sequence of examples, and its metrics are the accuracy on the masked tokens and
     their mean loss.
     """
 
@@ -33,9 +32,9 @@ class MaskedTokenTrainer(GuardedTrainer, Trainer):
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         logits, targets = masked_logits(model, head, **inputs)
         count = torch.tensor(len(targets), device=logits.device)
-        # Gradients are averaged over processes, but texts differ in length: each token shall count alike.
-        share = self.accelerator.num_processes / self.accelerator.reduce(count)
-        loss = masked_loss(logits, targets) * share
+        # Gradients are averaged over processes, but texts differ in length: each token counts equally.
+        scale = self.accelerator.num_processes / self.accelerator.reduce(count)
+        loss = masked_loss(logits, targets) * scale
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

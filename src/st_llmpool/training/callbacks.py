@@ -1,0 +1,145 @@
+"""The trainer's callbacks: live progress, and the training time across resumes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+
+class ElapsedTimeCallback(TrainerCallback, ExportableState):
+    """Tracks elapsed training time across resumes.
+
+    Args:
+        seconds: Time before the resume, which the checkpoint keeps.
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Starts counting from where the checkpoint left off."""
+        # The trainer restores either all callbacks or none, so this one restores itself.
+        callbacks: Any = state.stateful_callbacks or {}
+        saved = callbacks.get("ElapsedTimeCallback")
+        if not self.seconds and saved:
+            self.seconds = saved["attributes"]["seconds"]
+        self._last = time.monotonic()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Adds the time since the last step."""
+        now = time.monotonic()
+        self.seconds += now - self._last
+        self._last = now
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps."""
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+
+def seconds_of(trainer: Trainer) -> float:
+    """Returns the seconds of a trainer's run; from its checkpoint, if it had nothing left to train."""
+    counted = next(
+        callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ElapsedTimeCallback)
+    )
+    callbacks: Any = trainer.state.stateful_callbacks or {}
+    return counted.seconds or callbacks.get("ElapsedTimeCallback", {}).get("attributes", {"seconds": 0.0})["seconds"]
+
+
+class RichProgress(TrainerCallback):
+    """One live line on a terminal; one line per log entry elsewhere.
+
+    Args:
+        console: Output; None is standard error, which leaves standard output to results.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._progress: Progress | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Starts the live line."""
+        if not state.is_world_process_zero:
+            return
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step, numbers="")
+        self._progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advances the live line."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Shows the numbers of a log entry."""
+        if self._progress is None or not logs or "train_runtime" in logs:
+            return
+        numbers = describe(logs)
+        if "loss" in logs:
+            self._progress.update(self._task, numbers=numbers.partition("  pooling")[0])  # fits 80 columns
+        if "loss" not in logs or not self.console.is_terminal:
+            self._progress.console.print(f"step {state.global_step}/{state.max_steps}  {numbers}", highlight=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ends the live line, and prints the last numbers."""
+        is_live = self._progress is not None and self.console.is_terminal
+        self.close()
+        last = next((entry for entry in reversed(state.log_history) if "loss" in entry), None)
+        if is_live and last is not None:  # the live line had no space for all of it
+            self.console.print(describe(last), highlight=False)
+
+    def close(self) -> None:
+        """Ends the live line, also of a run that was stopped."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def describe(logs: dict[str, float]) -> str:
+    """Returns one line with the main numbers of a log entry.
+
+    Example:
+        >>> describe({"loss": 1.25, "learning_rate": 2e-4, "pooling_share": 0.031, "epoch": 0.1})
+        'loss 1.2500  lr 2.0e-04  pooling changes the embedding by 3.1 % (‖e - r‖/‖r‖)'
+    """
+    parts = []
+    if "loss" in logs:
+        parts.append(f"loss {float(logs['loss']):.4f}")
+    if "learning_rate" in logs:
+        parts.append(f"lr {float(logs['learning_rate']):.1e}")
+    if "pooling_share" in logs:
+        parts.append(f"pooling changes the embedding by {100 * logs['pooling_share']:.1f} % (‖e - r‖/‖r‖)")
+    speed = ("_runtime", "_per_second")
+    parts += [
+        f"{name.removeprefix('eval_')} {float(value):.4f}"
+        for name, value in logs.items()
+        if name.startswith("eval_") and not name.endswith(speed)
+    ]
+    return "  ".join(parts)
