@@ -67,7 +67,8 @@ class TokenSpans:
     def to(self, device: torch.device) -> TokenSpans:
         """Return the spans on `device`; a model spread over devices has layers away from its inputs."""
         parts: Any = (self.mask, self.text, self.last)
-        return TokenSpans(*(None if part is None else part.to(device) for part in parts))
+        moved: Any = (None if part is None else part.to(device) for part in parts)
+        return TokenSpans(*moved)
 
     def reduce(self, hidden_states: Tensor, readout: str) -> Tensor:
         """Reduce tokens (B, T, D), or (1, N, D) if flat, to (B, D) in float32; what is masked has no effect.
