@@ -102,13 +102,10 @@ def _message(error: Exception) -> str | None:
 def _console() -> Console:
     """Return the console for a command's output; call it once the command's libraries are imported.
 
-    Messages of libraries that no user can act on (a missing optional kernel, trained embeddings that peft saves) are
-    silenced, and progress bars of loading and saving appear only after some seconds.
+    Progress bars of loading and saving then appear only after some seconds.
     """
     from rich.console import Console
 
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
     bars: Any = sys.modules.get("transformers.utils.logging")
     if hasattr(bars, "set_tqdm_hook"):  # not in transformers 5.11
         bars.set_tqdm_hook(lambda make, args, kwargs: make(*args, **{"delay": _BAR_DELAY, **kwargs}))
@@ -122,6 +119,9 @@ def _version(
     if version:
         typer.echo(__version__)
         raise typer.Exit
+    # Messages of libraries that no user can act on: a missing optional kernel, and trained embeddings that peft saves.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
 
 
 @app.command(rich_help_panel=_BUILD)
