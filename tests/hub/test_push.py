@@ -109,7 +109,7 @@ def test_a_design_with_a_native_form_is_pushed_as_native_unasked(hub, tiny_llm, 
 
     monkeypatch.setattr("st_llmpool.hub.push.export", other_vectors)
     assert not push(tmp_path / "plain", "refused", progress=told.append).native
-    assert "It stays portable. other vectors" in told
+    assert "Pushing the portable form. other vectors" in told
 
 
 def test_a_push_is_one_commit_of_exactly_the_folder(hub, folder):
@@ -141,7 +141,7 @@ def test_a_push_removes_only_what_the_manifest_of_the_earlier_push_lists(hub, fo
     assert "multi_layer_pooling.py" in pushed.removed
     assert set(pushed.removed) == listed - set(contents(tmp_path / "mean"))
     assert owners <= set(hub.files("alice/mine"))
-    assert [line for line in told if "onnx/model.onnx" in line and "Left in alice/mine" in line]
+    assert [line for line in told if "onnx/model.onnx" in line and "Kept in alice/mine" in line]
 
 
 @pytest.mark.parametrize("manifest", [None, b"{", b"[]", b'{"files": 3, "code": null}', b'{"code": {"../x": 1}}'])
@@ -232,7 +232,7 @@ def test_a_pull_request_may_go_to_a_repository_of_somebody_else(hub, folder, mon
     refused(
         hub,
         ConfigurationError,
-        r"'alice/embedder' is not below a name of .*\(bob\).*--create-pr",
+        r"'alice/embedder' is not in a namespace of .*\(bob\).*--create-pr",
         folder,
         "alice/embedder",
     )
@@ -281,9 +281,9 @@ def test_a_missing_or_wrong_token_is_said_at_once(hub, folder, monkeypatch, capl
 
 
 def test_names_and_settings_that_cannot_hold_are_refused(hub, folder, tmp_path):
-    refused(hub, ConfigurationError, "'alice/a--b' cannot name a repository", folder, "a--b")
+    refused(hub, ConfigurationError, "'alice/a--b' is not a valid repository name", folder, "a--b")
     refused(hub, ConfigurationError, "no modules.json", tmp_path)
-    refused(hub, ConfigurationError, "revision='dev' cannot hold", folder, revision="dev", create_pr=True)
+    refused(hub, ConfigurationError, "cannot be combined with revision=.dev.", folder, revision="dev", create_pr=True)
     model = SentenceTransformer(str(folder), trust_remote_code=True)
     refused(hub, ConfigurationError, "repo_id='user/name'", model)
 

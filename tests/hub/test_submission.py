@@ -87,7 +87,7 @@ def test_submission_of_a_hub_model_is_complete_and_mteb_reads_it(hub, elsewhere,
     arguments = ["submission", "alice/embedder", "--out", str(out), "--results", str(results), "--trust-remote-code"]
     printed = CliRunner().invoke(app, [*arguments, "--training-dataset", "none", "--contact", "alice"])
     assert printed.exit_code == 0, printed.output + str(printed.exception)
-    assert "Left out, since mteb does not have them: TinySts" in printed.output
+    assert "Left out, as they are not tasks of mteb: TinySts" in printed.output
     place = f"results/alice__embedder/{commit}"
     source = "mteb/models/model_implementations/alice_embedder.py"
     written = {"README.md", "mock_run.md", source}
@@ -172,7 +172,7 @@ def test_results_of_another_model_do_not_count(folder, results, tmp_path, change
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda result: result.update(dataset_revision="old"), "made on revision old"),
+        (lambda result: result.update(dataset_revision="old"), "is of revision old"),
         (lambda result: [row.update(main_score=float("nan")) for row in result["scores"]["test"]], "score nan"),
         (lambda result: result.pop("scores"), "not a result that mteb reads"),
     ],
@@ -208,7 +208,7 @@ def test_what_the_leaderboard_cannot_take_is_said_before_a_model_is_loaded(hub, 
     out = tmp_path / "out"
     with pytest.raises(ConfigurationError, match=r"alice/embedder is private"):
         submission("alice/embedder", out)
-    with pytest.raises(ConfigurationError, match=r"'alice/nothing' is no folder.*RepositoryNotFoundError"):
+    with pytest.raises(ConfigurationError, match=r"'alice/nothing' is neither a folder.*RepositoryNotFoundError"):
         submission("alice/nothing", out)
     with pytest.raises(ConfigurationError, match=r"is a folder. Push it"):
         submission(folder, out, name="me/mine", revision="main")
@@ -247,10 +247,10 @@ def test_the_description_says_how_the_model_is_loaded(tiny_llm, tmp_path):
 
 def test_a_licence_that_is_missing_or_unknown_is_refused(tiny_llm):
     model = build_embedder(tiny_llm)
-    with pytest.raises(ConfigurationError, match=r"licence of me/mine is not known.*--license"):
+    with pytest.raises(ConfigurationError, match=r"licence of me/mine is unknown.*--license"):
         model_meta(model, "me/mine", COMMIT, Authorship())
     with pytest.raises(
-        ConfigurationError, match=r"mteb refuses .*: license='none of them': Input should be 'not specified', 'mit'"
+        ConfigurationError, match=r"mteb rejects .*: license='none of them': Input should be 'not specified', 'mit'"
     ):
         model_meta(model, "me/mine", COMMIT, Authorship(license="none of them"))
 

@@ -159,15 +159,19 @@ def test_what_is_no_choice_of_models_is_refused(models, tiny_llm, tmp_path):
     for few in (models[:1], [models[0], models[0]]):
         with pytest.raises(ConfigurationError, match="two different models"):
             soup(few, tmp_path / "soup", trust_remote_code=True)
-    with pytest.raises(ConfigurationError, match=r"none is no folder here, and not to be had from the Hub") as refusal:
+    with pytest.raises(
+        ConfigurationError, match=r"none is neither a folder nor a readable repository on the Hub"
+    ) as refusal:
         soup([tmp_path / "none", tmp_path / "other"], tmp_path / "out")
     assert "\n" not in str(refusal.value)
     with pytest.raises(ConfigurationError, match="not a saved model"):
         soup([str(tmp_path / "there"), models[0]], tmp_path / "soup", trust_remote_code=True)
     with pytest.raises(ConfigurationError, match="cannot be averaged with each other"):
         soup([tiny_llm, models[0]], tmp_path / "soup", trust_remote_code=True)
-    with pytest.raises(ConfigurationError, match=r"code of its own.*--trust-remote-code"):
-        soup(models, tmp_path / "soup")
+
+
+def test_models_of_ours_need_no_flag(models, tmp_path):
+    assert soup(models, tmp_path / "soup").ingredients == models
 
 
 def test_a_soup_of_adapted_bases_is_a_base(tiny_llm, tmp_path):

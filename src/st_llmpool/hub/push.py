@@ -234,19 +234,19 @@ def _is_repo_id(name: str) -> bool:
 
 
 def _require_healthy(folder: Path, trust_remote_code: bool, progress: Callable[[str], None]) -> None:
-    findings = doctor(folder, trust_remote_code=trust_remote_code).findings
-    for finding in findings:
+    diagnosis = doctor(folder, trust_remote_code=trust_remote_code)
+    for finding in diagnosis.findings:
         if finding.status == "warning":
             progress(f"Warning, {finding.check}: {finding.detail}")
-    faults = [f"{found.check}: {found.detail}" for found in findings if found.status == "failed"]
+    faults = [f"{found.check}: {found.detail}" for found in diagnosis.findings if found.status == "failed"]
     if faults:
         raise InputError(
             f"{folder} fails these checks:\n  "
             + "\n  ".join(faults)
             + "\nFix them, or push it as it is with --no-check."
         )
-    unseen = [f"{found.check}: {found.detail}" for found in findings if found.status == "skipped"]
-    if unseen:
+    if not diagnosis.complete:
+        unseen = [f"{found.check}: {found.detail}" for found in diagnosis.findings if found.status == "skipped"]
         raise InputError(f"{folder} could not be checked. {'; '.join(unseen)} Or push it unchecked with --no-check.")
 
 

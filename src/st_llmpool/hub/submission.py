@@ -247,7 +247,7 @@ def meta_source(meta: ModelMeta) -> str:
     except SyntaxError as error:
         raise ConfigurationError(f"mteb writes the description of {meta.name} in a form that is not Python.") from error
     imported = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
-    unknown = {node.id for node in nodes if isinstance(node, ast.Name)} - imported - {variable}
+    unknown = {node.id for node in nodes if isinstance(node, ast.Name)} - imported - {variable, "set"}
     if unknown:
         raise ConfigurationError(f"mteb describes {meta.name} with {sorted(unknown)}, which this file does not import.")
     return source
