@@ -205,8 +205,8 @@ TEXTS = [{"source": "t.txt"}]
     [
         ({"stages": [{"kind": "mlm", "texts": TEXTS}]}, "'mlm' is unknown"),
         ({"stages": [{"kind": "mntp"}]}, "kind=mntp needs texts"),
-        ({"stages": [{"kind": "contrastive", "texts": TEXTS}]}, "texts has no meaning for kind=contrastive"),
-        ({"stages": [{"kind": "simcse", "texts": TEXTS, "masking": {}}]}, "masking has no meaning for kind=simcse"),
+        ({"stages": [{"kind": "contrastive", "texts": TEXTS}]}, "texts does not apply to kind=contrastive"),
+        ({"stages": [{"kind": "simcse", "texts": TEXTS, "masking": {}}]}, "masking does not apply to kind=simcse"),
         ({"stages": [{"kind": "simcse", "texts": TEXTS}, {"kind": "mntp", "texts": TEXTS}]}, "Put it first"),
         ({"stages": [{"kind": "mntp", "texts": TEXTS, "merge": 2}]}, "merge=2.0 must lie between"),
         ({"stages": [{"kind": "simcse", "texts": TEXTS, "merge": [0.5, 1]}]}, "nothing to choose by"),

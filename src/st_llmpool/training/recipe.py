@@ -181,7 +181,7 @@ class TrainingSettings:
         lr_scheduler_type: ``linear``, ``cosine`` or another of transformers.
         warmup_steps: Steps; below 1 a fraction of all steps.
         weight_decay: Decoupled weight decay.
-        max_grad_norm: Gradients are clipped to this norm.
+        max_grad_norm: Gradients are clipped to this norm; 0 does not clip.
         optim: An optimizer of transformers, such as ``adamw_8bit`` or ``paged_adamw_8bit`` (bitsandbytes), or
             ``lamb``.
         sparse_tuning: Train the adapters of a few layers at a time, drawn by importance (arXiv 2410.11772); None
@@ -247,7 +247,7 @@ class TrainingSettings:
             "pooling_learning_rate": Range(0, 1),  # 0 leaves the pooling as it starts
             "warmup_steps": Range(0),
             "weight_decay": Range(0, 1e3),
-            "max_grad_norm": Range(0, is_open=True),
+            "max_grad_norm": Range(0),
             "dataloader_num_workers": Range(0, 1024),
             "logging_steps": Range(1),
             "save_steps": Range(1),
