@@ -123,4 +123,4 @@ def test_the_command_says_what_to_set(machine, make_recipe, tmp_path):
     result = CliRunner().invoke(app, ["batch-size", str(tmp_path / "recipe.yaml"), "--memory", "7", "--at-most", "48"])
     assert result.exit_code == 0, result.output
     assert "within 7 GiB" in result.output
-    assert "training.batch_size=48 (the largest that was tried)" in result.output
+    assert "training.batch_size=48 (the largest size tried)" in result.output

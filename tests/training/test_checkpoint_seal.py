@@ -69,4 +69,4 @@ def test_a_checkpoint_without_a_model_of_ours_is_sealed_too(tmp_path):
     (checkpoint / "model.safetensors").write_bytes(b"weights")
     seal_checkpoint(checkpoint)
     (checkpoint / "model.safetensors").write_bytes(b"weightz")
-    assert fault_of(checkpoint) == "model.safetensors has other content"
+    assert fault_of(checkpoint) == "model.safetensors has other content or layout"

@@ -209,9 +209,9 @@ TEXTS = [{"source": "t.txt"}]
         ({"stages": [{"kind": "simcse", "texts": TEXTS, "masking": {}}]}, "masking does not apply to kind=simcse"),
         ({"stages": [{"kind": "simcse", "texts": TEXTS}, {"kind": "mntp", "texts": TEXTS}]}, "Put it first"),
         ({"stages": [{"kind": "mntp", "texts": TEXTS, "merge": 2}]}, "merge=2.0 must lie between"),
-        ({"stages": [{"kind": "simcse", "texts": TEXTS, "merge": [0.5, 1]}]}, "nothing to choose by"),
+        ({"stages": [{"kind": "simcse", "texts": TEXTS, "merge": [0.5, 1]}]}, "needs a score to choose by"),
         ({"stages": [{"kind": "mntp", "texts": TEXTS}], "model": {"tune": "pooling"}}, "Set its tune"),
-        ({"stages": [{"kind": "mntp", "texts": TEXTS}], "model": {"quantization": "nf4"}}, "not for mntp"),
+        ({"stages": [{"kind": "mntp", "texts": TEXTS}], "model": {"quantization": "nf4"}}, "does not apply to mntp"),
         ({"stages": [{"kind": "mntp", "texts": TEXTS, "stpes": 3}]}, "stages.0.stpes is not a key"),
     ],
 )

@@ -79,7 +79,7 @@ import json, sys
 from pathlib import Path
 from st_llmpool.training import AdaptRecipe, Recipe, adapt, train
 from st_llmpool.training.guarded_trainer import TrainingError
-from st_llmpool.training.mntp.masked_trainer import MaskedTokenTrainer
+from st_llmpool.training.mntp.trainer import MaskedTokenTrainer
 from st_llmpool.training.trainer import EmbedderTrainer
 
 def spoil(kind, what):
@@ -113,7 +113,7 @@ def test_what_is_not_finite_on_one_process_stops_both_before_anything_is_saved(
     make_recipe, tiny_lm, words_file, tmp_path, write_pairs
 ):
     pairs = write_pairs(tmp_path / "pairs.jsonl", rows=16)
-    training = {"steps": 5, "save_steps": 1, "learning_rate": 1e-3}
+    training = {"max_steps": 5, "save_steps": 1, "learning_rate": 1e-3}
     values = make_recipe({"data": [{"source": pairs}], "training": training}).to_dict()
     stage = {"kind": "simcse", "texts": [{"source": pairs, "column": "query"}]}
     texts = {"base": tiny_lm, "texts": [{"source": words_file}], "max_seq_length": 24, "training": values["training"]}

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from ..modules.errors import ConfigurationError, nearest
+from ..utils.extras import require
 from ..utils.settings import converted
 
 _EVALUATION = "set evaluation.{name}"
@@ -21,7 +22,6 @@ _PACKAGES = {
     "azure_ml": "azureml-core",
     "comet_ml": "comet-ml",
     "flyte": "flytekit",
-    "tensorboard": '"st-llmpool[train]"',
 }
 #: Argument -> why a recipe cannot set it, and what to use instead.
 MANAGED: dict[str, str] = {
@@ -108,6 +108,8 @@ def check_reports(report_to: str | Sequence[str]) -> None:
         known = ["none", "all", *integration_utils.INTEGRATION_TO_CALLBACK]
         if name not in known:
             raise ConfigurationError(f"training.report_to={name} is unknown; known: {known}.{nearest(name, known)}")
+        if name == "tensorboard":
+            require("train", name, purpose="training.report_to")
         raise ConfigurationError(
             f"training.report_to={name} needs a package that is not installed: pip install "
             f"{_PACKAGES.get(name, name)}, or set training.report_to=none."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ..modules.errors import StLlmpoolError
 
@@ -51,7 +52,10 @@ def needs(extra: str, purpose: str) -> Iterator[None]:
     except MissingExtraError:
         raise
     except ModuleNotFoundError as error:
-        raise _missing(purpose, str(error.name), extra) from error
+        first: Any = error
+        while first.name is None and isinstance(first.__cause__, ImportError):  # transformers raises its own from it
+            first = first.__cause__
+        raise _missing(purpose, str(first.name), extra) from error
 
 
 @contextmanager
