@@ -68,9 +68,10 @@ def test_a_name_that_is_no_module_of_ours_is_refused(saved):
 
 
 def test_where_a_library_refuses_the_files_that_name_code_are_named(saved):
-    processor = {"auto_map": {"AutoProcessor": "user/repo--evil.Evil"}, "processor_class": "Evil"}
-    (saved / "preprocessor_config.json").write_text(json.dumps(processor))
-    with pytest.raises(ConfigurationError, match=r"preprocessor_config\.json: AutoProcessor .*--trust-remote-code"):
+    config = json.loads((saved / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.Evil"}}
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigurationError, match=r"config\.json: Auto.* .*--trust-remote-code"):
         load_model(saved)
 
 
