@@ -198,7 +198,7 @@ DEEP = b'{"query": "a", "positive": "b", "x": %s}\n'
     [
         ("a.jsonl", ROW.encode("latin-1"), "Line 1 of .* is not UTF-8: byte 0xe9 at position 14.*iconv"),
         ("a.jsonl", ROW.encode("utf-16"), "is UTF-16, not UTF-8"),
-        ("a.jsonl", gzip.compress(ROW.encode()), "compressed with gzip"),
+        ("a.jsonl", gzip.compress(ROW.encode(), mtime=0), "compressed with gzip"),
         ("a.jsonl", b'{"query": "\\ud800", "positive": "b"}\n', "Line 1 of .* lone surrogate"),
         ("a.jsonl", DEEP % (b"[" * 200_000 + b"]" * 200_000), "Line 1 of .* nested deeper than 64"),
         ("a.json", b"[" + DEEP % (b"[" * 200_000 + b"]" * 200_000) + b"]", "nested deeper than 64"),
