@@ -56,6 +56,8 @@ class EmbedderTrainer(GuardedTrainer, SentenceTransformerTrainer):
             return super().evaluate(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not (self.args.should_save or self.is_sharded):
+            return  # transformers calls this on every process, and they would write the same files
         with card_without_forwards(self.model):  # of a checkpoint; the model at the end gets the full card
             super()._save(output_dir, state_dict)
 
