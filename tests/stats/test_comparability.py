@@ -49,7 +49,7 @@ def test_the_command_has_the_same_option(tmp_path):
     assert isinstance(CliRunner().invoke(app, ["compare", *paths]).exception, DataError)
     accepted = CliRunner().invoke(app, ["compare", *paths, "--allow-mixed-revisions"])
     assert accepted.exit_code == 0
-    assert "accepted as asked: dataset revision" in " ".join(accepted.output.split())
+    assert "Evaluated differently, accepted" in " ".join(accepted.output.split())
 
 
 def test_a_revision_of_a_task_that_only_one_model_has_does_not_matter(tmp_path):

@@ -137,7 +137,7 @@ def test_difference_below_seed_noise_gives_no_verdict():
 
 def test_unknown_seed_noise_is_said():
     comparison = compare(table_of({"a": [0.1] * 6, "b": [0.2] * 6}))
-    assert any(note.startswith("One run of each model") for note in comparison.notes)
+    assert any(note.startswith("One run per model") for note in comparison.notes)
     assert not comparison.types[0].pairs[0].within_seed_noise
 
 
@@ -219,8 +219,8 @@ def test_metric_is_chosen_or_the_only_one():
         (["a:x"], r"names 'x'; there are org/a, org/b, c"),
         (["org/a:orgb"], r"Did you mean 'org/b'"),
         (["a"], "two names with a colon"),
-        (["a:a"], "is of one model"),
-        (["a:b", "b:a"], "is there twice"),
+        (["a:a"], "contrast a:a names one model twice"),
+        (["a:b", "b:a"], "contrast b:a .*is repeated"),
         (["a:b"] * 7, "at most 6 can be confirmatory"),
     ],
 )

@@ -78,7 +78,7 @@ class TrainablePooling(PortableModule):
         tokens = self._require(features, "token_embeddings")
         if "cu_seq_lens_q" in features:
             return unflatten(tokens, features["cu_seq_lens_q"])
-        return tokens, features["attention_mask"].bool()
+        return tokens, self._require(features, "attention_mask").bool()
 
     def layer_summaries(self, features: dict[str, Any], num_layers: int) -> Tensor:
         """Return the layers' summaries (B, L, D)."""
@@ -96,7 +96,7 @@ class TrainablePooling(PortableModule):
                 f"{type(self).__name__} reads the feature {key!r}, which no earlier module gives. Use LLMTransformer "
                 f"with the layers that the pooling reads; other backbones only give tokens: use readout_skip=False."
             )
-        if (found := features[key].shape[-1]) != self.embedding_dimension:
+        if key != "attention_mask" and (found := features[key].shape[-1]) != self.embedding_dimension:
             raise ConfigurationError(
                 f"{type(self).__name__} was built with embedding_dimension={self.embedding_dimension}, but the "
                 f"backbone gives {found}. Build it with embedding_dimension={found}."
