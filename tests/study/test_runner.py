@@ -123,7 +123,7 @@ def test_runs_of_other_settings_are_not_taken_for_those_of_the_study(tiny_study,
     record_of(tiny_study.runs()[0], tmp_path / "out")
     assert finished(tiny_study.runs(), tmp_path / "out")
     tiny_study.recipe["training"]["max_steps"] = 5
-    with pytest.raises(ConfigurationError, match=r"training\.steps changed"):
+    with pytest.raises(ConfigurationError, match=r"training\.max_steps changed"):
         runner_of(tiny_study, study_data, tmp_path / "out")
 
 

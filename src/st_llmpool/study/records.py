@@ -124,6 +124,7 @@ def _rows(results: Results) -> pd.DataFrame:
     rows = pd.concat([results.scores.assign(item=""), results.items], ignore_index=True).reindex(columns=_ROWS)
     texts = [name for name in _ROWS if name != "score"]
     # Scores are means of float32 arithmetic: what follows the seventh digit is noise that does not compress.
+    rows = rows.astype(dict.fromkeys(texts, "object"))  # a column without any value is of floats
     return rows.fillna(dict.fromkeys(texts, "")).astype({"score": "float32"})
 
 
@@ -199,7 +200,7 @@ class RunStore:
         ]
         rows = pd.concat(tables, ignore_index=True).reindex(columns=_ROWS).astype({"score": float})
         sources = dict.fromkeys(SOURCE_COLUMNS[:-1], "")  # runs of earlier versions do not have them
-        rows = rows.fillna(sources).astype(dict.fromkeys(sources, "str"))
+        rows = rows.astype(dict.fromkeys(sources, "object")).fillna(sources).astype(dict.fromkeys(sources, "str"))
         is_item = rows["item"] != ""
         return Results(
             rows.loc[~is_item, [*COLUMNS, *SOURCE_COLUMNS[:-1]]].reset_index(drop=True),
