@@ -224,7 +224,7 @@ def compare(
             differently and `allow_mixed_revisions` is not set.
 
     Example:
-        >>> rows = [("Task%d" % t, "STS", m, 0.5 + 0.01 * t * (m == "b")) for t in range(1, 9) for m in "ab"]
+        >>> rows = [("Task%d" % t, "STS", m, 0.4 + 0.01 * t * (1 + (m == "b"))) for t in range(1, 9) for m in "ab"]
         >>> table = pd.DataFrame(rows, columns=["task", "task_type", "design", "score"]).assign(
         ...     base="", option="", seed="0", split="test", subset="default", metric="main_score")
         >>> print(*compare(table, ["b:a"]).verdicts)
