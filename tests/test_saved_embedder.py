@@ -90,11 +90,14 @@ def test_prompts_and_lengths_that_are_given_come_over_the_saved_ones(own):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"pooling": "mean"}, "with MultiLayerPooling and Normalize, which pooling='mean'.*pooling_init='new'"),
+        (
+            {"pooling": "mean"},
+            "with MultiLayerPooling and Normalize, which the requested pooling='mean'.*pooling_init='new'",
+        ),
         ({"pooling": "multi_layer", "pooling_kwargs": {"num_latents": 3}}, "num_latents=8.*pooling_init='new'"),
         (DESIGNS["paper-3"].as_kwargs(), "num_latents=8, .*readout_skip=True"),
         ({"pooling_kwargs": {"num_latents": 3}}, "without pooling"),
-        ({"attention": "bidirectional"}, "attention='causal', and attention='bidirectional' is asked for"),
+        ({"attention": "bidirectional"}, "attention='causal', but attention='bidirectional' is asked for"),
         ({"layers": "all"}, r"layers=\[1, 4\]"),
         ({"layer_readout": "mean"}, "layer_readout='eos'"),
         ({"add_eos_token": False}, "add_eos_token=True"),
@@ -166,7 +169,7 @@ def test_an_adapter_is_continued_and_trains(tiny_llm, tmp_path):
         assert_equal_vectors(again, model)
         trained = {name for name, parameter in again.named_parameters() if parameter.requires_grad}
         assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with pytest.raises(ConfigurationError, match=r"adapter with r=4, .*and r=16.*is asked for.*--merge"):
+    with pytest.raises(ConfigurationError, match=r"adapter with r=4, .*but r=16.*is asked for.*--merge"):
         build_embedder(folder, peft_config="paper")
     assert read_architecture(folder).model_type == "llama"
 
@@ -207,7 +210,7 @@ def test_a_module_list_that_cannot_be_read_is_refused_by_name(tiny_llm, tmp_path
 
 def test_a_prompt_that_leaves_no_room_is_named_at_once_and_refused_where_it_is_used(tiny_llm, caplog):
     model = build_embedder(tiny_llm, max_seq_length=16, prompts={"query": "Q:" * 10})
-    assert "prompt 'query' cannot be used" in caplog.text
+    assert "prompt 'query' will be refused in use" in caplog.text
     with pytest.raises(ConfigurationError, match=r"prompt 'Q:Q:.*takes.*max_seq_length=16"):
         model.encode_query(TEXTS)
     assert model.encode_document(TEXTS).shape == (2, 32)

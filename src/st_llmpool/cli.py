@@ -304,6 +304,9 @@ def study(
 
     Several machines may share one output folder, as may the processes of: accelerate launch -m st_llmpool study STUDY.
     """
+    from .utils.extras import require
+
+    require("eval", "scipy", "statsmodels", "mteb", purpose="A study")
     from .study.settings import Study
 
     plan = Study.load(study_file)  # before imports that take seconds

@@ -62,7 +62,7 @@ STUDY = ["study", "quick", "--out"]
     ("libraries", "extra", "arguments"),
     [
         ("scipy", "eval", STUDY),
-        ("jinja2", "eval", STUDY),
+        ("mteb", "eval", STUDY),
         ("scikit_posthocs", "plots", STUDY),
     ],
 )
