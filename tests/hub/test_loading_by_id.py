@@ -88,15 +88,16 @@ def test_a_revision_is_loaded_as_it_was(hub, saved):
         load_model("alice/model", revision="no-such-branch")
 
 
-@pytest.mark.parametrize("file", ["errors.py", "preprocessor_config.json"])
+@pytest.mark.parametrize("file", ["errors.py", "config.json"])
 def test_foreign_code_is_refused_by_name_and_does_not_run(hub, saved, tmp_path, file):
     witness = tmp_path / "it_ran"
     line = f"\nopen({str(witness)!r}, 'w')\n".encode()
-    processor = {"auto_map": {"AutoProcessor": "evil.Evil"}, "processor_class": "Evil"}
+    config = json.loads((saved / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}}
     planted = {
         "errors.py": {"errors.py": (saved / "errors.py").read_bytes() + line},
-        "preprocessor_config.json": {
-            "preprocessor_config.json": json.dumps(processor).encode(),
+        "config.json": {
+            "config.json": json.dumps(config).encode(),
             "evil.py": line + b"class Evil: ...\n",
         },
     }

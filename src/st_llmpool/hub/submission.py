@@ -19,7 +19,7 @@ from typing import Any
 
 import mteb
 import torch
-from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub import HfApi, constants
 from mteb.abstasks import AbsTask
 from mteb.cache import ResultCache
 from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
@@ -32,6 +32,7 @@ from sentence_transformers.util import load_file_path
 
 from ..evaluation.run import find_benchmark
 from ..evaluation.tasks import MTEB_TASKS
+from ..model_card.card import read_front_matter
 from ..modules.errors import ConfigurationError, DataError, InputError, nearest
 from ..modules.portable import fingerprint
 from ..utils.files import atomic_folder, refuse_existing
@@ -281,7 +282,7 @@ def _published(model: str, name: str | None, revision: str | None, token: str | 
 
 def _card(model: str, revision: str, token: str | None) -> dict[str, Any]:
     file = load_file_path(model, "README.md", revision=None if Path(model).is_dir() else revision, token=token)
-    return ModelCard.load(file).data.to_dict() if file else {}
+    return read_front_matter(Path(file)).to_dict() if file else {}
 
 
 def _base_model(card: dict[str, Any], name: str) -> str | None:

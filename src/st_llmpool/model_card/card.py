@@ -238,14 +238,23 @@ def write_card_of(
     return file
 
 
-def _read_card(file: Path) -> dict[str, Any]:
+def read_front_matter(file: Path) -> Any:
+    """Returns the ``ModelCardData`` of a card.
+
+    Raises:
+        DataError: If it is not YAML that a card may have.
+    """
     try:
-        data: Any = ModelCard(read_text(file), ignore_metadata_errors=True).data
+        return ModelCard(read_text(file), ignore_metadata_errors=True).data
     except StLlmpoolError:
         raise
     except Exception as error:  # of YAML or of huggingface_hub's checks
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"The front matter of {file} cannot be read: {reason}. Fix or delete it.") from error
+
+
+def _read_card(file: Path) -> dict[str, Any]:
+    data = read_front_matter(file)
     results = [
         {"task": row.dataset_name, "type": row.task_type, "metric": row.metric_type, "score": row.metric_value}
         for row in data.eval_results or ()
