@@ -123,7 +123,7 @@ def test_two_processes_that_make_one_folder_do_not_mix(tmp_path, start_writer):
             (folder / "second").touch()
             process.communicate("go\n")
 
-    with pytest.raises(ConfigurationError, match=r"Another process created .*model meanwhile"):
+    with pytest.raises(ConfigurationError, match=r"Another process created .*model in the meantime"):
         write_as_well()
     assert names(tmp_path) == ["model"]
     assert names(tmp_path / "model") == ["a", "b"]
