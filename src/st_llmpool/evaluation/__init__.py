@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from ..utils.extras import needs
+from ..utils.extras import importing_mteb
 
 if TYPE_CHECKING:
     from .bm25 import bm25_baseline
@@ -46,6 +46,6 @@ _FILES = {
 
 def __getattr__(name: str) -> object:
     if name in _FILES:  # on first use: importing mteb takes seconds
-        with needs("eval", "Evaluation"):
+        with importing_mteb():  # other libraries that come with it draw random numbers too
             return getattr(importlib.import_module(_FILES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
