@@ -333,8 +333,8 @@ def fuzz(
     chosen = {name: target for name, target in targets().items() if only in (None, name)}
     rng = random.Random(seed)
     outcomes = {name: Outcome() for name in chosen}
+    disabled, handler = logging.root.manager.disable, signal.signal(signal.SIGALRM, _hang)
     logging.disable(logging.WARNING)
-    signal.signal(signal.SIGALRM, _hang)
     places = {name: folder / name.replace(" ", "_") for name in chosen}
     for name, place in places.items():
         place.mkdir()
@@ -352,6 +352,9 @@ def fuzz(
                 report(f"{name}: {kind}")
     except KeyboardInterrupt:
         report(f"interrupted after {sum(outcome.counts.total() for outcome in outcomes.values()):,} files")
+    finally:
+        logging.disable(disabled)
+        signal.signal(signal.SIGALRM, handler)
     return outcomes
 
 

@@ -60,5 +60,5 @@ def test_the_model_is_in_training_mode_again_afterwards(model):
 def test_what_cannot_be_measured_is_refused(model, tiny_llm):
     with pytest.raises(ConfigurationError, match="at least 2"):
         layer_use(model, ["one"])
-    with pytest.raises(ConfigurationError, match="reads no layers"):
+    with pytest.raises(ConfigurationError, match="reads only the last layer"):
         layer_use(build_embedder(tiny_llm, pooling="mean", verify=False))
