@@ -217,15 +217,39 @@ def test_in_half_precision_too_wrong_vectors_turn_it_off_and_rounding_does_not(m
     assert optimize_inference(backbone).uses("packing") == (fault is text_by_text)
 
 
-def test_the_kernel_of_cuda_is_told_scale_window_and_groups_of_heads(monkeypatch):
-    told = {}
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda *args, **kwargs: told.update(kwargs) or args[0])
+def kernel_of_torch_2_13(query, key, value, *places, scale=None, window_size=(-1, -1), enable_gqa=False):
+    return torch.full_like(query, scale), window_size, enable_gqa, key.shape
+
+
+def kernel_of_torch_2_11(query, key, value, *places, scale=None, window_size=(-1, -1)):
+    return torch.full_like(query, scale), window_size, None, key.shape
+
+
+@pytest.mark.parametrize(
+    ("kernel", "groups", "heads_of_keys"), [(kernel_of_torch_2_13, True, 2), (kernel_of_torch_2_11, None, 4)]
+)
+def test_the_kernel_of_cuda_is_given_scale_window_and_groups_of_heads(kernel, groups, heads_of_keys, monkeypatch):
+    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="torch has no variable-length attention")
+    calls = []
+
+    def recorded(*args, **kwargs):
+        out, *others = kernel(*args, **kwargs)
+        calls.append(others)
+        return out
+
+    monkeypatch.setattr(varlen, "varlen_attn", functools.wraps(kernel)(recorded))
     query, key = torch.zeros(9, 4, 8), torch.zeros(9, 2, 8)
     texts = Texts(torch.tensor([0, 4, 9], dtype=torch.int32), 5)
-    packing._by_varlen_kernel(query, key, key, texts, (3, 0), 0.7)
-    assert told == {"scale": 0.7, "window_size": (3, 0), "enable_gqa": True}
-    packing._by_varlen_kernel(key, key, key, texts, (-1, -1), None)
-    assert told == {"scale": None, "window_size": (-1, -1), "enable_gqa": False}
+    out = packing._by_varlen_kernel(query, key, key, texts, (3, 0), 0.7)
+    assert calls == [[(3, 0), groups, (9, heads_of_keys, 8)]]
+    assert torch.equal(out, torch.full_like(query, 0.7))
+
+
+def test_a_torch_without_windows_in_its_kernel_does_not_pack(llama, monkeypatch):
+    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="torch has no variable-length attention")
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, is_causal=False: query)  # as in torch 2.10
+    backbone = copy.deepcopy(llama.model).to(torch.bfloat16)
+    assert "no variable-length attention" in packing.why_not_packed(backbone, "cuda")
 
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])

@@ -9,6 +9,7 @@ package does the same; sentence-transformers sees to that.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -63,8 +64,8 @@ def why_not_packed(model: nn.Module, device: str) -> str | None:
     dtypes, kernel = KERNELS[device]
     if backbone.dtype not in dtypes:
         return f"there is no kernel for texts of different lengths in {backbone.dtype}"
-    if kernel is _by_varlen_kernel and importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return f"torch {torch.__version__} has no variable-length attention"
+    if kernel is _by_varlen_kernel and "window_size" not in _varlen_arguments():
+        return f"torch {torch.__version__} has no variable-length attention with windows (2.11 has)"
     if not backbone.is_backend_compatible():
         return "its attention cannot be replaced"
     used = implementation_of(model)
@@ -147,20 +148,25 @@ def _by_varlen_kernel(
     """Returns (N, H, d) from (N, H, d) and keys and values (N, H', d)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    out = varlen_attn(
-        query.contiguous(),
-        key.contiguous(),
-        value.contiguous(),
-        texts.offsets,
-        texts.offsets,
-        texts.longest,
-        texts.longest,
-        scale=scale,
-        window_size=window,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    options: dict[str, Any] = {"scale": scale, "window_size": window}
+    if "enable_gqa" in _varlen_arguments():
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    else:  # torch 2.11
+        key, value = (heads.repeat_interleave(query.shape[1] // heads.shape[1], dim=1) for heads in (key, value))
+    starts, longest = texts.offsets, texts.longest
+    inputs = (query.contiguous(), key.contiguous(), value.contiguous())
+    out = varlen_attn(*inputs, starts, starts, longest, longest, **options)
     assert isinstance(out, Tensor)
     return out
+
+
+def _varlen_arguments() -> frozenset[str]:
+    """Returns what torch's variable-length attention can be told; nothing where there is none."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return frozenset()
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _text_by_text(
