@@ -64,8 +64,11 @@ def test_loftq_gives_vectors_nearer_to_the_whole_model_and_survives_a_save(llm, 
         ({"peft_config": LOFTQ}, "'loftq'.*not in 4 bits"),
         ({"peft_config": LOFTQ, "quantization_config": "int8"}, "not in 4 bits"),
         ({"peft_config": LOFTQ | {"use_dora": True}, "quantization_config": "nf4"}, "use_dora cannot be combined"),
-        ({"peft_config": {"init_lora_weights": "pissa"}}, "'pissa' changes the base's weights"),
-        ({"peft_config": {"init_lora_weights": "pissa"}, "quantization_config": "nf4"}, "'pissa' changes"),
+        ({"peft_config": {"init_lora_weights": "pissa"}}, "'pissa' does not work here.*gaussian"),
+        ({"peft_config": {"init_lora_weights": "pissa_niter_4"}, "quantization_config": "nf4"}, "pissa_niter_4"),
+        ({"peft_config": {"init_lora_weights": "eva"}}, "'eva' does not work here: it needs data"),
+        ({"peft_config": {"init_lora_weights": "corda"}}, "'corda' does not work here: it needs data"),
+        ({"peft_config": {"alora_invocation_tokens": [1, 2]}}, r"alora_invocation_tokens=\[1, 2\]"),
     ],
 )
 def test_starts_that_would_not_survive_a_save_are_refused(llm, given, message):

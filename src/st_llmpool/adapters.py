@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel
 
-#: Initialisations for which peft changes the weights of the base, which are not saved with an adapter.
-_CHANGES_THE_BASE = ("loftq", "pissa", "olora", "corda", "lora_ga")
+#: Initialisations that need neither data nor other weights of the base.
+_STARTS = ("gaussian", "orthogonal", "mica")
 
 #: What peft and torch raise over a config that does not fit a model: its patterns are regular expressions, some of its
 #: options import other libraries.
@@ -201,25 +201,29 @@ def _plain(value: Any) -> Any:
 
 
 def check_start(peft_config: Any, *, in_4_bits: bool) -> None:
-    """Refuses initialisations that change the base's weights.
+    """Refuses adapters that start from data or from changed weights of the base, or that no text would activate.
 
-    Only the adapter is saved, and on the unchanged base it would give other vectors.
+    Only the adapter is saved: on the unchanged base, an adapter that started by changing it would give other vectors.
 
     Args:
         peft_config: The adapter's config.
         in_4_bits: Whether the base is quantised to 4 bits, where LoftQ changes only the adapter.
 
     Raises:
-        ConfigurationError: If the config has such an initialisation.
+        ConfigurationError: If the config has such a start.
     """
-    start = getattr(peft_config, "init_lora_weights", None)
-    if not isinstance(start, str) or not start.startswith(_CHANGES_THE_BASE):
+    if getattr(peft_config, "alora_invocation_tokens", None) is not None:
+        raise ConfigurationError(
+            f"alora_invocation_tokens={peft_config.alora_invocation_tokens} activates the adapter after these tokens, "
+            f"which no text to embed holds. Leave it out."
+        )
+    start = getattr(peft_config, "init_lora_weights", True)
+    if isinstance(start, bool) or start in _STARTS:
         return
     if start != "loftq":
         raise ConfigurationError(
-            f"init_lora_weights={start!r} changes the base's weights, which are not saved with an adapter: the saved "
-            f"model would give other vectors than the trained one. Use another initialisation, such as gaussian or "
-            f"orthogonal, or the default."
+            f"init_lora_weights={start!r} does not work here: it needs data before training, or changes the base's "
+            f"weights, which are not saved with an adapter. Use true, {', '.join(_STARTS)}, or loftq on 4 bits."
         )
     if not in_4_bits:
         raise ConfigurationError(

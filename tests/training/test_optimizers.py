@@ -8,6 +8,10 @@ import math
 import pytest
 import torch
 
+from st_llmpool.modules.errors import ConfigurationError
+from st_llmpool.training import AdaptRecipe, Recipe, adapt, train
+from st_llmpool.training import run as run_file
+from st_llmpool.training.mntp import adaptation
 from st_llmpool.training.optimizers import check_optimizer, lamb
 from st_llmpool.utils.extras import MissingExtraError
 
@@ -76,3 +80,53 @@ def test_an_optimizer_that_is_not_installed_says_what_to_install(name, package, 
     with pytest.raises(MissingExtraError, match=rf'pip install "st-llmpool\[{package}\]"'):
         check_optimizer(name)
     check_optimizer("adamw_torch")
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        (
+            {"lr_scheduler_type": "polynomial", "warmup_steps": 2},
+            r"^training\.warmup_steps=2 of 2 steps with training\.lr_scheduler_type=polynomial cannot .*by zero",
+        ),
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1}}, r"must be smaller than initial lr"),
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": -1}}, r"polynomial cannot be used"),
+        ({"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": 0}}, r"inverse_sqrt.*division"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, r"warmup_stable_decay.*num_decay_steps"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, r"cosine_with_min_lr.*min_lr_rate"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 2}}, r"cosine.*'cycles'"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, r"requires an eval strategy"),
+        ({"adam_beta1": 1.5}, r"^training\.optim=adamw_torch cannot .*Invalid beta parameter at index 0: 1\.5"),
+        ({"adam_epsilon": -1}, r"Invalid epsilon value"),
+        ({"optim": "sgd", "optim_args": "momentum=-1"}, r"training\.optim=sgd.*Invalid momentum value: -1"),
+        ({"optim": "galore_adamw"}, r"training\.optim=galore_adamw.*galore_torch"),
+        ({"optim": "lomo"}, r"training\.optim=lomo.*lomo_optim"),
+    ],
+)
+def test_what_an_optimizer_or_a_schedule_refuses_is_refused_before_weights_are_loaded(
+    make_recipe, tiny_lm, words_file, tmp_path, monkeypatch, training, message
+):
+    monkeypatch.setattr(run_file, "build_embedder", None)
+    monkeypatch.setattr(adaptation, "load_language_model", None)
+    with pytest.raises(ConfigurationError, match=message):
+        train(make_recipe({"training": training}))
+    values = {"output_dir": str(tmp_path / "adapted"), "base": tiny_lm, "texts": [{"source": words_file}]}
+    training = {"max_steps": 2, "warmup_steps": 0} | training
+    with pytest.raises(ConfigurationError, match=message):
+        adapt(AdaptRecipe.from_dict({**values, "training": training}))
+
+
+def test_a_schedule_that_follows_a_loss_is_refused_since_evaluations_measure_rankings(make_recipe, pairs):
+    evaluation = {"data": [{"source": pairs}], "eval_steps": 1}
+    for name in ("reduce_lr_on_plateau", "greedy"):
+        with pytest.raises(ConfigurationError, match=rf"{name} cannot be used.*Use linear"):
+            train(make_recipe({"evaluation": evaluation, "training": {"lr_scheduler_type": name}}))
+
+
+def test_the_steps_that_a_schedule_is_followed_over_are_those_that_epochs_give(make_recipe):
+    """12 rows in batches of 4, two to a step, are 2 steps an epoch."""
+    epochs = {"max_steps": None, "num_train_epochs": 1.5, "gradient_accumulation_steps": 2, "warmup_steps": 3}
+    recipe = make_recipe({"training": epochs | {"lr_scheduler_type": "polynomial"}})
+    with pytest.raises(ConfigurationError, match=r"warmup_steps=3 of 3 steps"):
+        train(recipe)
+    assert train(Recipe.from_dict(recipe.to_dict(), ["training.lr_scheduler_type=linear"])).report["steps"] == 3

@@ -153,3 +153,11 @@ def test_a_set_is_called_by_its_file_and_never_by_the_folders_above_it(source, l
 def test_reading_a_recipe_imports_nothing_heavy():
     code = "import sys; from st_llmpool.training import Recipe; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_folder_or_base_is_refused_and_does_not_become_the_current_directory(empty):
+    with pytest.raises(ConfigurationError, match=r"output_dir='.?' is empty"):
+        recipe(output_dir=empty)
+    with pytest.raises(ConfigurationError, match=r"base='.?' is empty"):
+        recipe(model={"base": empty})

@@ -158,3 +158,11 @@ def test_what_an_adaptation_saves_has_the_logits_of_what_it_trained_or_it_stops(
         adapt(adaptation(tmp_path / "run", tiny_lm, words_file, lora=LANGUAGE_ADAPTERS[adapter]))
     assert states == [True]
     assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_an_adapter_that_can_change_no_vector_stops_the_run(make_recipe):
+    """It sits in the last of four layers, and the pooling reads the first alone."""
+    lora = {"r": 4, "target_modules": r".*layers\.3\..*q_proj"}
+    recipe = make_recipe({"model": {"layers": [1], "lora": lora, "pooling_kwargs": {"readout_skip": False}}})
+    with pytest.raises(ConfigurationError, match=r"adapter of model\.lora changes no vector.*model\.layers"):
+        train(recipe)

@@ -72,8 +72,22 @@ def test_every_stage_leaves_an_ordinary_atomic_folder(chained):
         assert not (stages / name / "model" / "adapter_config.json").exists()
         model = SentenceTransformer(str(stages / name / "model"), trust_remote_code=True, device="cpu")
         assert model.encode(["a text"]).shape == result.model.encode(["a text"]).shape
-    assert (result.model_dir / "adapter_config.json").is_file()  # the recipe's own training keeps its adapter
     assert Recipe.from_yaml(Path(recipe.output_dir) / "recipe.yaml") == recipe
+
+
+def test_the_model_at_the_end_stands_without_its_stages_and_names_no_local_path(chained, tmp_path):
+    recipe, result, _ = chained
+    shutil.copytree(result.model_dir, tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere" / "adapter_config.json").exists()  # its base would be a stage's model
+    for file in (tmp_path / "elsewhere").rglob("*"):
+        if file.suffix in (".json", ".md", ".txt"):
+            assert str(Path(recipe.output_dir).parent) not in file.read_text(encoding="utf-8"), file
+    moved = SentenceTransformer(str(tmp_path / "elsewhere"), trust_remote_code=True, device="cpu")
+    expected = result.model.encode(["the quick fox"])
+    torch.testing.assert_close(moved.encode(["the quick fox"]), expected, rtol=0, atol=1e-6)
+    checkpoint = Path(recipe.output_dir) / "checkpoints/checkpoint-2"  # with the adapter, on the last stage's model
+    trained = SentenceTransformer(str(checkpoint), trust_remote_code=True, device="cpu")
+    torch.testing.assert_close(trained.encode(["the quick fox"]), expected, rtol=0, atol=1e-5)
 
 
 def test_a_stage_leaves_its_share_between_start_and_trained_weights(chained, tmp_path):
@@ -135,7 +149,7 @@ def test_a_chain_that_was_killed_is_resumed_where_it_stopped(chained, tmp_path, 
     moved = Recipe.from_dict(recipe.to_dict(), [f"output_dir={folder}"])
     resumed = train(moved, resume=True)
     assert resumed.report["losses"] == expected.report["losses"]
-    first, second = (load_file(place.model_dir / "adapter_model.safetensors") for place in (resumed, expected))
+    first, second = (load_file(place.model_dir / "model.safetensors") for place in (resumed, expected))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

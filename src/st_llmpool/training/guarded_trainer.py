@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, align_special_tokens
 from transformers.utils import logging as hf_logging
 
-from ..modules.errors import ConfigurationError, StLlmpoolError
+from ..modules.errors import StLlmpoolError
 from ..utils.files import reraise_as_write_error
 from .callbacks import RichProgress
 from .checkpoints import last_checkpoint, seal_checkpoint
+from .optimizers import refused_by_name
 
 _ROWS = "rows_of_batch"
 _SHOWN = 16
@@ -85,19 +84,10 @@ class GuardedTrainer:
         """Returns the optimizer.
 
         Raises:
-            ConfigurationError: If it cannot be used here.
+            ConfigurationError: If it does not fit this model; its other arguments were checked before.
         """
-        with _refused_by_name("training.optim", self.args.optim):
+        with refused_by_name("training.optim", self.args.optim):
             return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-
-    def create_scheduler(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Returns the schedule.
-
-        Raises:
-            ConfigurationError: If it needs what a recipe cannot say.
-        """
-        with _refused_by_name("training.lr_scheduler_type", self.args.lr_scheduler_type):
-            return super().create_scheduler(*args, **kwargs)  # type: ignore[misc]
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Trains.
@@ -224,16 +214,6 @@ class GuardedTrainer:
             set_seed(self.args.seed + self.state.global_step)  # of another number of processes: not the masks of step 1
             return
         super()._load_rng_state(checkpoint)  # type: ignore[misc]
-
-
-@contextmanager
-def _refused_by_name(setting: str, value: Enum) -> Iterator[None]:
-    """Re-raises what libraries say of an optimizer or a schedule as an error that names the setting."""
-    try:
-        yield
-    except (ImportError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigurationError(f"{setting}={value.value} cannot be used here: {reason}") from error
 
 
 class _WithRows:

@@ -1,16 +1,21 @@
-"""The optimizers that a recipe can name: those of transformers, and LAMB."""
+"""The optimizers that a recipe can name, those of transformers and LAMB, and a dry run of optimizer and schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import nn
 from torch.optim import Optimizer
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
 from ..modules.errors import ConfigurationError, nearest
 from ..utils.extras import require
+from ..utils.random_state import preserve_rng_state
 
 
 def lamb() -> type[Optimizer]:
@@ -75,3 +80,59 @@ def check_optimizer(name: str) -> None:
     library, extra = ("pytorch_optimizer", "lamb") if name in OPTIMIZERS else ("bitsandbytes", "train")
     if name in OPTIMIZERS or is_quantised:
         require(extra, library, purpose=f"training.optim={name}")
+
+
+def check_optimization(arguments: TrainingArguments, steps: int) -> None:
+    """Makes an optimizer step on one small layer, and follows the schedule from its first to its last step.
+
+    Args:
+        arguments: The trainer's.
+        steps: Optimizer steps of the run.
+
+    Raises:
+        ConfigurationError: If an argument of the optimizer or the schedule is refused, or there is a step for which
+            the schedule has no learning rate.
+
+    Example:
+        >>> options = {"lr_scheduler_type": "polynomial", "warmup_steps": 4, "report_to": "none", "use_cpu": True}
+        >>> check_optimization(TrainingArguments("run", **options), steps=5)
+    """
+    with preserve_rng_state():
+        layer = nn.Linear(64, 64, device=arguments.device)  # bitsandbytes has other code for fewer weights
+    layer(torch.ones(1, 64, device=arguments.device)).sum().backward()
+    with refused_by_name("training.optim", arguments.optim):
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, layer)
+        if {"params", "model", "optimizer_dict"}.isdisjoint(options):
+            kind(layer.parameters(), **options).step()
+    optimizer, warmup = (
+        torch.optim.SGD(layer.parameters(), lr=arguments.learning_rate),
+        arguments.get_warmup_steps(steps),
+    )
+    setting = f"training.warmup_steps={warmup} of {steps} steps with training.lr_scheduler_type"
+    with refused_by_name(setting, arguments.lr_scheduler_type):
+        schedule = get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=steps,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+        )
+        if not hasattr(schedule, "lr_lambdas"):
+            raise ValueError("it follows the loss of an evaluation, and evaluations here measure rankings. Use linear")
+        for step in sorted({0, warmup - 1, warmup, warmup + 1, steps // 2, steps - 1, steps} & {*range(steps + 1)}):
+            factor = schedule.lr_lambdas[0](step)
+            if isinstance(factor, complex) or not 0 <= factor < math.inf:
+                raise ValueError(f"its learning rate at step {step} is {factor * arguments.learning_rate}")
+
+
+@contextmanager
+def refused_by_name(setting: str, value: Any) -> Iterator[None]:
+    """Re-raises what libraries say of an optimizer or a schedule as a ConfigurationError that names the setting."""
+    try:
+        yield
+    except (ImportError, ValueError, TypeError, ArithmeticError, AssertionError, RuntimeError, LookupError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ConfigurationError(
+            f"{setting}={getattr(value, 'value', value)} cannot be used with these arguments: {reason}. Change it, or "
+            f"what else is set of it under training."
+        ) from error

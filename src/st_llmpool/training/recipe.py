@@ -16,7 +16,7 @@ from ..losses.settings import LossSettings
 from ..modules.errors import ConfigurationError, nearest
 from ..utils.files import write_atomically
 from ..utils.reading import read_yaml, shown
-from ..utils.settings import Range, check_ranges, from_mapping, merge, to_mapping, with_overrides
+from ..utils.settings import Range, check_filled, check_ranges, from_mapping, merge, to_mapping, with_overrides
 from .further_arguments import checked_arguments
 
 #: Longest text in tokens, where a recipe says nothing and its base is no saved embedder.
@@ -103,6 +103,7 @@ class ModelSettings:
     revision: str | None = None
 
     def __post_init__(self) -> None:
+        check_filled(self, "base")
         ranges = {"max_seq_length": Range(1), "truncate_dim": Range(1), "freeze_layers": Range(0)}
         check_ranges(self, "model", ranges)
 
@@ -423,6 +424,7 @@ class Recipe:
     preset: str | None = None
 
     def __post_init__(self) -> None:
+        check_filled(self, "output_dir")
         check_ranges(self, "", {"seed": Range(0, 2**32 - 1)})  # what numpy takes
         _check_data(self)
         _check_model(self.model)

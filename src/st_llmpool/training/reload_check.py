@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
+from ..adapters import has_adapter
 from ..hub.loading import load_model
 from ..modules.errors import ConfigurationError, StLlmpoolError
 from ..utils.files import WriteError, reraise_as_write_error
@@ -45,6 +46,8 @@ def check_reload(model: SentenceTransformer, folder: Path, *, full: bool, trust_
     """
     moved = list(_trained(model, without_backbone=full))
     training = model.training
+    if has_adapter(model):
+        _check_effect(model)
     with preserve_rng_state(), _moved(moved), _scratch(folder) as place:
         expected = _vectors(model)
         with reraise_as_write_error(place):
@@ -66,6 +69,19 @@ def check_reload(model: SentenceTransformer, folder: Path, *, full: bool, trust_
         raise ConfigurationError(
             f"What this recipe trains gives other vectors once it is saved and loaded: they differ by {difference:.2g} "
             f"(limit {limit:g}). Change model.lora (its target_modules) or model.tune; nothing was trained yet."
+        )
+
+
+def _check_effect(model: SentenceTransformer) -> None:
+    """Refuses an adapter that moves no vector, such as one in layers above those that the pooling reads."""
+    with preserve_rng_state():
+        before = _vectors(model)
+        with _moved([weight for weight in model[0].parameters() if weight.requires_grad]):
+            after = _vectors(model)
+    if torch.equal(before, after):
+        raise ConfigurationError(
+            "The adapter of model.lora changes no vector, whatever it learns. Change its layers, or model.layers that "
+            "the pooling reads; nothing was trained yet."
         )
 
 

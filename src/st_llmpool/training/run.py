@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from .callbacks import ElapsedTimeCallback, RichProgress, seconds_of
 from .checks import check_data, check_recipe, check_views, design_arguments
 from .freezing import freeze_lowest_layers
 from .held_out import held_out_evaluator
-from .optimizers import OPTIMIZERS
+from .optimizers import OPTIMIZERS, check_optimization
 from .pooling_change import NEGLIGIBLE, trainable_poolings
 from .recipe import DEFAULT_LENGTH, Recipe, StageSettings
 from .reload_check import check_on_first_process, check_reload
@@ -68,7 +69,8 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCa
     """Trains an embedding model as the recipe describes.
 
     In ``recipe.output_dir`` it leaves ``model``, ``training.json``, ``loss.png``, ``recipe.yaml`` and ``checkpoints``.
-    A recipe with stages runs them first, each in a folder below ``stages``. The recipe and its stages are validated
+    A recipe with stages runs them first, each in a folder below ``stages``; an adapter that is trained on what they
+    left is merged at the end, since nobody else has its base. The recipe and its stages are validated
     before any weights are loaded. Under ``accelerate launch`` it runs on several processes; each batch is split over
     them, so that losses are those of one process.
 
@@ -130,7 +132,15 @@ def _prepare(recipe: Recipe, stage: StageSettings | None = None) -> _Prepared:
             datasets = DatasetDict({item.label: load_pairs(item, recipe.loss.num_negatives) for item in recipe.data})
         evaluator = _evaluator(recipe)
     check_data(datasets, recipe, arguments.world_size)
+    check_optimization(arguments, _number_of_steps(recipe, datasets))
     return _Prepared(arguments, datasets, evaluator)
+
+
+def _number_of_steps(recipe: Recipe, datasets: DatasetDict) -> int:
+    training = recipe.training
+    batches = sum(len(dataset) // training.batch_size for dataset in datasets.values())
+    per_epoch = max(math.ceil(batches / training.gradient_accumulation_steps), 1)
+    return training.max_steps or math.ceil(training.num_train_epochs * per_epoch)
 
 
 def _train_stage(recipe: Recipe, start: Path | None, stage: StageSettings) -> None:
@@ -172,7 +182,10 @@ def _train(
     if checkpoint is None or not trainer.restore_finished(checkpoint):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     rows = {name: len(dataset) for name, dataset in datasets.items()}
-    at_end = None if stage is None else partial(merge_stage, model, base, stage, recipe.evaluation, prepared.evaluator)
+    at_end = None
+    if start is not None or stage is not None:  # an adapter's base, a stage's model, is nowhere but in this run
+        merge = None if stage is None else stage.merge
+        at_end = partial(merge_stage, model, base, merge, recipe.evaluation, prepared.evaluator)
     return _finish(trainer, recipe, folder, rows, at_end)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,16 +132,16 @@ def embedder_recipe(recipe: Recipe, stage: StageSettings, folder: Path) -> Recip
 def merge_stage(
     model: SentenceTransformer,
     base: str,
-    stage: StageSettings,
+    merge: float | Sequence[float] | None,
     evaluation: EvaluationSettings,
     evaluator: BaseEvaluator | None,
 ) -> dict[str, Any]:
-    """Merges the adapter of a trained stage, then its backbone with the one that it started from.
+    """Merges the adapter of what a stage trained, or trained on one, then its backbone with that it started from.
 
     Args:
         model: Changed in place.
         base: What its backbone started from.
-        stage: Has the weight of the trained model.
+        merge: Weight of the trained model, or those to choose from.
         evaluation: Says which metric is best.
         evaluator: Chooses, where there is a choice.
 
@@ -154,7 +154,7 @@ def merge_stage(
             model.save_pretrained(folder, create_model_card=False)
             merge_adapter(model, Path(folder))
         model.to(device)
-    alphas = merge_weights(stage.merge)
+    alphas = merge_weights(merge)
     if alphas == [1.0]:
         return {"merge": 1.0, "merge_scores": []}
 

@@ -123,6 +123,17 @@ def check_ranges(settings: object, where: str, ranges: Mapping[str, Range]) -> N
             raise ConfigurationError(f"{_join(where, name)}={value} must be {allowed}.")
 
 
+def check_filled(settings: object, *names: str) -> None:
+    """Refuses empty text, which as a path is the current directory.
+
+    Raises:
+        ConfigurationError: With the name.
+    """
+    for name in names:
+        if not str(getattr(settings, name)).strip():
+            raise ConfigurationError(f"{name}={getattr(settings, name)!r} is empty. Name a folder; '.' is this one.")
+
+
 def with_overrides(values: object, overrides: Sequence[str]) -> dict[str, Any]:
     """Returns a copy of what a recipe's file holds, with changes.
 

@@ -34,6 +34,7 @@ from ..arguments import enable_gradient_checkpointing, precision_of, shared_argu
 from ..callbacks import ElapsedTimeCallback, RichProgress, seconds_of
 from ..checks import check_adapter, check_machine
 from ..interpolation import merge_with_base
+from ..optimizers import check_optimization
 from ..recipe import MaskingSettings, ModelSettings, merge_weights
 from ..reload_check import check_language_model, check_on_first_process
 from ..report import write_report
@@ -176,6 +177,7 @@ def check_adapt(recipe: AdaptRecipe) -> str:
             f"language model that it was built from, and train the embedder on the result."
         )
     check_machine(recipe.training, adapter=recipe.tune == "lora")
+    _training_arguments(recipe, Path(recipe.output_dir))
     if recipe.tune == "lora":
         trusted, revision = recipe.trust_remote_code, recipe.revision
         check_adapter(ModelSettings(base, lora=recipe.lora, trust_remote_code=trusted, revision=revision), base)
@@ -232,6 +234,8 @@ def _training_arguments(recipe: AdaptRecipe, folder: Path) -> TrainingArguments:
             f"training.batch_size={training.batch_size} is over all devices and cannot be split evenly over "
             f"{arguments.world_size}."
         )
+    if training.max_steps is not None:
+        check_optimization(arguments, training.max_steps)
     return arguments
 
 
@@ -267,6 +271,7 @@ def _trainer(
     per_step = training.batch_size * training.gradient_accumulation_steps
     steps = training.max_steps or max(1, int(training.num_train_epochs * len(texts.pieces) / per_step))
     arguments.max_steps = steps
+    check_optimization(arguments, steps)
     trainer = MaskedTokenTrainer(
         model=model,
         args=arguments,

@@ -13,7 +13,7 @@ from ...data.texts import TextSettings
 from ...modules.errors import ConfigurationError
 from ...utils.files import write_atomically
 from ...utils.reading import read_yaml
-from ...utils.settings import Range, check_ranges, from_mapping, to_mapping, with_overrides
+from ...utils.settings import Range, check_filled, check_ranges, from_mapping, to_mapping, with_overrides
 from ..optimizers import OPTIMIZERS
 from ..recipe import MaskingSettings, TrainingSettings, check_merge
 
@@ -92,6 +92,7 @@ class AdaptRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_filled(self, "output_dir", "base")
         if not self.texts:
             raise ConfigurationError("texts is empty: name at least one set, such as texts: [{source: texts.txt}].")
         check_merge(self.merge)
