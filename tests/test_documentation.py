@@ -207,7 +207,7 @@ def test_readme_is_short():
 
 
 def test_a_pooling_that_is_added_as_the_page_says_passes_the_shared_matrix(tmp_path):
-    """In a copy of the repository: the file, the lines for the two registries, then the tests that cover it unasked."""
+    """In a copy of the repository: the file, the two lines that register it, then the tests that cover it unasked."""
     for name in ("src", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "golden", "builtin"))
     for name in ("pyproject.toml", "constraints-lowest.txt"):
@@ -219,7 +219,7 @@ def test_a_pooling_that_is_added_as_the_page_says_passes_the_shared_matrix(tmp_p
         target = tmp_path / file.removeprefix("# ")
         text = target.read_text(encoding="utf-8")
         for line in lines:
-            # After the line of PoNet, the same in kind: an import, a name, a file, a registry line.
+            # After the line of PoNet, the same in kind: an import or a registry line.
             shape = re.escape(line.strip()).replace(r"first_last", "ponet").replace("FirstLast", "PoNet")
             shape = re.sub(r"(?<=PoNetPooling,).*", ".*", shape)
             text, count = re.subn(rf"^( *){shape}\n", lambda found, line=line: f"{found[0]}{line}\n", text, flags=re.M)

@@ -13,6 +13,7 @@ from sentence_transformers.base.modules.module import Module
 from sentence_transformers.base.modules.normalize import Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from . import poolings
 from .adapters import add_adapter, continue_adapter, has_adapter
 from .attention_proof import verify_attention
 from .data.builtin_backbone import builtin_backbone
@@ -22,11 +23,6 @@ from .modules.latent_attention_pooling import LatentAttentionPooling
 from .modules.llm_transformer import LLMTransformer, check_length, resolve_layers
 from .modules.multi_layer_pooling import MultiLayerPooling
 from .modules.scalar_mix_pooling import ScalarMixPooling
-from .poolings.attsets_pooling import AttSetsPooling
-from .poolings.generalized_mean_pooling import GeneralizedMeanPooling
-from .poolings.hopfield_pooling import HopfieldPooling
-from .poolings.ponet_pooling import PoNetPooling
-from .poolings.pyramid_pooling import PyramidPooling
 from .saved_embedder import SavedEmbedder, is_saved_embedder, read_architecture
 
 if TYPE_CHECKING:
@@ -83,11 +79,13 @@ POOLINGS: dict[str, PoolingSpec] = {
     "last_layer": PoolingSpec(LatentAttentionPooling, "tokens", "trainable attention over the last layer's tokens"),
     "multi_layer": PoolingSpec(MultiLayerPooling, "layers", "trainable attention over every layer's summary"),
     "scalar_mix": PoolingSpec(ScalarMixPooling, "layers", "one trained weight per layer"),
-    "hopfield": PoolingSpec(HopfieldPooling, "tokens", "trainable patterns retrieve from the tokens, in several steps"),
-    "attsets": PoolingSpec(AttSetsPooling, "tokens", "a trainable softmax over the tokens for each feature"),
-    "gem": PoolingSpec(GeneralizedMeanPooling, "tokens", "power means of the tokens with trainable powers"),
-    "pyramid": PoolingSpec(PyramidPooling, "tokens", "trainable projection of the means of spans of tokens"),
-    "ponet": PoolingSpec(PoNetPooling, "tokens", "mean of tokens mixed with their text, segment and neighbours"),
+    "hopfield": PoolingSpec(
+        poolings.HopfieldPooling, "tokens", "trainable patterns retrieve from the tokens, in several steps"
+    ),
+    "attsets": PoolingSpec(poolings.AttSetsPooling, "tokens", "a trainable softmax over the tokens for each feature"),
+    "gem": PoolingSpec(poolings.GeneralizedMeanPooling, "tokens", "power means of the tokens with trainable powers"),
+    "pyramid": PoolingSpec(poolings.PyramidPooling, "tokens", "trainable projection of the means of spans of tokens"),
+    "ponet": PoolingSpec(poolings.PoNetPooling, "tokens", "mean of tokens with text, segment and neighbours"),
 }
 
 
