@@ -55,7 +55,7 @@ def test_tables_and_pictures_are_written(tmp_path):
     contrasts = [part for contrast in CONTRASTS for part in ("--contrast", contrast)]
     printed = run(tmp_path / "results.parquet", *contrasts, "--out", tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"comparison.md", "pairs.csv", "scores.csv", "STS_pairs.png", "STS_critical_difference.png"}
+    assert names == {"comparison.md", "pairs.csv", "scores.csv", "STS_pairs.png", "STS_ranks.png"}
     assert printed.count("Written: ") == 5
     pairs = pd.read_csv(tmp_path / "out/pairs.csv")
     assert len(pairs) == 15

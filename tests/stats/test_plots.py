@@ -13,7 +13,7 @@ from matplotlib import image
 from matplotlib.figure import Figure
 
 from st_llmpool.stats import compare
-from st_llmpool.stats.plots import draw, draw_critical_difference, draw_pairs
+from st_llmpool.stats.plots import draw, draw_pairs, draw_ranks
 from tests.stats.validation import CONTRASTS, DESIGNS, simulated_scores
 
 
@@ -35,7 +35,7 @@ def texts(figure: Figure) -> str:
 def test_pictures_are_written_and_not_empty(tmp_path):
     (kind,) = compare(simulated_scores(np.random.default_rng(0), DESIGNS, tasks=12), CONTRASTS).types
     files = list(draw(kind, tmp_path, "STS"))
-    assert [file.name for file in files] == ["STS_pairs.png", "STS_critical_difference.png"]
+    assert [file.name for file in files] == ["STS_pairs.png", "STS_ranks.png"]
     for file in files:
         pixels = image.imread(file)
         assert pixels.shape[1] > 600
@@ -55,36 +55,37 @@ def test_heatmap_shows_every_difference_with_its_mark(tmp_path, drawn):
     assert set(DESIGNS) <= set(shown)
 
 
-def test_diagram_joins_what_is_not_told_apart_and_names_the_critical_difference(tmp_path, drawn):
+def test_diagram_joins_designs_without_a_significant_pair(tmp_path, drawn):
     table = simulated_scores(np.random.default_rng(0), DESIGNS, tasks=12, effect=0.2)
     (kind,) = compare(table).types
-    draw_critical_difference(kind, tmp_path / "x.png")
+    draw_ranks(kind, tmp_path / "x.png")
     shown = texts(drawn[0])
     for design, rank in kind.ranks.mean_ranks.items():
         assert f"{design} ({rank:.2f})" in shown or f"({rank:.2f}) {design}" in shown
-    assert f"critical difference {kind.ranks.critical_difference:.2f}" in shown
     bars = [line for line in drawn[0].axes[0].lines if line.get_linewidth() == 4]
-    ranks, p = kind.ranks.mean_ranks, kind.ranks.p_nemenyi
+    ranks = kind.ranks.mean_ranks
+    apart = {frozenset((pair.first, pair.second)) for pair in kind.pairs if pair.significant}
+    assert 0 < len(apart) < len(kind.pairs)
     joined = {
         (a, b)
         for bar in bars
         for a, b in itertools.combinations(ranks, 2)
         if min(bar.get_xdata()) <= ranks[a] <= ranks[b] <= max(bar.get_xdata())
     }
-    assert joined == {(a, b) for a, b in itertools.combinations(ranks, 2) if p.loc[a, b] > 0.05}
+    assert joined == {(a, b) for a, b in itertools.combinations(ranks, 2) if frozenset((a, b)) not in apart}
 
 
 def test_diagram_says_when_nothing_could_be_told_apart(tmp_path, drawn):
     table = simulated_scores(np.random.default_rng(0), "abc", tasks=2)
-    draw_critical_difference(compare(table).types[0], tmp_path / "x.png")
-    assert "these tasks cannot separate any two" in texts(drawn[0])
+    draw_ranks(compare(table).types[0], tmp_path / "x.png")
+    assert "these tasks cannot separate any two designs" in texts(drawn[0])
 
 
 def test_two_designs_have_no_diagram(tmp_path):
     (kind,) = compare(simulated_scores(np.random.default_rng(0), "ab", tasks=6)).types
     assert [file.name for file in draw(kind, tmp_path, "STS")] == ["STS_pairs.png"]
     with pytest.raises(ValueError, match="needs three models"):
-        draw_critical_difference(kind, tmp_path / "x.png")
+        draw_ranks(kind, tmp_path / "x.png")
 
 
 def test_designs_that_always_tie_have_no_ranks_to_draw(tmp_path):

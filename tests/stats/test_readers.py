@@ -7,7 +7,7 @@ import pytest
 
 from st_llmpool.modules.errors import ConfigurationError, DataError
 from st_llmpool.stats.readers import read_results, read_task_types
-from st_llmpool.stats.results import COLUMNS, ITEM_COLUMNS, SOURCE_COLUMNS
+from st_llmpool.stats.results import COLUMNS, DEFAULTS
 from tests.stats.tiny_results import REVISION, main_scores, task_result, write_csv, write_json, write_model
 
 SCORES = {"SciFact": 0.5, "STS12": 0.7}
@@ -33,7 +33,7 @@ TWO_MODELS = {
 def test_repository_is_read_with_the_types_that_mteb_knows(repository):
     results = read_results([repository])
     assert main_scores(results) == TWO_MODELS
-    assert list(results.scores) == [*COLUMNS, *SOURCE_COLUMNS]
+    assert list(results.scores) == COLUMNS
     assert set(results.scores["dataset_revision"]) == {"1"}
     assert set(results.scores["mteb_version"]) == {"2.26.24"}
     assert dict(zip(results.scores["task"], results.scores["task_type"], strict=True)) == {
@@ -91,7 +91,7 @@ def test_scores_by_query_become_items(tmp_path):
     content = task_result("SciFact", 0.5, ndcg_at_10=0.5, ndcg_at_10_by_query={"q1": 0.4, "q2": 0.6})
     write_json(tmp_path / "m/1/SciFact.json", content)
     results = read_results([tmp_path])
-    assert list(results.items) == ITEM_COLUMNS
+    assert list(results.items) == COLUMNS
     assert dict(zip(results.items["item"], results.items["score"], strict=True)) == {"q1": 0.4, "q2": 0.6}
     assert set(results.items["metric"]) == {"ndcg_at_10"}
     assert set(results.scores["metric"]) == {"main_score", "ndcg_at_10"}
@@ -135,25 +135,16 @@ def test_task_without_a_type_is_named_until_somebody_says_it(tmp_path):
 def test_minimal_csv_is_enough(tmp_path):
     path = write_csv(tmp_path / "s.csv", "task,task_type,model,score", "T,STS,a,0.5", "T,STS,b,")
     (row,) = read_results([path]).scores[COLUMNS].to_dict("records")  # an empty score is none
-    assert row == {
-        "base": "",
-        "design": "a",
-        "option": "",
-        "seed": "0",
-        "task": "T",
-        "task_type": "STS",
-        "split": "test",
-        "subset": "default",
-        "metric": "main_score",
-        "score": 0.5,
-    }
+    named = {"design": "a", "task": "T", "task_type": "STS", "file": str(path), "score": 0.5}
+    assert row == {**DEFAULTS, **named}
 
 
 def test_results_of_a_study_fit_in_as_they_are(tmp_path):
     rows = [("qwen", "5", "last 4", seed, "T", "STS", "test", "default", m, 0.5) for seed in (0, 1) for m in ("x", "y")]
-    table = pd.DataFrame(rows, columns=COLUMNS)
+    columns = ["base", "design", "option", "seed", "task", "task_type", "split", "subset", "metric", "score"]
+    table = pd.DataFrame(rows, columns=columns)
     table.to_parquet(tmp_path / "results.parquet")
-    found = read_results([tmp_path / "results.parquet"]).scores[COLUMNS]
+    found = read_results([tmp_path / "results.parquet"]).scores[columns]
     pd.testing.assert_frame_equal(found, table.astype({"seed": str}), check_dtype=False)
 
 

@@ -57,7 +57,7 @@ def test_frame_has_a_row_for_every_pair(study):
 
 
 def test_columns_of_numbers_are_aligned_at_the_right_and_markup_is_escaped():
-    rows = (("a|b", "+0.1 [0.0, 0.2]*", "5"), ("<b>", "-", "5 (last 4 layers)"))
-    lines = Sheet("T", ("Name", "Score", "Design"), rows).to_markdown().splitlines()
+    rows = [{"Name": "a|b", "Score": "+0.1 [0.0, 0.2]*", "Design": "5"}, {"Name": "<b>", "Design": "5 (last 4 layers)"}]
+    lines = Sheet.of("T", rows).to_markdown().splitlines()
     assert lines[3] == "| --- | ---: | --- |"
     assert lines[4:6] == [r"| a\|b | +0.1 [0.0, 0.2]\* | 5 |", r"| \<b> | - | 5 (last 4 layers) |"]

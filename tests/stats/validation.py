@@ -19,15 +19,17 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from st_llmpool.stats import Plan, compare, detectable_item_effect, item_test, paired_test
+from st_llmpool.stats import compare
 from st_llmpool.stats.comparison import TypeComparison
+from st_llmpool.stats.power_analysis import Plan, detectable_item_effect
+from st_llmpool.stats.statistics import item_test, paired_test
 
 SPREAD = 0.01  # standard deviation of a score between tasks, after the difficulty of the task
 DESIGNS = ("1", "2", "3", "4", "5", "mean-bidirectional")
 CONTRASTS = ("5:mean-bidirectional", "5:4", "4:2", "5:3", "3:1", "5:1")
 
 # What takes most of the time and changes no verdict: intervals, and that statsmodels collects garbage every time.
-_NO_INTERVAL = patch("st_llmpool.stats.statistics._bootstrap_interval", return_value=(math.nan, math.nan))
+_NO_INTERVAL = patch("st_llmpool.stats.statistics.bootstrap_interval", return_value=(math.nan, math.nan))
 
 
 def simulated_scores(

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from st_llmpool.analysis.layers import LayerAnalysis, LayerProfile
-from st_llmpool.stats.results import COLUMNS, ITEM_COLUMNS, Results
+from st_llmpool.stats.results import Results, complete
 from st_llmpool.study.records import RunRecord
 from st_llmpool.study.settings import DesignSettings, PlannedRun, Study
 
@@ -83,7 +83,10 @@ def synthetic_results(
                 if task_type == "Retrieval" and items:
                     noise = np.random.default_rng([task, *map(ord, design)]).normal(0, 0.2, size=20)
                     item_rows += [[*start, "ndcg", str(item), float(score + n)] for item, n in enumerate(noise)]
-    return Results(pd.DataFrame(rows, columns=COLUMNS), pd.DataFrame(item_rows, columns=ITEM_COLUMNS))
+    names = ["base", "design", "option", "seed", "task", "task_type", "split", "subset", "metric"]
+    scores = pd.DataFrame(rows, columns=[*names, "score"])
+    items_table = pd.DataFrame(item_rows, columns=[*names, "item", "score"])
+    return Results(complete(pd.concat([scores, items_table], ignore_index=True)))
 
 
 def _record(run: PlannedRun) -> RunRecord:

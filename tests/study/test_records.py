@@ -11,7 +11,7 @@ from rich.console import Console
 
 from st_llmpool.modules.errors import DataError
 from st_llmpool.stats.readers import read_results
-from st_llmpool.stats.results import SOURCE_COLUMNS, Results
+from st_llmpool.stats.results import COLUMNS, Results
 from st_llmpool.study.records import RunStore, finished, read_scores, reuse_runs, write_record, write_results
 from st_llmpool.study.runner import StudyRunner
 from tests.study.synthetic_study import synthetic_records, synthetic_results, synthetic_study
@@ -24,14 +24,10 @@ def kept(tmp_path_factory):
     """What is committed of a study: its file and its results. And the folder with all runs that they are from."""
     out, other = tmp_path_factory.mktemp("study"), tmp_path_factory.mktemp("kept")
     results = synthetic_results(records := synthetic_records(STUDY), tasks=6)
-    scores = results.scores.assign(dataset_revision="7", mteb_version="2.26.24", languages="eng-Latn")
+    table = results.table.assign(dataset_revision="7", mteb_version="2.26.24", languages="eng-Latn")
     for record in records:
-        own = [
-            table[(table["design"] == record.design) & (table["option"] == record.option)]
-            for table in (scores, results.items)
-        ]
-        own = [table[table["seed"] == str(record.seed)] for table in own]
-        write_record(record, Results(*own), out)
+        own = table[(table["design"] == record.design) & (table["option"] == record.option)]
+        write_record(record, Results(own[own["seed"] == str(record.seed)]), out)
     write_results(finished(STUDY.runs(), out), read_scores(records, out), out)
     shutil.copy(out / "results.parquet", other)
     return out, other
@@ -52,7 +48,9 @@ def test_results_file_gives_the_records_and_scores_of_the_run_folders(kept):
 def test_results_file_is_a_table_that_anyone_can_compare(kept):
     scores = read_results([kept[1] / "results.parquet"]).scores
     assert set(scores["design"]) == {design.design for design in STUDY.designs}
-    assert list(scores.columns[-len(SOURCE_COLUMNS) :]) == SOURCE_COLUMNS
+    assert list(scores) == COLUMNS
+    factors = scores[scores["design"] == "1"][["attention", "readout", "pooling"]].drop_duplicates()
+    assert factors.to_numpy().tolist() == [["causal", "eos", "plain"]]
 
 
 def test_a_clone_with_the_results_alone_has_nothing_left_to_run(kept, monkeypatch):
@@ -89,7 +87,7 @@ def test_damaged_results_are_named(tmp_path):
 
 def test_report_is_made_again_from_study_file_and_results_alone(kept, tmp_path, monkeypatch):
     pytest.importorskip("scikit_posthocs", reason="the extra 'plots' is not installed")
-    monkeypatch.setattr("st_llmpool.stats.statistics._bootstrap_interval", lambda values: (-0.01, 0.01))
+    monkeypatch.setattr("st_llmpool.stats.statistics.bootstrap_interval", lambda values: (-0.01, 0.01))
     monkeypatch.setattr("st_llmpool.stats.plots.DPI", 20)
     tables = []
     for number, source in enumerate(kept):

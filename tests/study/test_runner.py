@@ -33,7 +33,7 @@ def record_of(run, out) -> None:
     record = RunRecord(**{name: getattr(run, name) for name in names}, training={}, evaluation_seconds=1.0)
     score = {"task": "T", "task_type": "STS", "split": "test", "subset": "", "metric": "m", "score": 0.5}
     scores = pd.DataFrame([score])
-    write_record(record, Results(scores, scores.iloc[:0].assign(item="")), out)
+    write_record(record, Results(scores), out)
 
 
 def test_a_study_is_run_once_and_compared(tiny_study, study_data, tmp_path):

@@ -8,72 +8,18 @@ from typing import TYPE_CHECKING
 from ..utils.extras import needs
 
 if TYPE_CHECKING:
-    from .comparison import Comparison, Family, Pair, TypeComparison, compare
-    from .power_analysis import Plan, detectable_effect, detectable_item_effect, power
+    from .comparison import Comparison, compare
     from .readers import read_results, read_task_types
-    from .results import COLUMNS, ITEM_COLUMNS, Results
-    from .statistics import (
-        ItemTest,
-        PairedTest,
-        RankTest,
-        SeedNoise,
-        holm,
-        item_test,
-        paired_test,
-        rank_test,
-        seed_noise,
-    )
+    from .results import Results
 
-__all__ = [
-    "COLUMNS",
-    "ITEM_COLUMNS",
-    "Comparison",
-    "Family",
-    "ItemTest",
-    "Pair",
-    "PairedTest",
-    "Plan",
-    "RankTest",
-    "Results",
-    "SeedNoise",
-    "TypeComparison",
-    "compare",
-    "detectable_effect",
-    "detectable_item_effect",
-    "holm",
-    "item_test",
-    "paired_test",
-    "power",
-    "rank_test",
-    "read_results",
-    "read_task_types",
-    "seed_noise",
-]
+__all__ = ["Comparison", "Results", "compare", "read_results", "read_task_types"]
 
 _FILES = {
-    "COLUMNS": ".results",
-    "ITEM_COLUMNS": ".results",
     "Comparison": ".comparison",
-    "Family": ".comparison",
-    "ItemTest": ".statistics",
-    "Pair": ".comparison",
-    "PairedTest": ".statistics",
-    "Plan": ".power_analysis",
-    "RankTest": ".statistics",
     "Results": ".results",
-    "SeedNoise": ".statistics",
-    "TypeComparison": ".comparison",
     "compare": ".comparison",
-    "detectable_effect": ".power_analysis",
-    "detectable_item_effect": ".power_analysis",
-    "holm": ".statistics",
-    "item_test": ".statistics",
-    "paired_test": ".statistics",
-    "power": ".power_analysis",
-    "rank_test": ".statistics",
     "read_results": ".readers",
     "read_task_types": ".readers",
-    "seed_noise": ".statistics",
 }
 
 

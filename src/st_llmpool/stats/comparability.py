@@ -1,4 +1,4 @@
-"""Checks whether scores may be compared at all: their range, where they come from, copies and constants."""
+"""Check whether scores may be compared: their range, their sources, and constant scorers."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def source_differences(scores: pd.DataFrame, items: pd.DataFrame) -> list[str]:
     """Return a sentence for each kind of difference between the evaluations of tasks that several models have.
 
     Args:
-        scores: Rows with ``model``, ``task`` and the columns of `results.SOURCE_COLUMNS`; an empty value is not known.
+        scores: Rows with ``model``, ``task`` dataset revision, mteb version and languages (empty: unknown).
         items: Scores of single queries or texts with ``model``, ``task``, ``split``, ``subset``, ``metric``, ``item``.
     """
     common = scores[scores.groupby("task")["model"].transform("nunique") > 1]

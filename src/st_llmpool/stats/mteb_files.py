@@ -1,4 +1,4 @@
-"""Finds and reads mteb's result files, in whichever of its folder layouts they lie."""
+"""Find and read mteb's result files, in whichever of its folder layouts they lie."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..evaluation.suite import read_suite, shipped_suites
 from ..modules.errors import DataError
 from ..utils.extras import importing_mteb
 from ..utils.reading import read_json, read_json_object, shown
-from .results import ITEM_COLUMNS, SOURCE_COLUMNS
+from .results import COLUMNS, complete
 
 with importing_mteb():
     from mteb.abstasks.aggregated_task import AbsTaskAggregate
@@ -34,7 +34,7 @@ class ModelFiles:
 
     Args:
         name: The model's name.
-        variant: Revision, and experiment if it is one: what tells two models of one name apart.
+        variant: Revision and, if any, experiment, which distinguish models of one name.
         files: Its result files.
     """
 
@@ -44,7 +44,7 @@ class ModelFiles:
 
 
 def find_models(folder: Path) -> list[ModelFiles]:
-    """Finds the models in a folder without reading their results.
+    """Find the models in a folder without reading their results.
 
     Args:
         folder: An mteb cache or a clone of a results repository (``results/<model>/<revision>/<Task>.json``, in the
@@ -66,14 +66,14 @@ def find_models(folder: Path) -> list[ModelFiles]:
 
 
 def read_models(models: Sequence[ModelFiles], designs: Sequence[tuple[str, str]]) -> tuple[pd.DataFrame, list[str]]:
-    """Reads every numeric score of some models, main scores among them, and the scores by query or text.
+    """Read every numeric score of some models, main scores among them, and the scores by query or text.
 
     Args:
         models: The models.
         designs: Design and option that each is filed under.
 
     Returns:
-        Rows with the columns of `results.ITEM_COLUMNS` and `results.SOURCE_COLUMNS`, and notes on what was left out.
+        Rows with `results.COLUMNS`, and notes on what was left out.
 
     Raises:
         DataError: If a file is not JSON, or looks like a result and mteb cannot read it.
@@ -86,14 +86,14 @@ def read_models(models: Sequence[ModelFiles], designs: Sequence[tuple[str, str]]
             if result is None:
                 others.append(path)
                 continue
-            start = {"base": "", "design": design, "option": option, "seed": "0", "task": result.task_name}
-            start |= {"task_type": "", "file": str(path), "dataset_revision": _known(result.dataset_revision)}
-            rows += [start | {"mteb_version": _known(result.mteb_version)} | score for score in _scores(result)]
+            facts = {"design": design, "option": option, "task": result.task_name, "file": str(path)}
+            facts |= {"dataset_revision": _known(result.dataset_revision), "mteb_version": _known(result.mteb_version)}
+            rows += [facts | score for score in _scores(result)]
     notes = []
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         notes.append(f"{others[0]}{more}: no result of mteb, left out.")
-    table = pd.DataFrame(rows, columns=[*ITEM_COLUMNS, *SOURCE_COLUMNS])
+    table = complete(pd.DataFrame(rows)) if rows else pd.DataFrame(columns=COLUMNS)
     parts = _parts_of_aggregates(set(table["task"]))
     for aggregate, names in parts.items():
         notes.append(
@@ -104,7 +104,7 @@ def read_models(models: Sequence[ModelFiles], designs: Sequence[tuple[str, str]]
 
 
 def known_task_types(tasks: Sequence[str]) -> dict[str, str]:
-    """Returns the types of those tasks that mteb or a shipped suite has; needs no network.
+    """Return the types of those tasks that mteb or a shipped suite has; needs no network.
 
     Example:
         >>> known_task_types(["STSBenchmark", "LocalSquadRetrieval", "Mine"])
@@ -117,7 +117,7 @@ def known_task_types(tasks: Sequence[str]) -> dict[str, str]:
 
 
 def _identity(folder: Path, root: Path) -> tuple[str, str]:
-    """Returns name and variant of the model whose results lie in `folder`."""
+    """Return name and variant of the model whose results lie in `folder`."""
     experiment = folder.name if folder.parent.name == _EXPERIMENTS else ""
     revision_folder = folder.parent.parent if experiment else folder
     meta = next((path for path in (folder / _META, revision_folder / _META) if path.is_file()), None)
@@ -134,12 +134,12 @@ def _identity(folder: Path, root: Path) -> tuple[str, str]:
 
 
 def _is_revision(folder: Path, root: Path) -> bool:
-    """Whether a folder without model_meta.json is a revision (and not, as with mteb before 1.12, the model itself)."""
+    """Return whether a folder without model_meta.json is a revision (before mteb 1.12 it is the model itself)."""
     return len(folder.relative_to(root).parts) > 1 or _REVISION.fullmatch(folder.resolve().name) is not None
 
 
 def _read(path: Path) -> TaskResult | None:
-    """Returns the result in a file; None if the file holds something else."""
+    """Return the result in a file; None if the file holds something else."""
     content = read_json(path)
     if not isinstance(content, dict) or not {"task_name", "mteb_dataset_name"} & content.keys():
         return None
@@ -151,7 +151,7 @@ def _read(path: Path) -> TaskResult | None:
 
 
 def _known(value: str | None) -> str:
-    """Returns a revision or version; empty where mteb says that it is not there."""
+    """Return a revision or version; empty where mteb says that it is not there."""
     return "" if value is None or "not available" in value else str(value)
 
 
@@ -174,7 +174,7 @@ def _scores(result: TaskResult) -> Iterator[dict[str, Any]]:
 
 
 def _parts_of_aggregates(tasks: set[str]) -> dict[str, list[str]]:
-    """Returns tasks that are means of others, where both are there."""
+    """Return tasks that are means of others, where both are there."""
     aggregates = [task for task in TASK_LIST if issubclass(task, AbsTaskAggregate) and task.metadata.name in tasks]
     parts = {
         task.metadata.name: sorted({part.metadata.name for part in task.metadata.tasks} & tasks) for task in aggregates

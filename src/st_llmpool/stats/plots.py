@@ -1,4 +1,4 @@
-"""Pictures of a comparison: the critical-difference diagram and the heatmap of all pairs."""
+"""Figures of a comparison: a heat map of all pairs and a diagram of mean ranks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from ..utils.extras import require
 from ..utils.words import counted
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
-_LEAST_SCALE = 0.02  # difference that has the full colour at least: smaller ones must look small
+_LEAST_SCALE = 0.02  # smallest difference in full colour, so that small ones look small
 _SMALL = 0.002
 
 
 def require_libraries() -> None:
-    """Raises what says how to install the libraries that draw, if one of them is not there.
+    """Check that the libraries that draw are installed.
 
     Raises:
         MissingExtraError: If matplotlib or scikit-posthocs is not installed.
@@ -30,17 +31,17 @@ def require_libraries() -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Saves a figure as PNG; the folder is made if it does not exist."""
+    """Save a figure as PNG, and make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI, bbox_inches="tight", facecolor="white")
 
 
-def draw_critical_difference(kind: TypeComparison, path: Path) -> None:
-    """Draws the mean ranks of all designs; bars join those that Nemenyi's test does not separate (Demšar 2006).
+def draw_ranks(kind: TypeComparison, path: Path) -> None:
+    """Draw the mean ranks of all designs; bars join designs without a significant pair (after Demšar 2006).
 
     Args:
         kind: A task type with `ranks`.
-        path: Where the PNG goes.
+        path: The PNG.
     """
     from matplotlib.figure import Figure
     from scikit_posthocs import critical_difference_diagram
@@ -48,12 +49,16 @@ def draw_critical_difference(kind: TypeComparison, path: Path) -> None:
     ranks = kind.ranks
     if ranks is None:
         raise ValueError(f"{kind.title} has no ranks to draw: it needs three models and two tasks.")
-    figure = Figure(figsize=(8, 1.6 + 0.3 * len(ranks.mean_ranks)), layout="constrained")
+    names = list(ranks.mean_ranks)
+    alike = pd.DataFrame(1.0, index=names, columns=names)
+    for pair in kind.pairs:
+        if pair.significant:
+            alike.loc[pair.first, pair.second] = alike.loc[pair.second, pair.first] = 0.0
+    figure = Figure(figsize=(8, 1.6 + 0.3 * len(names)), layout="constrained")
     axes = figure.add_subplot()
     critical_difference_diagram(
         ranks.mean_ranks,
-        ranks.p_nemenyi,
-        alpha=ranks.alpha,
+        alike,
         ax=axes,
         label_fmt_left="{label} ({rank:.2f})",
         label_fmt_right="({rank:.2f}) {label}",
@@ -64,20 +69,20 @@ def draw_critical_difference(kind: TypeComparison, path: Path) -> None:
     )
     title = [
         f"{kind.title}: mean rank over {counted(ranks.tasks, 'task')}, 1 is best",
-        f"bars join what the Nemenyi test does not separate (critical difference {ranks.critical_difference:.2f})",
+        "bars join designs that the corrected pair tests do not separate",
     ]
-    if not ranks.reachable:
-        title.append(f"ranks differ by {len(ranks.mean_ranks) - 1} at most: these tasks cannot separate any two")
+    if not any(pair.reachable for pair in kind.pairs):
+        title.append("these tasks cannot separate any two designs")
     axes.set_title("\n".join(title), fontsize=9)
     save_figure(figure, path)
 
 
 def draw_pairs(kind: TypeComparison, path: Path) -> None:
-    """Draws the mean difference of every pair, row minus column, with the marks of the corrected tests.
+    """Draw the mean difference of every pair, row minus column, with the marks of the corrected tests.
 
     Args:
         kind: A task type.
-        path: Where the PNG goes.
+        path: The PNG.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -116,24 +121,19 @@ def draw_pairs(kind: TypeComparison, path: Path) -> None:
     save_figure(figure, path)
 
 
-def has_ranks(kind: TypeComparison) -> bool:
-    """Returns whether there are ranks to draw: those of designs that always tie say nothing."""
-    return kind.ranks is not None and len(set(kind.ranks.mean_ranks.values())) > 1
-
-
 def _signed(difference: float) -> str:
-    """Returns a difference with its sign: three decimals, four where these would be zeros."""
+    """Return a signed difference with three decimals, or four if it is small."""
     if round(difference, 4) == 0:
         return "0"
     return f"{difference:+.3f}" if abs(difference) >= _SMALL else f"{difference:+.4f}"
 
 
 def draw(kind: TypeComparison, folder: Path, name: str) -> Iterator[Path]:
-    """Draws every picture that a task type has, and yields the files."""
+    """Draw every figure of a task type, and yield the files; ranks of designs that always tie are not drawn."""
     path = folder / f"{name}_pairs.png"
     draw_pairs(kind, path)
     yield path
-    if has_ranks(kind):
-        path = folder / f"{name}_critical_difference.png"
-        draw_critical_difference(kind, path)
+    if kind.ranks is not None and len(set(kind.ranks.mean_ranks.values())) > 1:
+        path = folder / f"{name}_ranks.png"
+        draw_ranks(kind, path)
         yield path

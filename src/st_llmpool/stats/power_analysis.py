@@ -17,16 +17,15 @@ from .statistics import signed_rank_p, smallest_p
 ALPHA = 0.05
 POWER = 0.8
 _SIMULATED = 10_000
-_LARGEST_EFFECT = 50.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Power of one table of a study, known before anything runs.
+    """Power of a family of tests, known before anything runs.
 
     Args:
-        tasks: Tasks over which each pair of designs is compared.
-        tests: Pairs that the table tests; Holm corrects for them.
+        tasks: Number of tasks over which each pair of designs is compared.
+        tests: Number of pairs; Holm corrects for them.
         alpha: Level of significance.
 
     Example:
@@ -57,27 +56,26 @@ class Plan:
         return detectable_effect(self.tasks, tests=self.tests, alpha=self.alpha)
 
     def __str__(self) -> str:
-        start = (
-            f"{counted(self.tasks, 'task')}, {counted(self.tests, 'test')}: smallest corrected p {self.smallest_p:.3g}"
-        )
+        size = f"{counted(self.tasks, 'task')}, {counted(self.tests, 'test')}"
+        start = f"{size}: smallest corrected p {self.smallest_p:.3g}"
         if not self.reachable:
             return f"{start}; cannot reach {self.alpha} whatever the scores are."
         return (
             f"{start}; minimal detectable effect {self.effect:.2f} standard deviations of the task differences at "
-            f" {100 * POWER:.0f} % power."
+            f"{100 * POWER:.0f} % power."
         )
 
 
 def power(effect: float, tasks: int, *, tests: int = 1, alpha: float = ALPHA) -> float:
-    """Returns how often the signed-rank test over tasks finds an effect, at the level alpha / tests.
+    """Return how often the signed-rank test over tasks finds an effect, at the level alpha / tests.
 
-    That is the first step of Holm's correction, the hardest one: a pair that is tested together with others that
-    differ too is found at least as often. Differences are normal; 10,000 simulated studies from a fixed seed.
+    This is the first and hardest step of Holm's correction. Differences are normal; 10,000 studies are simulated from a
+    fixed seed.
 
     Args:
         effect: Mean of the task differences, in their standard deviations.
-        tasks: Tasks in the study.
-        tests: Tests in the family.
+        tasks: Number of tasks.
+        tests: Number of tests in the family.
         alpha: Level of significance.
 
     Example:
@@ -95,16 +93,16 @@ def power(effect: float, tasks: int, *, tests: int = 1, alpha: float = ALPHA) ->
 
 @lru_cache(maxsize=256)
 def detectable_effect(tasks: int, *, tests: int = 1, alpha: float = ALPHA, rate: float = POWER) -> float:
-    """Returns the smallest effect that n tasks find at a given rate; infinite if no result could be significant.
+    """Return the smallest effect that is found at a given rate; infinite if no result could be significant.
 
     Args:
-        tasks: Tasks in the study.
-        tests: Tests in the family.
+        tasks: Number of tasks.
+        tests: Number of tests in the family.
         alpha: Level of significance.
-        rate: Fraction of studies in which the effect must be found.
+        rate: Fraction of studies that must find the effect.
 
     Returns:
-        Mean of the task differences in their standard deviations, see `power`.
+        Mean of the task differences, in their standard deviations.
 
     Example:
         >>> detectable_effect(5)
@@ -115,10 +113,9 @@ def detectable_effect(tasks: int, *, tests: int = 1, alpha: float = ALPHA, rate:
     if tests * smallest_p(tasks) > alpha:
         return math.inf
 
-    def missing(effect: float) -> float:
-        return power(effect, tasks, tests=tests, alpha=alpha) - rate
-
-    return float(optimize.bisect(missing, 0, _LARGEST_EFFECT, xtol=1e-3))
+    return float(
+        optimize.bisect(lambda effect: power(effect, tasks, tests=tests, alpha=alpha) - rate, 0, 50, xtol=1e-3)
+    )
 
 
 def detectable_item_effect(
@@ -131,18 +128,18 @@ def detectable_item_effect(
     alpha: float = ALPHA,
     rate: float = POWER,
 ) -> float:
-    """Returns the mean difference that `item_test` finds at a given rate, in the unit of the scores.
+    """Return the mean difference that `item_test` finds at a given rate, in the unit of the scores.
 
     More items help until √(sd_items² / items) is small against `sd_tasks`; after that only more tasks do.
 
     Args:
-        tasks: Tasks in the study, at least two.
-        items: Items (queries, pairs, texts) in each task.
+        tasks: Number of tasks, at least two.
+        items: Number of items (queries, pairs, texts) in each task.
         sd_tasks: Standard deviation of the true difference between tasks.
         sd_items: Standard deviation of the difference between items of one task.
-        tests: Tests in the family.
+        tests: Number of tests in the family.
         alpha: Level of significance.
-        rate: Fraction of studies in which the effect must be found.
+        rate: Fraction of studies that must find the difference.
 
     Example:
         >>> round(detectable_item_effect(12, 100, sd_tasks=0.01, sd_items=0.1), 4)

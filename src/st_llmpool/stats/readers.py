@@ -1,4 +1,4 @@
-"""Reads scores into one tidy table: mteb's result folders, a study's results, or a CSV."""
+"""Read scores into one tidy table: mteb's result folders, a study's results, or a CSV."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ from ..evaluation.suite import read_suite
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..utils.reading import check_file, check_rows, read_yaml
 from ..utils.words import listed
-from .results import COLUMNS, ITEM_COLUMNS, MAIN_SCORE, SOURCE_COLUMNS, Results
+from .results import COLUMNS, DEFAULTS, KEY, Results, complete
 
 if TYPE_CHECKING:
     from .mteb_files import ModelFiles
 
 _NO_SCORE = ("", "na", "none", "null")  # what a table may hold where there is no score
-
-_DEFAULTS = {"base": "", "option": "", "seed": "0", "split": "test", "subset": "default", "metric": MAIN_SCORE}
-_DEFAULTS |= {"task_type": "", "item": "", "dataset_revision": "", "mteb_version": "", "languages": ""}
 
 
 def read_results(
@@ -29,7 +26,7 @@ def read_results(
     task_types: Mapping[str, str] | None = None,
     models: Sequence[str] | None = None,
 ) -> Results:
-    r"""Reads results of one or several models and checks them.
+    r"""Read results of one or several models and checks them.
 
     Args:
         paths: Each is a folder of mteb's result files (of one model, of several, an mteb cache, a clone of a results
@@ -75,23 +72,15 @@ def read_results(
 
         table, notes = read_models([model for _, _, model in files], _designs(files))
         tables.append(table)
-    everything = (
-        pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[*ITEM_COLUMNS, *SOURCE_COLUMNS])
-    )
+    everything = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
     if everything.empty:
         raise DataError(f"{', '.join(map(str, paths)) or 'no path'}: there are no results.")
     everything["task_type"] = everything["task"].map(_types_of_tasks(everything, task_types or {}))
-    everything = _without_repeats(everything)
-    is_item = everything["item"] != ""
-    return Results(
-        scores=everything.loc[~is_item, [*COLUMNS, *SOURCE_COLUMNS]].reset_index(drop=True),
-        items=everything.loc[is_item, ITEM_COLUMNS].reset_index(drop=True),
-        notes=tuple(notes),
-    )
+    return Results(_without_repeats(everything).reset_index(drop=True), tuple(notes))
 
 
 def read_task_types(path: Path) -> dict[str, str]:
-    """Reads the types of tasks from a YAML file: a suite (see `st_llmpool.evaluation.suite`), or task to type.
+    """Read the types of tasks from a YAML file: a suite (see `st_llmpool.evaluation.suite`), or task to type.
 
     Raises:
         DataError: If there is no such file.
@@ -112,7 +101,7 @@ def read_task_types(path: Path) -> dict[str, str]:
 
 
 def _split_name(given: str) -> tuple[str, Path]:
-    """Splits ``NAME=PATH``; a path that holds an equals sign and exists is a path."""
+    """Split ``NAME=PATH``; a path that holds an equals sign and exists is a path."""
     name, equals, path = given.partition("=")
     if equals and name and not Path(given).exists():
         given = path
@@ -126,7 +115,7 @@ def _split_name(given: str) -> tuple[str, Path]:
 
 
 def _read_table(path: Path) -> pd.DataFrame:
-    """Returns the rows of a table with all of `ITEM_COLUMNS` and the file that they are from."""
+    """Return the rows of a table, with all `COLUMNS`."""
     check_file(path)
     try:
         if path.suffix == ".csv":
@@ -150,22 +139,18 @@ def _read_table(path: Path) -> pd.DataFrame:
     table = table.rename(columns={"model": "design"})
     if table.empty:
         raise DataError(f"{path} has no rows.")
-    for column, default in _DEFAULTS.items():
-        values = table[column] if column in table else pd.Series(default, index=table.index)
-        table[column] = values.fillna(default).astype(str).replace("", default)
-    for column in ("task", "design"):
-        table[column] = table[column].fillna("").astype(str)
-        empty = table.index[table[column] == ""]
-        if len(empty):
-            raise DataError(f"{path}: column {column!r} is empty in row {empty[0] + 1}.")
     empty = table["score"].astype(str).str.strip().str.lower().isin(_NO_SCORE)
-    table["score"] = _numbers(table["score"].mask(empty), path)
-    table = table.assign(file=str(path))
-    return table.loc[table["score"].notna() | ~empty, [*ITEM_COLUMNS, *SOURCE_COLUMNS]]
+    scores = _numbers(table["score"].mask(empty), path)
+    table = complete(table.assign(score=scores, file=str(path)))
+    for column in ("task", "design"):
+        missing = table.index[table[column] == ""]
+        if len(missing):
+            raise DataError(f"{path}: column {column!r} is empty in row {missing[0] + 1}.")
+    return table[table["score"].notna() | ~empty]
 
 
 def _numbers(values: pd.Series, path: Path) -> pd.Series:
-    """Returns scores as floats."""
+    """Return scores as floats."""
     numbers = pd.to_numeric(values, errors="coerce").astype(float)
     wrong = values.index[(numbers.isna() & values.notna()) | numbers.isin([float("inf"), float("-inf")])]
     if len(wrong):
@@ -186,29 +171,28 @@ def _renamed(table: pd.DataFrame, name: str, path: Path) -> pd.DataFrame:
 
 
 def _designs(files: Sequence[tuple[str, Path, ModelFiles]]) -> list[tuple[str, str]]:
-    """Returns design and option of each model: its name and, where two have the same one, what tells them apart."""
-    for name, path, _ in files:
-        models = [model for other, other_path, model in files if (other, other_path) == (name, path)]
-        if name and len(models) > 1:
-            found = listed(f"{model.name} @ {model.variant}" for model in models)
-            raise ConfigurationError(f"{name}={path}: the name must be of one model, there are {found}.")
-    names = [name or model.name for name, _, model in files]
-    variants = {
-        name: {model.variant for n, (_, _, model) in zip(names, files, strict=True) if n == name} for name in names
-    }
-    places = {
-        name: {path for n, (_, path, model) in zip(names, files, strict=True) if n == name and not model.variant}
-        for name in names
-    }
+    """Return design and option of each model: its name and, where several share it, what distinguishes them."""
+    given: dict[tuple[str, Path], list[ModelFiles]] = {}
+    models: dict[str, list[tuple[Path, str]]] = {}
+    for name, path, model in files:
+        given.setdefault((name, path), []).append(model)
+        models.setdefault(name or model.name, []).append((path, model.variant))
+    for (name, path), found in given.items():
+        if name and len(found) > 1:
+            shown = listed(f"{model.name} @ {model.variant}" for model in found)
+            raise ConfigurationError(f"{name}={path}: the name must be of one model, there are {shown}.")
     designs = []
-    for name, (_, path, model) in zip(names, files, strict=True):
-        unknown = not model.variant and len(places[name]) > 1  # without a revision nothing says that they are one model
-        designs.append((name, str(path) if unknown else model.variant if len(variants[name]) > 1 else ""))
+    for name, path, model in files:
+        same = models[name or model.name]
+        nameless = {place for place, variant in same if not variant}  # nothing says that these are one model
+        several = len({variant for _, variant in same}) > 1
+        option = model.variant if several else ""
+        designs.append((name or model.name, str(path) if not model.variant and len(nameless) > 1 else option))
     return designs
 
 
 def _types_of_tasks(table: pd.DataFrame, given: Mapping[str, str]) -> dict[str, str]:
-    """Returns the type of every task: as given, else as in the table, else as in mteb or a shipped suite."""
+    """Return the type of every task: as given, else as in the table, else as in mteb or a shipped suite."""
     types: dict[str, str] = {}
     for task, rows in table.groupby("task", sort=False):
         found = sorted(set(rows["task_type"]) - {""})
@@ -221,28 +205,26 @@ def _types_of_tasks(table: pd.DataFrame, given: Mapping[str, str]) -> dict[str, 
         from .mteb_files import known_task_types
 
         types |= known_task_types(unknown)
-    unknown = [task for task, kind in types.items() if not kind]
+        unknown = [task for task in unknown if not types[task]]
     if unknown:
         files = listed(table.loc[table["task"].isin(unknown), "file"])
         raise DataError(
             f"the type of {listed(unknown)} is not known ({files}): no column 'task_type' gives it, and neither mteb "
-            f"nor a shipped suite has such a task. Say it: task_types, or --task-types FILE."
+            f"nor a shipped suite has such a task. Give it: task_types, or --task-types FILE."
         )
     return types
 
 
 def _without_repeats(table: pd.DataFrame) -> pd.DataFrame:
-    """Drops rows that are there twice; the same score with two values is an error."""
-    keys = ITEM_COLUMNS[:-1]
-    table = table.drop_duplicates([*keys, "score"])
-    repeated = table.duplicated(keys, keep=False)
-    if repeated.any():
-        first = table[repeated].iloc[0]
-        same = table[(table[keys] == first[keys]).all(axis=1)]
-        key = ", ".join(f"{name} {first[name]}" for name in keys if first[name] not in ("", _DEFAULTS.get(name)))
+    """Drop repeated rows; two values of the same score are an error."""
+    table = table.drop_duplicates([*KEY, "score"])
+    repeated = table[table.duplicated(KEY, keep=False)]
+    if len(repeated):
+        first = repeated.iloc[0]
+        same = repeated[(repeated[KEY] == first[KEY]).all(axis=1)]
+        key = ", ".join(f"{name} {first[name]}" for name in KEY if first[name] not in ("", DEFAULTS[name]))
         raise DataError(
-            f"{listed(same['file'])}: there are several scores ({listed(same['score'])}) of {key}. If they are of "
-            f"several seeds, splits or subsets, say so in columns of these names; if they are of several models, name "
-            f"each: NAME=PATH."
+            f"{listed(same['file'])}: there are several scores ({listed(same['score'])}) of {key}. Name their seeds, "
+            f"splits or subsets in columns of these names, or several models by NAME=PATH."
         )
     return table

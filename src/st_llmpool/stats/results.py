@@ -1,4 +1,4 @@
-"""The tidy table of scores that everything else here reads."""
+"""The table of scores that everything else here reads."""
 
 from __future__ import annotations
 
@@ -8,33 +8,79 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = ["base", "design", "option", "seed", "task", "task_type", "split", "subset", "metric", "score"]
-ITEM_COLUMNS = [*COLUMNS[:-1], "item", "score"]
-SOURCE_COLUMNS = ["dataset_revision", "mteb_version", "languages", "file"]  # of each score, empty where not known
 MAIN_SCORE = "main_score"  # mteb's name for the score that a task is judged by
+#: Text columns of a table of results and their values where they are missing; `score` follows them.
+DEFAULTS = {
+    "base": "",
+    "design": "",
+    "option": "",
+    "attention": "",
+    "readout": "",
+    "pooling": "",
+    "seed": "0",
+    "step": "",
+    "corpus": "",
+    "task": "",
+    "task_type": "",
+    "split": "test",
+    "subset": "default",
+    "metric": MAIN_SCORE,
+    "item": "",
+    "dataset_revision": "",
+    "mteb_version": "",
+    "languages": "",
+    "file": "",
+}
+COLUMNS = [*DEFAULTS, "score"]
+KEY = ["base", "design", "option", "seed", "step", "task", "split", "subset", "metric", "item"]  # of one score
 MAX_CONTRASTS = 6
 MAX_MODELS = 30
 
 
 @dataclass(frozen=True)
 class Results:
-    """Scores of several designs. A foreign model is a design of its own, without base and option.
+    """Scores of several designs. A model from elsewhere is a design of its own, without base and option.
 
     Args:
-        scores: One row for each base, design, option, seed, task, split, subset and metric; columns as in `COLUMNS`.
-            A score that is not defined is NaN. `SOURCE_COLUMNS` may follow.
-        items: One row for each score of an item (a query, a pair, a text) where there are such; columns as in
-            `ITEM_COLUMNS`.
+        table: One row per score, with the columns of `COLUMNS`. `item` is empty for the score of a task, else the
+            query, pair or text that is scored. A score that is not defined is NaN.
         notes: What a reader must know about how they were read, in sentences.
     """
 
-    scores: pd.DataFrame
-    items: pd.DataFrame
+    table: pd.DataFrame
     notes: tuple[str, ...] = ()
+
+    @property
+    def scores(self) -> pd.DataFrame:
+        """Scores of tasks."""
+        return self.table[self.table["item"] == ""]
+
+    @property
+    def items(self) -> pd.DataFrame:
+        """Scores of single queries, pairs and texts."""
+        return self.table[self.table["item"] != ""]
+
+
+def complete(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with all `COLUMNS` in order; missing and empty texts have their defaults.
+
+    Example:
+        >>> import pandas as pd
+        >>> complete(pd.DataFrame({"design": ["a"], "seed": [None], "score": [0.5]}))[["design", "seed", "split"]]
+          design seed split
+        0      a    0  test
+    """
+    texts = {
+        column: table[column].astype("object").fillna(default).astype(str).replace("", default)
+        if column in table
+        else default
+        for column, default in DEFAULTS.items()
+    }
+    return table.assign(**texts)[COLUMNS].astype({"score": float})
 
 
 def label(design: str, option: str = "") -> str:
-    """Returns what a design with an option is called in tables and contrasts.
+    """Return what a design with an option is called in tables and contrasts.
 
     Example:
         >>> label("5"), label("5", "last 4 layers")

@@ -1,12 +1,12 @@
-"""A comparison as tables for the screen, for a document, and as plain values for a program."""
+"""A comparison as tables for the screen and for documents, and as plain values for programs."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,9 @@ from ..utils.words import counted, markdown
 from .comparison import Comparison, Family, Pair, TypeComparison
 from .plots import draw, require_libraries
 from .results import MAIN_SCORE
-from .statistics import ItemTest, PairedTest
 
 INDEPENDENCE = (
-    "The tests treat tasks as independent. Slices of one corpus are not: then p-values are too small, and the results "
+    "The tests treat tasks as independent. Slices of one corpus are not: p-values are then too small, and the results "
     "hold for these data only."
 )
 _LEGEND = (
@@ -42,28 +41,36 @@ _ITEM_LEGEND = (
 
 @dataclass(frozen=True)
 class Sheet:
-    """One table as text, with the sentences below it.
+    """A table of text, with sentences below it.
 
     Args:
         title: Title.
-        columns: Headings.
-        rows: Cells.
+        rows: Column to cell, one mapping per row; a cell that is missing in some rows is shown as "-".
         below: Sentences.
     """
 
     title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: tuple[Mapping[str, str], ...]
     below: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, title: str, rows: Iterable[Mapping[str, str]], *below: str) -> Sheet:
+        """Return a table from any rows."""
+        return cls(title, tuple(rows), below)
+
+    @property
+    def cells(self) -> pd.DataFrame:
+        """The table as a frame."""
+        return pd.DataFrame(list(self.rows)).fillna("-")
+
     def to_markdown(self, heading: str = "## {}") -> str:
-        """Returns the table with its title and the sentences below it; columns of numbers are aligned at the right.
+        """Return the table with its title and the sentences below it; columns of numbers are right-aligned.
 
         Args:
-            heading: Form of the title.
+            heading: Format of the title.
 
         Example:
-            >>> print(Sheet("Scores", ("Model", "STS"), (("a", "0.5"),), ("One task.",)).to_markdown())
+            >>> print(Sheet.of("Scores", [{"Model": "a", "STS": "0.5"}], "One task.").to_markdown())
             ## Scores
             <BLANKLINE>
             | Model | STS |
@@ -73,37 +80,27 @@ class Sheet:
             - One task.
             <BLANKLINE>
         """
-        columns = zip(*self.rows, strict=True) if self.rows else [()] * len(self.columns)
-        rules = ("---:" if place and all(map(_is_number, cells)) else "---" for place, cells in enumerate(columns))
-        rows = [tuple(map(markdown, self.columns)), tuple(rules), *(tuple(map(markdown, row)) for row in self.rows)]
+        cells = self.cells
+        rules = ["---:" if place and all(map(_is_number, cells[name])) else "---" for place, name in enumerate(cells)]
+        rows = [map(markdown, cells), rules, *(map(markdown, row) for row in cells.to_numpy())]
         lines = [f"| {' | '.join(row)} |" for row in rows]
         below = [*(f"- {markdown(line, start=True)}" for line in self.below), *([""] if self.below else [])]
         return "\n".join([heading.format(markdown(self.title)), "", *lines, "", *below])
 
 
 def sheets(comparison: Comparison) -> list[Sheet]:
-    """Returns the tables of a comparison: mean scores first, then the pairs of each task type."""
-    return [_means(comparison), *(sheet for kind in comparison.types for sheet in sheets_of_type(kind))]
-
-
-def sheets_of_type(kind: TypeComparison) -> list[Sheet]:
-    """Returns the tables of one task type: the pre-registered comparisons, then all others."""
-    found = []
-    for family in kind.families:
-        pairs, *items = sheets_of_family(kind, family)
-        about = about_type(kind) if family is kind.families[-1] else ()
-        found += [replace(pairs, below=(*pairs.below, *about)), *items]
+    """Return the tables of a comparison: mean scores, then the pairs of each task type."""
+    found = [_means(comparison)]
+    for kind in comparison.types:
+        for family in kind.families:
+            pairs, *items = sheets_of_family(kind, family)
+            about = about_type(kind) if family is kind.families[-1] else ()
+            found += [Sheet(pairs.title, pairs.rows, (*pairs.below, *about)), *items]
     return found
 
 
-def sheets_of_family(kind: TypeComparison, family: Family) -> list[Sheet]:
-    """Returns the tests of some pairs over tasks, then over items where there are scores of these."""
-    items = [_items(kind, family)] if any(pair.items for pair in family.pairs) else []
-    return [_pairs(kind, family), *items]
-
-
 def to_rich(comparison: Comparison) -> Group:
-    """Returns everything for `rich.print`.
+    """Return everything for `rich.print`.
 
     Example:
         >>> rich.print(to_rich(compare(read_results(["results.parquet"]))))  # doctest: +SKIP
@@ -111,81 +108,76 @@ def to_rich(comparison: Comparison) -> Group:
     parts: list[Any] = []
     for sheet in sheets(comparison):
         table = Table(title=Text(sheet.title, "bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        table.add_column(sheet.columns[0], overflow="fold")
-        for column in sheet.columns[1:]:
-            table.add_column(column, justify="right", no_wrap=True)
-        for row in sheet.rows:
+        for place, column in enumerate(sheet.cells):
+            table.add_column(column, justify="right" if place else "left", no_wrap=place > 0, overflow="fold")
+        for row in sheet.cells.to_numpy():
             table.add_row(*map(Text, row))
         parts += [table, *(Padding(Text(line), (0, 0, 0, 2)) for line in sheet.below), ""]
-    parts += [Text(line, "dim") for line in footnotes(comparison)]
-    return Group(*parts)
+    return Group(*parts, *(Text(line, "dim") for line in footnotes(comparison)))
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """Returns everything as Markdown."""
+    """Return everything as Markdown."""
     return "\n".join([*(sheet.to_markdown() for sheet in sheets(comparison)), *footnotes(comparison)]) + "\n"
 
 
 def to_json(comparison: Comparison) -> str:
-    """Returns every statistic as JSON; what is not defined or infinite is null."""
-    types = []
-    for kind in comparison.types:
-        content: dict[str, Any] = {"base": kind.base, "task_type": kind.task_type}
-        content["scores"] = {str(model): column.to_dict() for model, column in kind.scores.items()}
-        content["families"] = [
-            {
-                "confirmatory": family.confirmatory,
-                "tasks": family.plan.tasks,
-                "tests": family.plan.tests,
-                "smallest_p_holm": family.plan.smallest_p,
-                "reachable": family.plan.reachable,
-                "detectable_effect": family.plan.effect,
-                "pairs": [record(pair) for pair in family.pairs],
-            }
-            for family in kind.families
-        ]
-        ranks, seeds = kind.ranks, kind.seeds
-        content["ranks"] = ranks and vars(ranks) | {
-            "p_nemenyi": ranks.p_nemenyi.to_dict(),
-            "reachable": ranks.reachable,
+    """Return every statistic as JSON; what is undefined or infinite is null."""
+    types = [
+        {
+            "base": kind.base,
+            "task_type": kind.task_type,
+            "scores": {str(model): column.to_dict() for model, column in kind.scores.items()},
+            "families": [
+                {
+                    "confirmatory": family.confirmatory,
+                    "tasks": family.plan.tasks,
+                    "tests": family.plan.tests,
+                    "smallest_p_holm": family.plan.smallest_p,
+                    "reachable": family.plan.reachable,
+                    "detectable_effect": family.plan.effect,
+                    "pairs": [record(pair) for pair in family.pairs],
+                }
+                for family in kind.families
+            ],
+            "ranks": kind.ranks and vars(kind.ranks),
+            "seeds": kind.seeds and vars(kind.seeds),
         }
-        content["seeds"] = seeds and dict(vars(seeds))
-        types.append(content)
+        for kind in comparison.types
+    ]
     everything = {"metric": comparison.metric, "alpha": comparison.alpha, "types": types}
     return json.dumps(_plain(everything | {"notes": [*comparison.notes, INDEPENDENCE]}), indent=2, allow_nan=False)
 
 
 def to_frame(comparison: Comparison) -> pd.DataFrame:
-    """Returns one row for each pair with every statistic of it.
+    """Return one row per pair, with every statistic.
 
     Example:
         >>> from st_llmpool.stats import compare
-        >>> scores = {"a": 0.5, "b": 0.6}
-        >>> rows = [("T", "STS", name, score) for name, score in scores.items()]
-        >>> table = pd.DataFrame(rows, columns=["task", "task_type", "design", "score"]).assign(
-        ...     base="", option="", seed="0", split="test", subset="default", metric="main_score")
+        >>> rows = [("T", "STS", "a", 0.5), ("T", "STS", "b", 0.6)]
+        >>> table = pd.DataFrame(rows, columns=["task", "task_type", "design", "score"])
         >>> to_frame(compare(table))[["first", "second", "n", "mean_difference", "reachable"]]
           first second  n  mean_difference  reachable
         0     a      b  1             -0.1      False
     """
-    return pd.DataFrame(
-        [
-            {"base": kind.base, "task_type": kind.task_type, **_flat(record(pair))}
-            for kind in comparison.types
-            for pair in kind.pairs
-        ]
-    )
+    rows = []
+    for kind in comparison.types:
+        for pair in kind.pairs:
+            content = record(pair)
+            items = content.pop("items") or {}
+            rows.append({"base": kind.base, "task_type": kind.task_type, **content})
+            rows[-1] |= {f"items_{name}": value for name, value in items.items()}
+    return pd.DataFrame(rows)
 
 
 def write(comparison: Comparison, folder: Path) -> list[Path]:
-    """Writes the tables and the pictures, and returns the files.
+    """Write the tables and figures, and return the files.
 
-    `comparison.md` is what the screen shows, `pairs.csv` every statistic, `scores.csv` the scores that were compared,
-    seed-averaged, and for each task type there is a heatmap of its pairs and, of three models or more, a
-    critical-difference diagram.
+    `comparison.md` is what the screen shows, `pairs.csv` has every statistic and `scores.csv` the seed-averaged scores.
+    Each task type has a heat map of its pairs and, for three models or more, a diagram of mean ranks.
 
     Raises:
-        ModuleNotFoundError: If the libraries that draw are not installed.
+        MissingExtraError: If the libraries that draw are not installed.
 
     Example:
         >>> write(compare(read_results(["results.parquet"])), Path("out"))  # doctest: +SKIP
@@ -196,7 +188,8 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     written[0].write_text(to_markdown(comparison), encoding="utf-8")
     to_frame(comparison).to_csv(written[1], index=False)
     scores = [
-        kind.scores.reset_index()
+        kind.scores.rename_axis("task")
+        .reset_index()
         .melt("task", var_name="model", value_name="score")
         .dropna()
         .assign(base=kind.base, task_type=kind.task_type)
@@ -209,8 +202,8 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
 
 
 def record(pair: Pair) -> dict[str, Any]:
-    """Returns every statistic of a pair."""
-    test = pair.test
+    """Return every statistic of a pair."""
+    test, items = pair.test, pair.items
     return {
         "first": pair.first,
         "second": pair.second,
@@ -231,95 +224,73 @@ def record(pair: Pair) -> dict[str, Any]:
         "detectable_difference": pair.detectable,
         "seed_difference": pair.seed_difference,
         "within_seed_noise": pair.within_seed_noise,
-        "items": None
-        if pair.items is None
-        else {"metric": pair.items_metric, **vars(pair.items), "p_holm": pair.items_p_holm},
+        "items": items and {"metric": pair.items_metric, **vars(items), "p_holm": pair.items_p_holm},
         "verdict": pair.verdict,
     }
 
 
 def _means(comparison: Comparison) -> Sheet:
-    """Mean scores of all models; each type over the tasks that all models there were scored on."""
-    models = list(dict.fromkeys(str(model) for kind in comparison.types for model in kind.scores))
+    """Return mean scores of all models; each type over the tasks that all of its models have."""
     complete = {kind.title: kind.scores.dropna() for kind in comparison.types}
-    rows = tuple(
-        (
-            model,
-            *(f"{table[model].mean():.4f}" if len(table) and model in table else "-" for table in complete.values()),
-        )
-        for model in models
-    )
-    columns = (f"{title}, {counted(len(table), 'task')}" for title, table in complete.items())
+    means = {f"{title}, {counted(len(table), 'task')}": table.mean() for title, table in complete.items()}
+    models = dict.fromkeys(str(model) for kind in comparison.types for model in kind.scores)
+    rows = ({"Model": model} | {name: number(mean.get(model)) for name, mean in means.items()} for model in models)
     what = "Mean score" if comparison.metric == MAIN_SCORE else f"Mean {comparison.metric}"
-    return Sheet(f"{what} over the tasks that all have", ("Model", *columns), rows)
+    return Sheet.of(f"{what} over the tasks that all have", rows)
 
 
-def _pairs(kind: TypeComparison, family: Family) -> Sheet:
-    columns: list[tuple[str, Callable[[Pair], str]]] = [
-        ("First\n- second", _names),
-        ("Tasks", lambda pair: str(pair.test.n)),
-        ("Difference\n95 % interval", lambda pair: _difference(pair.test)),
-        ("W", lambda pair: f"{pair.test.statistic:g}"),
-        ("p", lambda pair: p_text(pair.test.p)),
-        ("p Holm", lambda pair: p_text(pair.p_holm) + ("*" if pair.significant else "")),
-        ("Effect", lambda pair: f"{pair.test.effect_size:+.2f}"),
+def sheets_of_family(kind: TypeComparison, family: Family) -> list[Sheet]:
+    """Return the tests of a family over tasks, then over items if there are scores of items."""
+    rows = [
+        {
+            "First\n- second": f"{pair.first}\n- {pair.second}",
+            "Tasks": str(test.n),
+            "Difference\n95 % interval": f"{test.mean_difference:+.4f}\n{_interval(test.low, test.high)}",
+            "W": f"{test.statistic:g}",
+            "p": p_text(test.p),
+            "p Holm": p_text(pair.p_holm) + ("*" if pair.significant else ""),
+            "Effect": f"{test.effect_size:+.2f}",
+        }
+        for pair, test in ((pair, pair.test) for pair in family.pairs)
     ]
-    named = "pre-registered" if family.confirmatory and len(kind.scores.columns) > 2 else "the only pair"
-    what = named if family.confirmatory else "exploratory"
-    if not family.plan.reachable:
+    what = "exploratory"
+    if family.confirmatory:
+        what = "pre-registered" if len(kind.scores.columns) > 2 else "the only pair"
+    if family.plan.reachable:
+        verdicts = [pair.verdict for pair in family.pairs if family.confirmatory or pair.significant]
+        verdicts = verdicts or ["No exploratory pair is significant."]
+    else:
         what += " (cannot reach significance: no marks)"
-    verdicts = [pair.verdict for pair in family.pairs if family.confirmatory or pair.significant]
-    if not family.plan.reachable:
         verdicts = ["No verdict: more tasks are needed."]
-    elif not verdicts:
-        verdicts = ["No exploratory pair is significant."]
-    return Sheet(
-        f"{kind.title}: {what}",
-        tuple(name for name, _ in columns),
-        tuple(tuple(cell(pair) for _, cell in columns) for pair in family.pairs),
-        (f"Power: {family.plan}", *verdicts),
-    )
-
-
-def _items(kind: TypeComparison, family: Family) -> Sheet:
-    columns: list[tuple[str, Callable[[Pair, ItemTest], str]]] = [
-        ("First\n- second", lambda pair, test: _names(pair)),
-        ("Items", lambda pair, test: f"{test.items:,}"),
-        ("Difference", lambda pair, test: f"{test.mean_difference:+.4f}"),
-        (
-            "Tasks like these\np Holm",
-            lambda pair, test: f"{_interval(test.low, test.high)}\n{p_text(pair.items_p_holm)}",
-        ),
-        (
-            "These tasks only\np",
-            lambda pair, test: f"{_interval(test.low_here, test.high_here)}\n{p_text(test.p_here)}",
-        ),
-    ]
+    found = [Sheet.of(f"{kind.title}: {what}", rows, f"Power: {family.plan}", *verdicts)]
     tested = [(pair, pair.items) for pair in family.pairs if pair.items is not None]
-    metrics = ", ".join(dict.fromkeys(pair.items_metric for pair, _ in tested))
-    what = "" if family.confirmatory else ", exploratory"
-    return Sheet(
-        f"{kind.title}: over items ({metrics}){what}",
-        tuple(name for name, _ in columns),
-        tuple(tuple(cell(pair, test) for _, cell in columns) for pair, test in tested),
-        (_ITEM_LEGEND,),
-    )
+    if tested:
+        rows = [
+            {
+                "First\n- second": f"{pair.first}\n- {pair.second}",
+                "Items": f"{test.items:,}",
+                "Difference": f"{test.mean_difference:+.4f}",
+                "Tasks like these\np Holm": f"{_interval(test.low, test.high)}\n{p_text(pair.items_p_holm)}",
+                "These tasks only\np": f"{_interval(test.low_here, test.high_here)}\n{p_text(test.p_here)}",
+            }
+            for pair, test in tested
+        ]
+        metrics = ", ".join(dict.fromkeys(pair.items_metric for pair, _ in tested))
+        what = "" if family.confirmatory else ", exploratory"
+        found.append(Sheet.of(f"{kind.title}: over items ({metrics}){what}", rows, _ITEM_LEGEND))
+    return found
 
 
 def about_type(kind: TypeComparison) -> tuple[str, ...]:
-    """Returns what ranks and seeds say, in sentences."""
+    """Return what ranks and seeds say, in sentences."""
     lines = []
-    if kind.ranks is not None:
-        ranks = kind.ranks
+    if ranks := kind.ranks:
         order = ", ".join(f"{model} ({rank:.2f})" for model, rank in ranks.mean_ranks.items())
         lines.append(
             f"Friedman over {len(ranks.mean_ranks)} models and {counted(ranks.tasks, 'task')}: "
-            f"chi² {ranks.chi_square:.2f}, F {ranks.f:.2f}, p {p_text(ranks.p)}. Mean ranks: {order}; "
-            f"critical difference {ranks.critical_difference:.2f}"
-            + ("." if ranks.reachable else ", which these tasks cannot reach.")
+            f"chi² {ranks.chi_square:.2f}, F {ranks.f:.2f}, p {p_text(ranks.p)}. Mean ranks: {order}."
         )
-    if kind.seeds is not None:
-        seeds = kind.seeds
+    if seeds := kind.seeds:
         lines.append(
             f"Seeds: standard deviation {seeds.sd_seeds:.4f} between runs of one design, {seeds.sd_designs:.4f} "
             f"between designs ({counted(sum(seeds.runs.values()), 'run')})."
@@ -328,7 +299,7 @@ def about_type(kind: TypeComparison) -> tuple[str, ...]:
 
 
 def footnotes(comparison: Comparison) -> Iterator[str]:
-    """Yields how the tables of a comparison are to be read, and what a reader must know."""
+    """Yield how to read the tables, and the notes."""
     yield _LEGEND.format(alpha=comparison.alpha)
     yield INDEPENDENCE
     if not any(pair.confirmatory for kind in comparison.types for pair in kind.pairs):
@@ -336,37 +307,32 @@ def footnotes(comparison: Comparison) -> Iterator[str]:
     yield from comparison.notes
 
 
-def _is_number(cell: str) -> bool:
-    """Returns whether a cell holds a number, perhaps with an interval, a mark or a unit."""
-    return re.match(r"[-+<\[]*\d|-?$", cell) is not None and re.search(r"[^\W\d_]{3,}", cell) is None
+def number(value: float | None, form: str = ".4f") -> str:
+    """Return a number as tables show it; "-" if there is none.
 
-
-def _names(pair: Pair) -> str:
-    return f"{pair.first}\n- {pair.second}"
-
-
-def _difference(test: PairedTest) -> str:
-    return f"{test.mean_difference:+.4f}\n{_interval(test.low, test.high)}"
-
-
-def _interval(low: float, high: float) -> str:
-    return "-" if math.isnan(low) else f"[{low:+.3f}, {high:+.3f}]"
+    Example:
+        >>> number(0.5), number(None), number(float("nan"))
+        ('0.5000', '-', '-')
+    """
+    return "-" if value is None or math.isnan(value) else format(value, form)
 
 
 def p_text(value: float) -> str:
-    """Returns a p-value as tables show it."""
-    if math.isnan(value):
-        return "-"
-    return "<0.0001" if value < 0.0001 else f"{value:.4f}"
+    """Return a p-value as tables show it."""
+    return "<0.0001" if value < 0.0001 else number(value)
 
 
-def _flat(content: dict[str, Any]) -> dict[str, Any]:
-    items = content.pop("items") or {}
-    return content | {f"items_{name}": value for name, value in items.items()}
+def _is_number(cell: str) -> bool:
+    """Return whether a cell holds a number, perhaps with an interval, a mark or a unit."""
+    return re.match(r"[-+<\[]*\d|-?$", cell) is not None and re.search(r"[^\W\d_]{3,}", cell) is None
+
+
+def _interval(low: float, high: float) -> str:
+    return "-" if math.isnan(low) else f"[{low:+.4f}, {high:+.4f}]"
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value that JSON can hold."""
+    """Return a value that JSON can hold."""
     if isinstance(value, dict):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

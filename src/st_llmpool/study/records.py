@@ -1,4 +1,4 @@
-"""Records of finished runs: a folder for each, and one `results.parquet` with all of them to commit and go on from."""
+"""Records of finished runs: a folder for each, and one `results.parquet` with all, to commit and continue from."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..modules.errors import ConfigurationError, DataError, StLlmpoolError
-from ..stats.results import COLUMNS, ITEM_COLUMNS, SOURCE_COLUMNS, Results
+from ..stats.results import COLUMNS, Results, complete
 from ..utils.files import atomic_file, atomic_folder
 from ..utils.reading import check_file, parse_json, read_json_object
 from ..utils.settings import differences, from_mapping
-from .settings import PlannedRun
+from .settings import PlannedRun, factors
 
 _FACTS = "run.json"
 _SCORES = "results.parquet"
 _FACTS_OF_ALL = b"st_llmpool.runs"  # key of the records in the metadata of a study's results.parquet
 _RUN = ["base", "design", "option", "seed"]
-_ROWS = [*ITEM_COLUMNS, *SOURCE_COLUMNS[:-1]]
 COST = "cost.json"
 LAYERS = "layers.json"
 
@@ -42,13 +41,13 @@ class RunRecord:
         option: Its option.
         seed: The seed.
         recipe: The recipe's values, with ``{data}`` for the data folder.
-        evaluation: Settings that the scores depend on besides the model.
-        training: What is in ``training.json`` of the run.
-        evaluation_seconds: How long the evaluation took.
-        stages: Of each stage before the recipe's own training: its name, steps, seconds, losses, masked accuracy.
+        evaluation: Settings other than the model that the scores depend on.
+        training: Content of the run's ``training.json``.
+        evaluation_seconds: Duration of the evaluation.
+        stages: Name, steps, seconds, losses and masked accuracy of each stage before the recipe's own training.
         data: Training file to the hash of its content.
-        machine: Processor or GPU, threads.
-        cost: `Cost.to_dict`, which is measured when all runs are done; None before.
+        machine: Processor or GPU, and threads.
+        cost: `Cost.to_dict`, measured when all runs are finished; None before.
         layers: `LayerAnalysis.to_dict`, likewise.
     """
 
@@ -70,10 +69,9 @@ class RunRecord:
 
     @property
     def rising(self) -> bool | None:
-        """Whether the validation was still rising at the end: its last value is above all before it by over 1 %.
+        """Whether the last validation value is above all others by over 1 %; None for fewer than three evaluations.
 
-        None where there were fewer than three evaluations. Such a run is under-trained: another design may only be
-        slower, not worse.
+        Such a run is under-trained: its design may be slower, not worse.
         """
         curve = self.validation
         if len(curve) < 3:
@@ -95,24 +93,24 @@ def write_record(record: RunRecord, results: Results, output_dir: Path) -> None:
 
     Args:
         record: The facts.
-        results: The scores, of this run only; base, design, option and seed are the record's.
+        results: The scores of this run; base, design, option and seed are the record's.
         output_dir: The study's folder.
     """
     names = {name: str(getattr(record, name)) for name in _RUN}
     with atomic_folder(output_dir / "runs" / record.id) as place:
-        _rows(results).assign(**names).to_parquet(place / _SCORES, index=False, compression="zstd")
+        _stored(results.table.assign(**names)).to_parquet(place / _SCORES, index=False, compression="zstd")
         (place / _FACTS).write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
 
 
 def write_results(records: Sequence[RunRecord], results: Results, output_dir: Path) -> Path:
-    """Write ``results.parquet``: all scores, and the facts of all runs in the file's metadata; return its path.
+    """Write ``results.parquet``, with all scores and, in its metadata, the facts of all runs; return its path.
 
     Args:
         records: The finished runs.
         results: Their scores.
         output_dir: The study's folder.
     """
-    table = pa.Table.from_pandas(_rows(results), preserve_index=False)
+    table = pa.Table.from_pandas(_stored(results.table), preserve_index=False)
     facts = base64.b64encode(zlib.compress(json.dumps([asdict(record) for record in records]).encode()))
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), _FACTS_OF_ALL: facts})
     with atomic_file(output_dir / _SCORES) as partial:
@@ -120,16 +118,13 @@ def write_results(records: Sequence[RunRecord], results: Results, output_dir: Pa
     return output_dir / _SCORES
 
 
-def _rows(results: Results) -> pd.DataFrame:
-    rows = pd.concat([results.scores.assign(item=""), results.items], ignore_index=True).reindex(columns=_ROWS)
-    texts = [name for name in _ROWS if name != "score"]
-    # Scores are means of float32 arithmetic: what follows the seventh digit is noise that does not compress.
-    rows = rows.astype(dict.fromkeys(texts, "object"))  # a column without any value is of floats
-    return rows.fillna(dict.fromkeys(texts, "")).astype({"score": "float32"})
+def _stored(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table as it is stored: without paths of this machine, and with the seven digits of float32."""
+    return complete(table).drop(columns="file").astype({"score": "float32"})
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """Reads the facts of a run; None if it is not finished.
+    """Read the facts of a run; None if it is not finished.
 
     Raises:
         DataError: If the folder holds something else.
@@ -168,14 +163,9 @@ class RunStore:
                 facts = (pq.read_schema(self._file).metadata or {}).get(_FACTS_OF_ALL)
                 text = zlib.decompress(base64.b64decode(facts)).decode() if facts else "[]"
                 records = [from_mapping(RunRecord, content) for content in parse_json(text, "its metadata")]
-                self._packed = {record.id: record for record in records}
-            except (
-                OSError,
-                ValueError,
-                TypeError,
-                zlib.error,
-            ) as error:  # Arrow's own errors, and ours, are among them
+            except (OSError, ValueError, TypeError, zlib.error) as error:  # Arrow's errors and ours are among them
                 raise DataError(f"{self._file} is not the results of a study: {error}") from error
+            self._packed = {record.id: record for record in records}
 
     @property
     def exists(self) -> bool:
@@ -187,32 +177,22 @@ class RunStore:
         return read_record(self._folder / run_id) or self._packed.get(run_id)
 
     def results(self, records: Sequence[RunRecord]) -> Results:
-        """Return the scores of some finished runs."""
-        packed = pd.DataFrame(columns=_ROWS)
-        if any(not self._has_folder(record) for record in records):
-            packed = _read_scores(self._file)
-        own = dict(iter(packed.groupby(_RUN, sort=False)))
-        tables = [
-            _read_scores(self._folder / record.id / _SCORES)
-            if self._has_folder(record)
-            else own[tuple(str(getattr(record, name)) for name in _RUN)]
-            for record in records
-        ]
-        rows = pd.concat(tables, ignore_index=True).reindex(columns=_ROWS).astype({"score": float})
-        sources = dict.fromkeys(SOURCE_COLUMNS[:-1], "")  # runs of earlier versions do not have them
-        rows = rows.astype(dict.fromkeys(sources, "object")).fillna(sources).astype(dict.fromkeys(sources, "str"))
-        is_item = rows["item"] != ""
-        return Results(
-            rows.loc[~is_item, [*COLUMNS, *SOURCE_COLUMNS[:-1]]].reset_index(drop=True),
-            rows.loc[is_item, ITEM_COLUMNS].reset_index(drop=True),
-        )
-
-    def _has_folder(self, record: RunRecord) -> bool:
-        return (self._folder / record.id / _FACTS).is_file()
+        """Return the scores of some finished runs, with the factors of their designs."""
+        packed: dict[tuple[str, ...], pd.DataFrame] | None = None
+        tables = [pd.DataFrame(columns=COLUMNS)]
+        for record in records:
+            file = self._folder / record.id / _SCORES
+            if (file.parent / _FACTS).is_file():
+                table = _read_scores(file)
+            else:
+                packed = dict(iter(_read_scores(self._file).groupby(_RUN))) if packed is None else packed
+                table = packed[tuple(str(getattr(record, name)) for name in _RUN)]
+            tables.append(table.assign(**factors(record.recipe.get("model", {}))))
+        return Results(pd.concat(tables[1:] or tables, ignore_index=True))
 
 
 def reuse_runs(runs: Iterable[PlannedRun], other: Path, output_dir: Path) -> list[str]:
-    """Copy those runs of another study that are the same to the last setting, and return their ids.
+    """Copy the runs of another study with identical settings, and return their ids.
 
     Args:
         runs: The runs that the study asks for.
@@ -275,8 +255,7 @@ def read_scores(records: Sequence[RunRecord], output_dir: Path) -> Results:
 def _read_scores(file: Path) -> pd.DataFrame:
     check_file(file)
     try:
-        rows = pd.read_parquet(file)
-        return rows.astype({"score": float})
+        return complete(pd.read_parquet(file).astype({"score": float}))
     except (OSError, ValueError, KeyError, TypeError) as error:  # pandas' and Arrow's own errors are among them
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"{file} is not the scores of a run ({reason}): delete its folder to run it again.") from error

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +38,7 @@ from ..utils.settings import from_mapping, merge
 _PRESETS = Path(__file__).parent / "presets"
 _FORMAT = 1  # part of every key: raise it when the same settings come to give other numbers
 _DATA = "{data}"
+_PLAIN = ("eos", "lasttoken", "mean", "weightedmean", "max", "cls")  # poolings that are a readout and nothing else
 
 #: Pre-registered comparisons by default, as far as a study has these designs.
 DEFAULT_CONTRASTS = ("5:mean-bidirectional", "5:4", "4:2", "5:3", "3:1", "5:1")
@@ -135,6 +137,7 @@ class Study:
         threads: CPU threads of a run; None divides the cores among concurrent runs. Sums depend on it in the last
             digit, so fix it where numbers must not depend on ``--jobs``.
         layers: Analyse the layers in the runs of the first seed.
+        withdrawn: Why the verdicts are withdrawn; the report then has this and no verdicts.
 
     Raises:
         ConfigurationError: From the constructor, if settings contradict each other.
@@ -152,6 +155,7 @@ class Study:
     batch_size: int = 32
     threads: int | None = None
     layers: bool = True
+    withdrawn: str = ""
 
     def __post_init__(self) -> None:
         _check_model("recipe", self.recipe)
@@ -248,6 +252,26 @@ class Study:
         parts = [base, design.design, design.option, f"seed{seed}"]
         name = "_".join(slug(part) for part in parts if part)
         return PlannedRun(name, base, design.design, design.option, seed, recipe, evaluation)
+
+
+def factors(model: Mapping[str, Any]) -> dict[str, str]:
+    """Return attention, readout and pooling of a recipe's ``model``; a pooling of the readout alone is ``plain``.
+
+    Example:
+        >>> factors({"design": "1"})
+        {'attention': 'causal', 'readout': 'eos', 'pooling': 'plain'}
+        >>> factors({"attention": "causal", "pooling": "multi_layer", "layer_readout": "mean"})
+        {'attention': 'causal', 'readout': 'mean', 'pooling': 'multi_layer'}
+    """
+    from ..designs import DESIGNS
+
+    known = DESIGNS.get(str(model.get("design")))
+    attention = model.get("attention") or (known.attention if known else "bidirectional")
+    pooling = model.get("pooling") or (known.pooling if known else "multi_layer")
+    readout = model.get("layer_readout") or {"causal": "eos"}.get(attention, "mean")
+    if pooling in _PLAIN:
+        readout, pooling = "eos" if pooling == "lasttoken" else pooling, "plain"
+    return {"attention": attention, "readout": readout, "pooling": pooling}
 
 
 def _check_model(where: str, recipe: dict[str, Any]) -> None:

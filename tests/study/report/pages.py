@@ -34,3 +34,9 @@ def text_of(page: str) -> str:
 def table(folder: Path, name: str) -> list[list[str]]:
     with (folder / "tables" / f"{name}.csv").open(newline="") as file:
         return list(csv.reader(file))
+
+
+def named(folder: Path, name: str) -> list[dict[str, str]]:
+    """The rows of a table by column."""
+    heading, *rows = table(folder, name)
+    return [dict(zip(heading, row, strict=True)) for row in rows]

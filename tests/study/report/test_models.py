@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from tests.study.report.pages import small, table
+from tests.study.report.pages import small, table, text_of
 
 
 def test_cost_has_what_was_measured_and_says_why_the_rest_was_not(report):
@@ -24,3 +24,21 @@ def test_runs_without_curves_cost_and_layers_leave_these_out(tmp_path):
     assert "The layers of these runs were not analysed." in page
     assert "Inference cost was not measured in these runs" in page
     assert sorted(file.name for file in (folder / "figures").iterdir()) == ["runs.png"]
+
+
+def test_under_trained_runs_and_idle_poolings_are_named(report):
+    page = text_of((report / "index.html").read_text())
+    names = {design: ", ".join(f"builtin_{design}_seed{seed}" for seed in range(3)) for design in "23"}
+    assert f"Still rising : 3 of 21 runs: {names['3']} (" in page
+    assert f"The pooling did nothing : 3 of 21 runs: {names['2']} (" in page
+    assert "the validation of 3 of 21 runs still rose" in page[: page.index("Set-up")]
+    rising = {row[0]: row[5] for row in table(report, "Convergence")[1:]}
+    assert rising == dict.fromkeys(rising, "0 of 3") | {"3": "3 of 3"}
+
+
+def test_stages_stand_with_what_their_accuracy_is_to_be_measured_by(tmp_path):
+    accuracy = {"adapted": 0.1755, "base": 0.05, "causal": 0.2, "no_context": 0.03}
+    stage = {"stage": "1-mntp", "steps": 20, "wall_seconds": 41.6, "masked_accuracy": accuracy, "losses": []}
+    _, folder = small(tmp_path, builtin_5_seed1={"stages": [stage]})
+    rows = table(folder, "Stages-before-the-training")
+    assert rows[1:] == [["builtin_5_seed1", "1-mntp", "20", "42", "0.175", "0.050", "0.200", "0.030"]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -79,12 +78,13 @@ class Document:
         self._blocks.append(f"```\n{text}\n```")
 
     def table(self, sheet: Sheet, *, shown: bool = True) -> None:
-        """Write a table to ``tables/<title>.csv``, and add it to the section if it is `shown`."""
+        """Write a table with rows to ``tables/<title>.csv``, and add it to the section if it is `shown`."""
+        if not sheet.rows:
+            return
         file = self.folder / "tables" / f"{slug(sheet.title)}.csv"
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("w", newline="", encoding="utf-8") as lines:
-            for row in (sheet.columns, *sheet.rows):
-                csv.writer(lines).writerow(cell.replace("\n", " ") for cell in row)
+        cells = sheet.cells.rename(columns=lambda name: name.replace("\n", " "))
+        cells.replace("\n", " ", regex=True).to_csv(file, index=False)
         if shown:
             self._blocks.append(sheet.to_markdown("**{}**").rstrip())
 

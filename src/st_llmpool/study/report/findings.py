@@ -1,18 +1,18 @@
-"""What the tests found: power first, then verdicts, then the tables that they rest on."""
+"""What the tests found: power, verdicts, and the tables that they rest on."""
 
 from __future__ import annotations
 
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 
-from ...stats.comparison import Comparison, Pair, TypeComparison
-from ...stats.plots import has_ranks
+from ...stats.comparison import Comparison, TypeComparison
 from ...stats.results import label
 from ...stats.tables import INDEPENDENCE, Sheet, about_type, footnotes, p_text, sheets_of_family
 from ...utils.files import slug
-from ...utils.words import counted, listed
+from ...utils.words import counted
 from ..settings import Study
 from .document import Document
 
@@ -23,99 +23,125 @@ _MARKS = (
     "more than seed noise; > (c) means the same in an exploratory comparison, to be confirmed on other data. No mark "
     "means no significant difference."
 )
+#: Claims of Tang and Yang 2024 (arXiv 2409.02727): text, the two designs, and the task types.
+CLAIMS = (
+    ("Bidirectional attention with a trained pooling is better than causal attention with the last token on "
+     "similarity and search.", ("5", "1"), ("STS", "Retrieval")),
+    ("It is not better on classification and clustering.", ("5", "1"), ("Classification", "Clustering")),
+    ("Pooling over all layers is better than over the last one, with bidirectional attention.", ("5", "4"),
+     ("STS", "Retrieval")),
+    ("Pooling over all layers is better than over the last one, with causal attention.", ("3", "2"),
+     ("STS", "Retrieval")),
+)  # fmt: skip
 
 
 def write_findings(document: Document, study: Study, comparison: Comparison) -> None:
-    """Add the sections on what was found, in the order in which they should be read.
+    """Add the sections on what was found, in reading order.
 
     Args:
-        document: The report; the pictures of the comparison are in its folder.
+        document: The report; the figures of the comparison are in its folder.
         study: The study.
         comparison: Its results, compared.
     """
     document.section("Power")
-    _power(document, comparison)
+    _write_power(document, comparison)
     document.section("Verdicts")
-    _verdicts(document, study, comparison)
+    _write_verdicts(document, study, comparison)
     document.section("Scores")
-    for base in dict.fromkeys(kind.base for kind in comparison.types):
-        document.table(_scores(comparison, base))
-    document.text(_MARKS)
-    document.section("Exploratory comparisons")
-    document.text("These pairs were not pre-registered: what stands out here is a hypothesis for another study.")
-    document.bullets((kind.title, _exploratory_verdict(kind)) for kind in comparison.types)
+    write_scores(document, comparison)
     document.section("All pairs by task type")
-    _pairs(document, comparison)
+    _write_pairs(document, comparison)
     document.section("Seed noise")
-    _seeds(document, comparison)
+    _write_seeds(document, comparison)
     document.section("Ablations")
-    _ablations(document, study, comparison)
+    options = [
+        (option.label, label(option.design))
+        for option in study.designs
+        if option.option and option.design in study.labels
+    ]
+    below = "Each option changes one component of its design; first minus second, with p Holm."
+    document.table(Sheet.of("Options against their plain design", outcomes(comparison, options), below))
 
 
-def verdict(kind: TypeComparison) -> str:
-    """Return what the pre-registered comparisons say about one task type, in one sentence."""
-    pairs = [pair for pair in kind.pairs if pair.confirmatory]
-    if not pairs:
-        return "no comparison was pre-registered, so there is no verdict."
-    if not any(pair.reachable for pair in pairs):
-        tasks = max(pair.test.n for pair in pairs)
-        return f"undecided; {counted(tasks, 'task')} cannot give a significant result."
-    parts = _winners(pairs, "better than")
-    unclear = [pair for pair in pairs if pair.significant and pair.winner is None]
-    if unclear:
-        parts.append(f"no verdict on {_versus(unclear)}: the difference may be seed noise or an effect of few tasks")
-    unseen = [pair for pair in pairs if pair.reachable and not pair.significant]
-    if unseen:
-        which = f"between {_versus(unseen)}" if len(unseen) < len(pairs) else "in any pre-registered comparison"
-        found = sorted(f"{pair.detectable:.2g}" for pair in unseen)
-        span = found[0] if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
-        parts.append(f"no significant difference {which} (minimal detectable difference {span} at 80 % power)")
-    hopeless = [pair for pair in pairs if not pair.reachable]
-    if hopeless:
-        parts.append(f"too few tasks for {_versus(hopeless)}")
-    return "; ".join(parts) + "."
+def write_claims(document: Document, comparison: Comparison) -> None:
+    """Add how each claim of the paper fares in the corrected tests; nothing if the study has none of its pairs.
+
+    The designs are the paper's five, with our defaults (`1` to `5`) or with its settings (`paper-1` to `paper-5`).
+    """
+    rows = [
+        {"Claim": text, **row}
+        for prefix in ("", "paper-")
+        for text, (first, second), types in CLAIMS
+        for row in outcomes(comparison, [(prefix + first, prefix + second)], types)
+    ]
+    if rows:
+        document.text(
+            "Tang and Yang 2024 (arXiv 2409.02727) compare five designs: 1 causal attention with the last token, 2 and "
+            "3 causal attention with a trained pooling over the last layer and over all layers, 4 and 5 these two with "
+            "bidirectional attention. They also claim that no one design is best everywhere."
+        )
+        document.table(Sheet.of("Claims and results", rows))
 
 
-def _exploratory_verdict(kind: TypeComparison) -> str:
-    pairs = [pair for pair in kind.pairs if not pair.confirmatory]
-    if not pairs:
-        return "there is no other pair."
-    if not any(pair.reachable for pair in pairs):
-        return f"{counted(len(pairs), 'pair')} over too few tasks for a significant result."
-    parts = _winners(pairs, "above")
-    return f"of {counted(len(pairs), 'pair')}, " + ("; ".join(parts) or "none is significant") + "."
+def outcomes(
+    comparison: Comparison, contrasts: Iterable[tuple[str, str]], types: Sequence[str] = ()
+) -> Iterator[dict[str, str]]:
+    """Yield a row per contrast (and base): what the tests say of its first design, a column per task type.
+
+    Args:
+        comparison: The comparison.
+        contrasts: First and second design.
+        types: The task types; all by default.
+    """
+    bases = dict.fromkeys(kind.base for kind in comparison.types)
+    for first, second in contrasts:
+        for base in bases:
+            kinds = [kind for kind in comparison.types if kind.base == base and (kind.task_type in types or not types)]
+            cells = {kind.task_type: _outcome(kind, first, second) for kind in kinds}
+            if any(cells.values()):
+                where = f", {base}" if len(bases) > 1 else ""
+                yield {"Contrast": f"{first} - {second}{where}", **{name: cell or "-" for name, cell in cells.items()}}
 
 
-def _winners(pairs: Sequence[Pair], words: str) -> list[str]:
-    won: dict[str, list[str]] = {}
-    for pair in pairs:
-        if pair.winner is not None:
-            won.setdefault(pair.winner, []).append(f"{pair.loser} (by {abs(pair.test.mean_difference):.2g})")
-    return [f"{winner} is {words} {listed(losers)}" for winner, losers in won.items()]
+def _outcome(kind: TypeComparison, first: str, second: str) -> str:
+    """Return difference, corrected p-value and outcome of a contrast; empty if it was not tested."""
+    pair = next((pair for pair in kind.pairs if {pair.first, pair.second} == {first, second}), None)
+    if pair is None:
+        return ""
+    difference, outcome = pair.test.mean_difference, pair.outcome
+    if pair.first != first:
+        difference = -difference
+        if pair.winner:
+            turned = {"better": "worse", "worse": "better", "above": "below", "below": "above"}
+            outcome = turned[outcome]
+    named = "" if pair.confirmatory else " (exploratory)"
+    return f"{outcome}{named}\n{difference:+.4f}, p {p_text(pair.p_holm)}"
 
 
-def _versus(pairs: Sequence[Pair]) -> str:
-    return listed([f"{pair.first} vs {pair.second}" for pair in pairs])
-
-
-def _power(document: Document, comparison: Comparison) -> None:
+def _write_power(document: Document, comparison: Comparison) -> None:
     rows, unreachable = [], []
     for kind in comparison.types:
         for family in kind.families:
             name = f"{kind.title}: {'pre-registered' if family.confirmatory else 'exploratory'}"
             plan = family.plan
             found = sorted(pair.detectable for pair in family.pairs if math.isfinite(pair.detectable))
-            in_sd = f"{plan.effect:.2f}" if plan.reachable else "none"
-            in_score = f"{found[len(found) // 2]:.4f}" if found else "-"
-            rows.append((name, str(plan.tasks), str(plan.tests), f"{plan.smallest_p:.3g}", in_sd, in_score))
+            rows.append(
+                {
+                    "Table": name,
+                    "Tasks": str(plan.tasks),
+                    "Tests": str(plan.tests),
+                    "Smallest p Holm": f"{plan.smallest_p:.3g}",
+                    "Detectable, in SD": f"{plan.effect:.2f}" if plan.reachable else "none",
+                    "Detectable, in score": f"{found[len(found) // 2]:.4f}" if found else "-",
+                }
+            )
             unreachable += [] if plan.reachable else [name]
-    columns = ("Table", "Tasks", "Tests", "Smallest p Holm", "Detectable, in SD", "Detectable, in score")
     below = (
         "Smallest p Holm: the value if all tasks agree in sign, tests · 2^(1 - tasks). Detectable: the minimal "
         "detectable mean difference at 80 % power, in standard deviations of the differences between tasks, and in "
-        "score with the observed spread (median over pairs).",
+        "score with the observed spread (median over pairs)."
     )
-    document.table(Sheet("Minimal detectable differences", columns, tuple(rows), below))
+    document.table(Sheet.of("Minimal detectable differences", rows, below))
     if unreachable:
         document.text(
             f"Significance cannot be reached whatever the scores are, so there are no marks: {'; '.join(unreachable)}.",
@@ -123,68 +149,79 @@ def _power(document: Document, comparison: Comparison) -> None:
         )
 
 
-def _verdicts(document: Document, study: Study, comparison: Comparison) -> None:
+def _write_verdicts(document: Document, study: Study, comparison: Comparison) -> None:
     contrasts = study.contrasts or []
     present = {str(model) for kind in comparison.types for model in kind.scores}
     waiting = [contrast for contrast in contrasts if not set(contrast.split(":")) <= present]
     if contrasts:
-        number = counted(len(contrasts), "pre-registered comparison")
-        document.text(f"Verdicts rest on {number}: {', '.join(contrasts)}.")
+        document.text(f"Verdicts rest on {counted(len(contrasts), 'pre-registered comparison')}.")
     else:
-        document.text("No comparison was pre-registered, so every difference is exploratory.")
+        document.text("No comparison was pre-registered, so every difference is exploratory and there is no verdict.")
     if waiting:
         document.text(
             f"Not tested yet because runs are missing: {', '.join(waiting)}. They will add to the correction.",
             warning=True,
         )
-    document.bullets((kind.title, verdict(kind)) for kind in comparison.types)
+    pairs = [tuple(contrast.split(":", 1)) for contrast in contrasts]
+    below = "First minus second, mean over tasks, with p Holm; the outcome is that of the first design."
+    document.table(Sheet.of("Pre-registered comparisons", outcomes(comparison, pairs), below))  # type: ignore[arg-type]
     document.text(INDEPENDENCE)
 
 
-def _scores(comparison: Comparison, base: str) -> Sheet:
-    """Return the table of a base as in the paper: designs by task types, marked by the corrected tests."""
-    kinds = [kind for kind in comparison.types if kind.base == base]
-    models = list(dict.fromkeys(str(model) for kind in kinds for model in kind.scores))
-    letters = dict(zip(models, string.ascii_letters, strict=False))
-    complete = {kind.task_type: kind.scores.dropna() for kind in kinds}
+def write_scores(document: Document, comparison: Comparison, *, marks: bool = True) -> None:
+    """Add the table of mean scores, designs by task types, marked by the corrected tests.
 
-    def cell(kind: TypeComparison, model: str) -> str:
-        table = complete[kind.task_type]
-        if model not in table or not len(table):
-            return "-"
-        won = [pair for pair in kind.pairs if pair.winner == model]
-        marks = sorted((letters[str(pair.loser)], pair.confirmatory) for pair in won)
-        named = [letter for letter, confirmatory in marks if confirmatory]
-        others = " ".join(letter for letter, confirmatory in marks if not confirmatory)
-        parts = [*named, *([f"({others})"] if others else [])]
-        return f"{table[model].mean():.4f}" + (f" > {' '.join(parts)}" if parts else "")
+    Args:
+        document: The report.
+        comparison: The comparison.
+        marks: Show the marks.
+    """
+    bases = dict.fromkeys(kind.base for kind in comparison.types)
+    for base in bases:
+        kinds = [kind for kind in comparison.types if kind.base == base]
+        models = list(dict.fromkeys(str(model) for kind in kinds for model in kind.scores))
+        letters = dict(zip(models, string.ascii_letters, strict=False))
+        rows = [{"Design": f"{letters[model]}: {model}" if marks else model} for model in models]
+        for kind in kinds:
+            complete = kind.scores.dropna()
+            for row, model in zip(rows, models, strict=True):
+                if model in complete and len(complete):
+                    won = sorted(
+                        (letters[str(p.loser)], p.confirmatory) for p in kind.pairs if marks and p.winner == model
+                    )
+                    named = [letter for letter, confirmatory in won if confirmatory]
+                    others = " ".join(letter for letter, confirmatory in won if not confirmatory)
+                    beaten = " ".join([*named, *([f"({others})"] if others else [])])
+                    heading = f"{kind.task_type}\n{counted(len(complete), 'task')}"
+                    row[heading] = f"{complete[model].mean():.4f}" + (f" > {beaten}" if beaten else "")
+        document.table(Sheet.of("Mean score over tasks" + (f", {base}" if len(bases) > 1 else ""), rows))
+    if marks:
+        document.text(_MARKS)
 
-    rows = tuple((f"{letters[model]}: {model}", *(cell(kind, model) for kind in kinds)) for model in models)
-    columns = (f"{name}\n{counted(len(table), 'task')}" for name, table in complete.items())
-    title = "Mean score over tasks" + (f", {base}" if len({kind.base for kind in comparison.types}) > 1 else "")
-    return Sheet(title, ("Design", *columns), rows)
 
-
-def _pairs(document: Document, comparison: Comparison) -> None:
+def _write_pairs(document: Document, comparison: Comparison) -> None:
+    document.text(
+        "Pairs that were not pre-registered are exploratory: what stands out is a hypothesis for another study."
+    )
     for kind in comparison.types:
         document.heading(kind.title)
         for family in kind.families:
-            for sheet in sheets_of_family(kind, family):  # the exploratory table is long; the heatmap has its marks
+            for sheet in sheets_of_family(kind, family):  # the exploratory table is long; the heat map has its marks
                 document.table(sheet, shown=family is kind.families[0])
         path = document.folder / COMPARISON / slug(kind.title)
         marked = [f"{pair.winner} above {pair.loser}" for pair in kind.pairs if pair.winner]
         document.picture(
             Path(f"{path}_pairs.png"),
-            alt=f"Heatmap of the mean difference of every pair of designs on {kind.title}. With a verdict: "
+            alt=f"Heat map of the mean difference of every pair of designs on {kind.title}. With a verdict: "
             f"{'; '.join(marked) or 'none'}.",
             caption=f"{kind.title}: mean difference, row minus column; * significant, [ ] pre-registered.",
         )
-        if kind.ranks is not None and has_ranks(kind):
+        if kind.ranks is not None and Path(f"{path}_ranks.png").is_file():
             order = ", ".join(f"{model} {rank:.2f}" for model, rank in kind.ranks.mean_ranks.items())
             document.picture(
-                Path(f"{path}_critical_difference.png"),
-                alt=f"Critical-difference diagram of mean ranks on {kind.title}: {order}.",
-                caption=f"{kind.title}: mean ranks; the Nemenyi test does not separate designs under one bar.",
+                Path(f"{path}_ranks.png"),
+                alt=f"Diagram of mean ranks on {kind.title}: {order}.",
+                caption=f"{kind.title}: mean ranks; bars join designs that the corrected pair tests do not separate.",
             )
         for line in about_type(kind):
             document.text(line)
@@ -193,38 +230,38 @@ def _pairs(document: Document, comparison: Comparison) -> None:
             document.text(line)
 
 
-def _seeds(document: Document, comparison: Comparison) -> None:
+def _write_seeds(document: Document, comparison: Comparison) -> None:
     known = [(kind, kind.seeds) for kind in comparison.types if kind.seeds is not None]
     if not known:
         document.text("No design has two runs, so seed noise is unknown and no p-value covers it.")
         return
-    rows = tuple(
-        (
-            kind.title,
-            str(sum(noise.runs.values())),
-            f"{noise.sd_seeds:.4f}",
-            f"{noise.sd_designs:.4f}",
-            p_text(noise.p),
-            f"{max(noise.least_difference(a, b) for a in noise.runs for b in noise.runs if a != b):.4f}",
-        )
+    rows = [
+        {
+            "Task type": kind.title,
+            "Runs": str(sum(noise.runs.values())),
+            "SD between seeds": f"{noise.sd_seeds:.4f}",
+            "SD between designs": f"{noise.sd_designs:.4f}",
+            "p": p_text(noise.p),
+            "Least difference": f"{max(noise.least_difference(*two) for two in combinations(noise.runs, 2)):.4f}",
+        }
         for kind, noise in known
         if len(noise.runs) > 1
-    )
-    columns = ("Task type", "Runs", "SD between seeds", "SD between designs", "p", "Least difference")
+    ]
     below = (
         "Runs are compared by their mean over tasks; seeds are nested in designs. SD between designs excludes seed "
         "noise. p: one-way analysis of variance. Least difference: 95 % of the differences that seeds alone make are "
-        "smaller; no verdict is given below it.",
+        "smaller; no verdict is given below it."
     )
-    document.table(Sheet("Seed noise and the variance of designs", columns, rows, below))
+    document.table(Sheet.of("Seed noise and the variance of designs", rows, below))
+    bases = dict.fromkeys(kind.base for kind in comparison.types)
     for base in dict.fromkeys(kind.base for kind, _ in known):
-        _draw_runs(document, comparison, base)
+        kinds = [kind for kind in comparison.types if kind.base == base and kind.runs]
+        _draw_runs(document, kinds, "runs" + (f"_{base}" if len(bases) > 1 else ""))
 
 
-def _draw_runs(document: Document, comparison: Comparison, base: str) -> None:
+def _draw_runs(document: Document, kinds: Sequence[TypeComparison], name: str) -> None:
     from matplotlib.figure import Figure
 
-    kinds = [kind for kind in comparison.types if kind.base == base and kind.runs]
     models = list(dict.fromkeys(model for kind in kinds for model in kind.runs))
     columns = 2 if len(kinds) > 1 else 1
     lines = math.ceil(len(kinds) / columns)
@@ -242,38 +279,11 @@ def _draw_runs(document: Document, comparison: Comparison, base: str) -> None:
         axes.grid(axis="x", alpha=0.3)
     for axes in list(panels):
         axes.set_axis_off()
-    figure.axes[0].invert_yaxis()  # the panels have one axis in common
+    figure.axes[0].invert_yaxis()  # the panels share one y axis
     document.draw(
         figure,
-        "runs" + (f"_{base}" if len({kind.base for kind in comparison.types}) > 1 else ""),
+        name,
         alt="Mean score of every run by design, one panel per task type: the dots of a row are seeds of one design.",
         caption="Each dot is a run, its mean score over tasks; the bar is the mean of the design. Rows whose dots "
         "overlap differ no more than seeds do.",
     )
-
-
-def _ablations(document: Document, study: Study, comparison: Comparison) -> None:
-    options = [design for design in study.designs if design.option and design.design in study.labels]
-    rows = []
-    for base in dict.fromkeys(kind.base for kind in comparison.types):
-        kinds = [kind for kind in comparison.types if kind.base == base]
-        for design in options:
-            cells = [_change(kind, design.label, label(design.design)) for kind in kinds]
-            if any(cell != "-" for cell in cells):
-                rows.append((f"{design.label} {base}" if len(study.bases) > 1 else design.label, *cells))
-    if rows:
-        types = dict.fromkeys(kind.task_type for kind in comparison.types)
-        below = (
-            "Each option changes one component of its design. Difference from the plain design, with p Holm; * a "
-            "verdict as in the tables of pairs, exploratory unless marked (pre-registered).",
-        )
-        document.table(Sheet("Options against their plain design", ("Option", *types), tuple(rows), below))
-
-
-def _change(kind: TypeComparison, option: str, plain: str) -> str:
-    pair = next((pair for pair in kind.pairs if {pair.first, pair.second} == {option, plain}), None)
-    if pair is None:
-        return "-"
-    difference = pair.test.mean_difference if pair.first == option else -pair.test.mean_difference
-    named = " (pre-registered)" if pair.confirmatory else ""
-    return f"{difference:+.4f}{'*' if pair.winner else ''}\np {p_text(pair.p_holm)}{named}"

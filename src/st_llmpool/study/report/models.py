@@ -1,28 +1,140 @@
-"""What the trained models cost, and what their layers hold before and after training."""
+"""What the training did to the models: convergence, cost, and the layers before and after."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ...analysis.layers import LayerAnalysis, LayerProfile
 from ...model_card.figures import draw_layers
 from ...stats.comparison import Comparison
 from ...stats.results import label
-from ...stats.tables import Sheet
+from ...stats.tables import Sheet, number
+from ...training.pooling_change import NEGLIGIBLE
 from ...utils.files import slug
+from ...utils.words import counted, listed
 from ..records import RunRecord
 from .document import Document
-from .runs import by_design
+from .runs import run_facts
 
 _LENGTH = 512  # tokens of the texts that scores are plotted against
-_FIGURES = {
-    "flops": ("GFLOPs", "{:.3f}", 1e9),
-    "latency_ms": ("ms", "{:.1f}", 1),
-    "peak_memory_mb": ("MiB", "{:,.1f}", 1),
+_FIGURES = {"flops": ("GFLOPs", ".3f", 1e9), "latency_ms": ("ms", ".1f", 1), "peak_memory_mb": ("MiB", ",.1f", 1)}
+_LINES = ("-", "--", ":", "-.")
+
+Curve = Sequence[Sequence[float]]
+_CURVES: dict[str, tuple[str, Callable[[RunRecord], Curve], str]] = {
+    "loss": ("training loss", lambda run: run.training.get("losses") or [], "lower is better"),
+    "validation": ("validation", lambda run: run.validation, "a curve that still rises at the end was cut short"),
+    "pooling_change": (
+        "change by the pooling ‖e - r‖ / ‖r‖",
+        lambda run: run.training.get("pooling_share") or [],
+        "below the dotted line, 1 %, the pooling does nothing",
+    ),
 }
+
+
+def write_convergence(document: Document, records: Sequence[RunRecord]) -> None:
+    """Add the curves of loss, validation and pooling effect, and the runs that did not converge."""
+    if not records:
+        return
+    flags = {
+        ("Still rising", "under-trained: the last validation is the best by over 1 %"): lambda run: run.rising is True,
+        ("Unknown", "fewer than three evaluations"): lambda run: run.rising is None,
+        ("The pooling did nothing", f"it changes the embedding by less than {100 * NEGLIGIBLE:.0f} %"): lambda run: (
+            run.training.get("pooling_did_nothing") is True
+        ),
+    }
+    items = []
+    for (what, why), flagged in flags.items():
+        names = [record.id for record in records if flagged(record)]
+        number_of = f"{len(names)} of {counted(len(records), 'run')}" + (": " if names else "")
+        items.append((what, f"{number_of}{listed(names)} ({why})."))
+    document.bullets(items)
+    rows = []
+    for design, runs in run_facts(records).groupby("design", sort=False):
+        known = runs["rising"].dropna()
+        means = runs[["loss", "first", "validation", "change"]].astype(float).mean()
+        rows.append(
+            {
+                "Design": str(design),
+                "Runs": str(len(runs)),
+                "Last loss": number(means["loss"]),
+                "First validation": number(means["first"]),
+                "Last validation": number(means["validation"]),
+                "Rising": f"{sum(known)} of {len(known)}" if len(known) else "-",
+                "Change by pooling": number(means["change"], ".3f"),
+            }
+        )
+    below = (
+        "Means over the runs of a design. Validation: held-out nDCG@10, else the first metric. Change by pooling: "
+        "‖e - r‖ / ‖r‖ of the embedding e and the plain readout r at the end; - without a trained pooling."
+    )
+    document.table(Sheet.of("Convergence", rows, below))
+    below = (
+        "Masked accuracy on held-out texts: after the stage; of the base, with the same attention; of the base with "
+        "causal attention from the unmasked text before the token; of the most frequent token."
+    )
+    document.table(Sheet.of("Stages before the training", _stages(records), below))
+    for base, own in _by_base(records).items():
+        for name, (words, curve, meaning) in _CURVES.items():
+            curves: dict[str, list[Curve]] = {}
+            for record in own:
+                if curve(record):
+                    curves.setdefault(label(record.design, record.option), []).append(curve(record))
+            if curves:
+                _draw_curves(document, curves, name + (f"_{base}" if base else ""), words, meaning)
+
+
+def _by_base(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Return the runs of each base, under an empty name if there is only one."""
+    bases = list(dict.fromkeys(record.base for record in records))
+    return {base if len(bases) > 1 else "": [run for run in records if run.base == base] for base in bases}
+
+
+def _stages(records: Sequence[RunRecord]) -> Iterator[dict[str, str]]:
+    for record in records:
+        for stage in record.stages:
+            accuracy = stage.get("masked_accuracy") or {}
+            yield {
+                "Run": record.id,
+                "Stage": stage["stage"],
+                "Steps": str(stage.get("steps", "-")),
+                "Seconds": f"{stage.get('wall_seconds', 0):.0f}",
+                **{
+                    name.replace("_", " ").capitalize(): number(accuracy.get(name), ".3f")
+                    for name in ("adapted", "base", "causal", "no_context")
+                },
+            }
+
+
+def _draw_curves(document: Document, curves: dict[str, list[Curve]], name: str, words: str, meaning: str) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    figure = Figure(figsize=(8, 3.6 + 0.18 * max(0, len(curves) - 12)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (design, runs) in enumerate(curves.items()):
+        style = {"color": colours[place % len(colours)], "linestyle": _LINES[place // len(colours) % len(_LINES)]}
+        for run in runs:
+            axes.plot(*zip(*run, strict=True), linewidth=0.6, alpha=0.35, **style)
+        means = pd.DataFrame({seed: dict(run) for seed, run in enumerate(runs)}).dropna().sort_index().mean(axis=1)
+        axes.plot(means.index, means, linewidth=1.6, label=design, **style)
+    if name.startswith("pooling_change"):
+        axes.axhline(NEGLIGIBLE, color="0.3", linestyle=":", linewidth=1)
+    axes.set(xlabel="step", ylabel=words)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    last = ", ".join(f"{design} {np.mean([run[-1][1] for run in runs]):.3g}" for design, runs in curves.items())
+    document.draw(
+        figure,
+        name,
+        alt=f"Curves of the {words} over steps by design. At the end: {last}.",
+        caption=f"{words[0].upper()}{words[1:]} by design: thick the mean over seeds, thin each seed; {meaning}.",
+    )
 
 
 def write_cost(document: Document, records: Sequence[RunRecord], comparison: Comparison | None) -> None:
@@ -31,78 +143,64 @@ def write_cost(document: Document, records: Sequence[RunRecord], comparison: Com
     Args:
         document: The report.
         records: Finished runs; a design's cost is that of its first run with a measured one.
-        comparison: Where the scores are; None leaves the picture out.
+        comparison: The scores; None leaves the figure out.
     """
     if records and not any(record.cost for record in records):
         document.text("Inference cost was not measured in these runs; training time was.")
-    bases = list(dict.fromkeys(record.base for record in records))
-    for base in bases:
-        runs = by_design([record for record in records if record.base == base])
-        costs = {name: run.cost for name, own in runs.items() for run in reversed(own) if run.cost}
-        suffix = f", {base}" if len(bases) > 1 else ""
+    for base, runs in _by_base(records).items():
+        costs = {label(run.design, run.option): run.cost for run in reversed(runs) if run.cost}
+        costs = {name: costs[name] for name in dict.fromkeys(label(r.design, r.option) for r in runs) if name in costs}
+        suffix = f", {base}" if base else ""
         if costs:
             document.table(_cost_sheet(costs, suffix))
             if comparison is not None:
                 _draw_cost(document, costs, _mean_scores(comparison, base), suffix)
-        document.table(_training_sheet(runs, suffix))
+        rows = []
+        for design, own in run_facts(runs).groupby("design", sort=False):
+            means = own[["ms", "seconds", "evaluation", "trained"]].astype(float).mean()
+            rows.append(
+                {
+                    "Design": str(design),
+                    "Trained parameters": number(means["trained"], ",.0f"),
+                    "ms per step": number(means["ms"], ",.0f"),
+                    "Minutes of training": number(means["seconds"] / 60, ".1f"),
+                    "Minutes of evaluation": number(means["evaluation"] / 60, ".1f"),
+                }
+            )
+        below = "Means over the runs of a design; concurrent runs compete for the machine, so times are rough."
+        document.table(Sheet.of(f"Cost of training{suffix}", rows, below))
 
 
 def _cost_sheet(costs: dict[str, dict[str, Any]], suffix: str) -> Sheet:
-    values = {
-        design: {(figure, row["tokens"]): row.get(figure) for row in found["lengths"] for figure in _FIGURES}
-        for design, found in costs.items()
+    lengths = [(design, length) for design, found in costs.items() for length in found["lengths"]]
+    known = {
+        (figure, length["tokens"]): None
+        for figure in _FIGURES
+        for _, length in lengths
+        if length.get(figure) is not None
     }
-    lengths = dict.fromkeys(row["tokens"] for found in costs.values() for row in found["lengths"])
-    cells = [(figure, length) for figure in _FIGURES for length in lengths]
-    known = [cell for cell in cells if any(own.get(cell) is not None for own in values.values())]
     rows = []
     for design, found in costs.items():
-        shown = [f"{found[part]:,}" for part in ("backbone", "adapter", "pooling")]
-        for cell in known:
-            (_, form, unit), value = _FIGURES[cell[0]], values[design].get(cell)
-            shown.append("-" if value is None else form.format(value / unit))
-        rows.append((design, *shown))
+        own = {length["tokens"]: length for length in found["lengths"]}
+        row = {"Design": design} | {
+            part.capitalize(): f"{found[part]:,}" for part in ("backbone", "adapter", "pooling")
+        }
+        for figure, tokens in known:
+            unit_name, form, unit = _FIGURES[figure]
+            value = own.get(tokens, {}).get(figure)
+            row[f"{unit_name}\n{tokens} tokens"] = number(None if value is None else value / unit, form)
+        rows.append(row)
     machines = dict.fromkeys(f"{one['device']}, {one['dtype']}, {one['threads']} threads" for one in costs.values())
     below = f"Parameters; operations, time and memory on top of the weights for one text, on {'; '.join(machines)}."
-    reasons = dict.fromkeys(
-        f"{row['tokens']} tokens: {row['reason']}."
-        for found in costs.values()
-        for row in found["lengths"]
-        if row.get("reason")
-    )
-    columns = ("Design", "Backbone", "Adapter", "Pooling", *(f"{_FIGURES[name][0]}\n{n} tokens" for name, n in known))
-    return Sheet(f"Cost of inference{suffix}", columns, tuple(rows), (below, *reasons))
-
-
-def _training_sheet(runs: dict[str, list[RunRecord]], suffix: str) -> Sheet:
-    rows = []
-    for name, own in runs.items():
-        facts = [run.training for run in own]
-        steps = [1000 * fact["wall_seconds"] / fact["steps"] for fact in facts if fact.get("steps")]
-        trained = facts[0].get("trained_parameters")
-        rows.append(
-            (
-                name,
-                "-" if trained is None else f"{trained:,}",
-                f"{np.mean(steps):,.0f}" if steps else "-",
-                f"{np.mean([fact.get('wall_seconds', 0) for fact in facts]) / 60:.1f}",
-                f"{np.mean([run.evaluation_seconds for run in own]) / 60:.1f}",
-            )
-        )
-    columns = ("Design", "Trained parameters", "ms per step", "Minutes of training", "Minutes of evaluation")
-    below = ("Means over the runs of a design; concurrent runs compete for the machine, so times are rough.",)
-    return Sheet(f"Cost of training{suffix}", columns, tuple(rows), below)
+    reasons = dict.fromkeys(f"{one['tokens']} tokens: {one['reason']}." for _, one in lengths if one.get("reason"))
+    return Sheet.of(f"Cost of inference{suffix}", rows, below, *reasons)
 
 
 def _mean_scores(comparison: Comparison, base: str) -> dict[str, float]:
     """Return the mean over task types of the mean over tasks, of designs that have all types."""
-    tables = [kind.scores.dropna() for kind in comparison.types if kind.base == base]
-    models = [str(model) for model in tables[0]] if tables else []
-    return {
-        model: float(np.mean([table[model].mean() for table in tables]))
-        for model in models
-        if all(model in table and len(table) for table in tables)
-    }
+    kinds = [kind for kind in comparison.types if not base or kind.base == base]
+    means = pd.DataFrame({kind.title: kind.scores.dropna().mean() for kind in kinds}).dropna()
+    return {str(model): float(value) for model, value in means.mean(axis=1).items()}
 
 
 def _draw_cost(document: Document, costs: dict[str, dict[str, Any]], scores: dict[str, float], suffix: str) -> None:
@@ -142,46 +240,43 @@ def _draw_cost(document: Document, costs: dict[str, dict[str, Any]], scores: dic
 
 def write_layers(document: Document, records: Sequence[RunRecord]) -> None:
     """Add similarities between layers before and after training, scores of single layers, and the use of each."""
-    analysed = [(record, LayerAnalysis.from_dict(record.layers)) for record in records if record.layers]
+    several = len({record.base for record in records}) > 1
+    analysed = {}
+    for record in records:
+        if record.layers:
+            where = f", {record.base}" if several else ""
+            name = f"{label(record.design, record.option)}, seed {record.seed}{where}"
+            analysed[name] = record.id, LayerAnalysis.from_dict(record.layers)
     if not analysed:
         if records:
             document.text("The layers of these runs were not analysed.")
         return
-    several = len({record.base for record, _ in analysed}) > 1
-    named = [
-        (
-            f"{label(record.design, record.option)}, seed {record.seed}" + (f", {record.base}" if several else ""),
-            record.id,
-            analysis,
-        )
-        for record, analysis in analysed
-    ]
     document.text(
         "Similarity compares the readouts of two layers on the same texts: linear CKA (Kornblith et al. 2019), and "
         "Spearman's correlation of the cosine similarities of all pairs of texts. A single layer is scored by its "
         "readout without the pooling, on pairs and queries of the suite."
     )
     kinds = {"cka": "linear CKA", "correlation": "rank correlation"}
-    columns = ("Run", *(f"{words}\n{when}" for words in kinds.values() for when in ("before", "after")))
-    rows = tuple(
-        (name, *(_number(_similarity(look, kind)) for kind in kinds for look in (analysis.before, analysis.after)))
-        for name, _, analysis in named
-    )
-    below = ("Mean over all pairs of different layers: 1 if all layers agree.",)
-    document.table(Sheet("Similarity between layers, before and after training", columns, rows, below))
-    depth = max(len(analysis.after.search) for _, _, analysis in named)
-    rows = tuple(
-        (f"{name}: {probe}", *map(_number, values), *[""] * (depth - len(values)))
-        for name, _, analysis in named
-        for probe in ("similarity", "search")
-        for values in [getattr(analysis.after, probe)]
-    )
-    columns = ("Run", *(f"Layer {number}" for number in range(1, depth + 1)))
-    below = ("Similarity: Spearman with human scores; search: nDCG@10.",)
-    document.table(Sheet("Single layers, after training", columns, rows, below))
-    for name, run_id, analysis in named:
+    rows = [
+        {"Run": name}
+        | {
+            f"{words}\n{when}": number(_similarity(look, kind), ".3f")
+            for kind, words in kinds.items()
+            for when, look in (("before", analysis.before), ("after", analysis.after))
+        }
+        for name, (_, analysis) in analysed.items()
+    ]
+    below = "Mean over all pairs of different layers: 1 if all layers agree."
+    document.table(Sheet.of("Similarity between layers, before and after training", rows, below))
+    rows = [
+        {"Run": f"{name}: {probe}"} | {f"Layer {n}": number(value, ".3f") for n, value in enumerate(values, start=1)}
+        for name, (_, analysis) in analysed.items()
+        for probe, values in (("similarity", analysis.after.similarity), ("search", analysis.after.search))
+    ]
+    below = "Similarity: Spearman with human scores; search: nDCG@10."
+    document.table(Sheet.of("Single layers, after training", rows, below))
+    for name, (run_id, analysis) in analysed.items():
         file = document.folder / "figures" / f"layers_{slug(run_id)}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
         if draw_layers(file, analysis.to_dict()):
             words = _in_words(analysis)
             document.picture(file, alt=f"Layers of {name}: {words}.", caption=f"{name}: {words}.")
@@ -195,14 +290,10 @@ def _similarity(look: LayerProfile | None, kind: str) -> float | None:
 
 
 def _in_words(analysis: LayerAnalysis) -> str:
-    """Say which single layer is best and which one the pooling uses most."""
-    said = [f"layer {1 + int(np.nanargmax(np.asarray(analysis.after.search, dtype=float)))} alone searches best"]
+    """Return which single layer is best and which one the pooling uses most."""
+    words = [f"layer {1 + int(np.nanargmax(np.asarray(analysis.after.search, dtype=float)))} alone searches best"]
     if analysis.attention:
-        said.append(f"the pooling's weight is largest on layer {analysis.read[int(np.argmax(analysis.attention))]}")
+        words.append(f"the pooling's weight is largest on layer {analysis.read[int(np.argmax(analysis.attention))]}")
     if analysis.moved:
-        said.append(f"the embedding changes most without layer {analysis.read[int(np.argmax(analysis.moved))]}")
-    return "; ".join(said)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None or np.isnan(value) else f"{value:.3f}"
+        words.append(f"the embedding changes most without layer {analysis.read[int(np.argmax(analysis.moved))]}")
+    return "; ".join(words)

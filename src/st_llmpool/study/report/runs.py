@@ -1,39 +1,63 @@
-"""What was run, whether all designs were trained equally, whether training converged, and the limits of it all."""
+"""What was run, whether all designs were trained equally, and the limits of the results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
-from ...designs import DESIGNS
 from ...evaluation.suite import read_suite
 from ...modules.errors import StLlmpoolError, __version__
 from ...stats.comparison import Comparison
 from ...stats.results import Results, label
-from ...stats.tables import Sheet
-from ...training.pooling_change import NEGLIGIBLE
+from ...stats.tables import Sheet, number
 from ...training.recipe import DEFAULT_LENGTH
 from ...utils.settings import differences
 from ...utils.words import counted, listed
 from ..records import RunRecord
-from ..settings import PlannedRun, Study, presets
+from ..settings import PlannedRun, Study, factors, presets
 from .document import Document
 
-_LINES = ("-", "--", ":", "-.")
-_SHOWN = 12
 _OF_A_DESIGN = ("model.design", "model.attention", "model.pooling", "model.pooling_kwargs", "model.layer")
+_SETTINGS = {  # of a recipe, with the names of earlier versions
+    "tuning": ("model.tune",),
+    "steps": ("training.max_steps", "training.steps"),
+    "epochs": ("training.num_train_epochs", "training.epochs"),
+    "batch size": ("training.batch_size",),
+    "learning rate": ("training.learning_rate",),
+    "learning rate of the pooling": ("training.pooling_learning_rate",),
+    "schedule": ("training.lr_scheduler_type", "training.schedule"),
+    "max_seq_length": ("model.max_seq_length",),
+    "loss": ("loss.name",),
+    "preset": ("preset",),
+}
 
-Curve = Sequence[Sequence[float]]
 
-
-def by_design(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Return the runs of each design (and option), in order."""
-    found: dict[str, list[RunRecord]] = {}
+def run_facts(records: Sequence[RunRecord]) -> pd.DataFrame:
+    """Return a row per run: what it is, the ends of its curves, its parameters and times; NaN where unknown."""
+    rows = []
     for record in records:
-        found.setdefault(label(record.design, record.option), []).append(record)
-    return found
+        training = record.training
+        curves = {name: training.get(key) or [] for name, key in (("loss", "losses"), ("change", "pooling_share"))}
+        last = {name: curve[-1][1] for name, curve in {**curves, "validation": record.validation}.items() if curve}
+        steps, seconds = training.get("steps"), training.get("wall_seconds", 0)
+        rows.append(
+            {
+                "run": record.id,
+                "base": record.base,
+                "design": label(record.design, record.option),
+                "steps": steps,
+                "first": record.validation[0][1] if record.validation else None,
+                **{name: last.get(name) for name in ("loss", "validation", "change")},
+                "rising": record.rising,
+                "seconds": seconds,
+                "ms": 1000 * seconds / steps if steps else None,
+                "evaluation": record.evaluation_seconds,
+                "trained": training.get("trained_parameters"),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def missing_runs(study: Study, records: Sequence[RunRecord]) -> list[PlannedRun]:
@@ -50,16 +74,21 @@ def command(study: Study) -> str:
 
 def write_set_up(document: Document, study: Study, records: Sequence[RunRecord], results: Results) -> None:
     """Add designs, bases, seeds, training, suite, data, machine and versions."""
-    document.table(Sheet("What was run", ("What", "Value"), tuple(_facts(study, records))))
-    columns = ("Design", "Attention", "Pooling", "Changes")
-    document.table(Sheet("Designs", columns, tuple(_designs(study))))
+    facts = ({"What": what, "Value": value} for what, value in _facts(study, records))
+    document.table(Sheet.of("What was run", facts))
+    designs = []
+    for design in study.designs:
+        known = factors({"design": design.design, **study.recipe.get("model", {}), **design.change.get("model", {})})
+        changes = ", ".join(f"{name} {value}" for name, value in _leaves(design.change))
+        cells = {name.capitalize(): value for name, value in known.items()}
+        designs.append({"Design": design.label, **cells, "Changes": changes or "-"})
+    document.table(Sheet.of("Designs", designs))
     description = suite_description(study.suite)
     if description:
         document.text(f"Suite {study.suite}: {description}")
-    if len(results.scores):
-        types = results.scores.groupby("task_type", sort=False)["task"].unique()
-        rows = tuple((str(kind), str(len(tasks)), ", ".join(map(str, tasks))) for kind, tasks in types.items())
-        document.table(Sheet("Tasks of the suite", ("Type", "Tasks", "Names"), rows))
+    types = results.scores.groupby("task_type", sort=False)["task"].unique()
+    rows = [{"Type": kind, "Tasks": str(len(names)), "Names": ", ".join(names)} for kind, names in types.items()]
+    document.table(Sheet.of("Tasks of the suite", rows))
 
 
 def suite_description(suite: str) -> str:
@@ -77,42 +106,23 @@ def _facts(study: Study, records: Sequence[RunRecord]) -> Iterator[tuple[str, st
     yield "Seeds", ", ".join(map(str, study.seeds))
     yield "Runs", f"{len(records)} of {planned} finished" if len(records) < planned else f"{planned}, all finished"
     yield "Pre-registered comparisons", ", ".join(study.contrasts or []) or "none"
-    yield "Training", ", ".join(_training(study.recipe))
+    found = {
+        what: next(filter(None, (_at(study.recipe, name) for name in names)), None) for what, names in _SETTINGS.items()
+    }
+    found["max_seq_length"] = found["max_seq_length"] or f"{DEFAULT_LENGTH} (default)"
+    yield "Training", ", ".join(f"{what} {value}" for what, value in found.items() if value is not None)
     yield "Training data", "\n".join(map(_source, study.recipe.get("data", []))) or "-"
     rows = {str(record.training["rows"]): record.training["rows"] for record in records if "rows" in record.training}
     if len(rows) == 1:
         yield "Rows", ", ".join(f"{name} {count:,}" for name, count in next(iter(rows.values())).items())
     limit = f", at most {study.limit} rows, queries or documents per task" if study.limit else ""
     yield "Evaluation", f"suite {study.suite}{limit}"
-    machines = dict.fromkeys(_machine(record) for record in records)
-    if machines:
-        yield "Machine", "\n".join(machines)
+    if records:
+        yield "Machine", "\n".join(dict.fromkeys(map(_machine, records)))
         minutes = sum(record.training.get("wall_seconds", 0) + record.evaluation_seconds for record in records) / 60
         yield "Time", f"{minutes:.0f} minutes of training and evaluation in total"
     versions = {name: v for record in records for name, v in record.training.get("versions", {}).items()}
     yield "Versions", ", ".join(f"{name} {v}" for name, v in {"st_llmpool": __version__, **versions}.items())
-
-
-def _training(recipe: dict[str, Any]) -> Iterator[str]:
-    """Yield the settings that readers of a paper ask for first; names of earlier versions come second."""
-    named = {
-        "tuning": ("model.tune",),
-        "steps": ("training.max_steps", "training.steps"),
-        "epochs": ("training.num_train_epochs", "training.epochs"),
-        "batch size": ("training.batch_size",),
-        "learning rate": ("training.learning_rate",),
-        "learning rate of the pooling": ("training.pooling_learning_rate",),
-        "schedule": ("training.lr_scheduler_type", "training.schedule"),
-        "max_seq_length": ("model.max_seq_length",),
-        "loss": ("loss.name",),
-        "preset": ("preset",),
-    }
-    for words, names in named.items():
-        value = next((found for name in names if (found := _at(recipe, name)) is not None), None)
-        if value is None and words == "max_seq_length":
-            value = f"{DEFAULT_LENGTH} (default)"
-        if value is not None:
-            yield f"{words} {value}"
 
 
 def _source(item: Any) -> str:
@@ -128,16 +138,6 @@ def _machine(record: RunRecord) -> str:
     return f"{gpu or processor}, {threads}, {record.training.get('precision', '?')}"
 
 
-def _designs(study: Study) -> Iterator[tuple[str, ...]]:
-    for design in study.designs:
-        model = {**study.recipe.get("model", {}), **design.change.get("model", {})}
-        known = DESIGNS.get(design.design)
-        attention = model.get("attention") or (known.attention if known else "bidirectional")
-        pooling = model.get("pooling") or (known.pooling if known else "multi_layer")
-        changes = ", ".join(f"{name} {value}" for name, value in _leaves(design.change))
-        yield design.label, attention, pooling, changes or "-"
-
-
 def _leaves(values: dict[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict) and value:
@@ -147,16 +147,23 @@ def _leaves(values: dict[str, Any], where: str = "") -> Iterator[tuple[str, Any]
 
 
 def write_equality(document: Document, study: Study, records: Sequence[RunRecord]) -> None:
-    """Add every setting in which runs differ besides the seed, with a warning where it is more than the design."""
+    """Add every setting besides the seed in which runs differ, with a warning if it is more than the design."""
     first, *others = (run for run in study.runs() if run.seed == study.seeds[0] and run.base == next(iter(study.bases)))
     changes = [(run, name) for run in others for name in differences(first.recipe, run.recipe)]
     document.text(
         "All designs have the same recipe and seeds, so they see the same data in the same order, except for these "
         "settings."
     )
-    rows = [(run.label, name, *(_shown(_at(each.recipe, name)) for each in (first, run))) for run, name in changes]
-    columns = ("Design", "Setting", first.label, "Here")
-    document.table(Sheet("Settings that differ from those of the first design", columns, tuple(rows)))
+    rows = [
+        {
+            "Design": run.label,
+            "Setting": name,
+            first.label: _shown(first.recipe, name),
+            "Here": _shown(run.recipe, name),
+        }
+        for run, name in changes
+    ]
+    document.table(Sheet.of("Settings that differ from those of the first design", rows))
     beyond: dict[str, list[str]] = {}
     for run, name in changes:
         if not name.startswith(_OF_A_DESIGN):
@@ -164,233 +171,90 @@ def write_equality(document: Document, study: Study, records: Sequence[RunRecord
     if beyond:
         named = "; ".join(f"{name} of {', '.join(labels)}" for name, labels in beyond.items())
         document.text(f"Not only the design differs: {named}. Compare these designs with care.", warning=True)
-    for line in _unequal_runs(records):
-        document.text(line, warning=True)
-    files = dict.fromkeys((file, digest) for record in records for file, digest in record.data.items())
-    if files:
-        cells = tuple((f, digest, str(sum(r.data.get(f) == digest for r in records))) for f, digest in files)
-        document.table(Sheet("Training files by the hash of their content", ("File", "Hash", "Runs"), cells))
-
-
-def _unequal_runs(records: Sequence[RunRecord]) -> Iterator[str]:
-    """Yield what recipes do not say: data that changed, other libraries, other machines."""
-    contents: dict[str, dict[str, list[str]]] = {}
+    files: dict[str, dict[str, list[str]]] = {}
     for record in records:
         for file, digest in record.data.items():
-            contents.setdefault(file, {}).setdefault(digest, []).append(record.id)
-    for file, runs in contents.items():
+            files.setdefault(file, {}).setdefault(digest, []).append(record.id)
+    for file, runs in files.items():
         if len(runs) > 1:
-            fewest = min(runs.values(), key=len)
-            yield (
-                f"{file} differs between runs: it is another file in {', '.join(fewest[:6])}"
-                f"{' and others' if len(fewest) > 6 else ''}. Do not compare their scores with the others."
+            fewest = listed(min(runs.values(), key=len), most=6)
+            document.text(
+                f"{file} differs between runs: it is another file in {fewest}. Do not compare their scores with the "
+                f"others.",
+                warning=True,
             )
-    facts = {
-        "versions of libraries": [record.training.get("versions", {}) for record in records],
-        "steps": [record.training.get("steps") for record in records],
-        "rows of training data": [record.training.get("rows") for record in records],
-        "precision": [record.training.get("precision") for record in records],
-    }
-    for what, values in facts.items():
-        if any(value != values[0] for value in values):
-            yield f"Runs differ in {what}; see the table of runs."
-
-
-def write_convergence(document: Document, records: Sequence[RunRecord]) -> None:
-    """Add the curves of loss, validation and pooling effect, and the runs to be wary of."""
-    if not records:
-        return
-    flags: dict[str, tuple[str, Callable[[RunRecord], bool]]] = {
-        "Still rising": ("under-trained: the last validation is the best by over 1 %", lambda run: run.rising is True),
-        "Unknown": ("fewer than three evaluations", lambda run: run.rising is None),
-        "The pooling did nothing": (
-            f"it changes the embedding by less than {100 * NEGLIGIBLE:.0f} %",
-            lambda run: run.training.get("pooling_did_nothing") is True,
-        ),
-    }
-    items = []
-    for what, (why, flagged) in flags.items():
-        names = [record.id for record in records if flagged(record)]
-        number = f"{len(names)} of {counted(len(records), 'run')}" + (": " if names else "")
-        items.append((what, f"{number}{listed(names, most=_SHOWN)} ({why})."))
-    document.bullets(items)
-    document.table(_convergence_sheet(records))
-    if any(record.stages for record in records):
-        document.table(_stages_sheet(records))
-    bases = list(dict.fromkeys(record.base for record in records))
-    for base in bases:
-        own = by_design([record for record in records if record.base == base])
-        for name, words, curve, meaning in _CURVES:
-            curves = {design: [curve(run) for run in runs if curve(run)] for design, runs in own.items()}
-            curves = {design: found for design, found in curves.items() if found}
-            if curves:
-                _draw_curves(document, curves, name + (f"_{base}" if len(bases) > 1 else ""), words, meaning)
-
-
-def _losses(run: RunRecord) -> Curve:
-    return run.training.get("losses") or []
-
-
-def _pooling_change(run: RunRecord) -> Curve:
-    return run.training.get("pooling_share") or []
-
-
-_CURVES: list[tuple[str, str, Callable[[RunRecord], Curve], str]] = [
-    ("loss", "training loss", _losses, "lower is better"),
-    ("validation", "validation", lambda run: run.validation, "a curve that still rises at the end was cut short"),
-    (
-        "pooling_change",
-        "change by the pooling ‖e - r‖ / ‖r‖",
-        _pooling_change,
-        "below the dotted line, 1 %, the pooling does nothing",
-    ),
-]
-
-
-def _convergence_sheet(records: Sequence[RunRecord]) -> Sheet:
-    def mean(curves: Any, form: str = "{:.4f}") -> str:
-        last = [curve[-1][1] for curve in curves if curve]
-        return form.format(float(np.mean(last))) if last else "-"
-
-    rows = []
-    for name, runs in by_design(records).items():
-        known = [run for run in runs if run.rising is not None]
-        rows.append(
-            (
-                name,
-                str(len(runs)),
-                mean(map(_losses, runs)),
-                mean(run.validation[:1] for run in runs),
-                mean(run.validation for run in runs),
-                f"{sum(run.rising is True for run in known)} of {len(known)}" if known else "-",
-                mean(map(_pooling_change, runs), "{:.3f}"),
-            )
-        )
-    columns = ("Design", "Runs", "Last loss", "First validation", "Last validation", "Rising", "Change by pooling")
-    below = (
-        "Means over the runs of a design. Validation: held-out nDCG@10, else the first metric. Change by pooling: "
-        "‖e - r‖ / ‖r‖ of the embedding e and the plain readout r at the end; - without a trained pooling.",
-    )
-    return Sheet("Convergence", columns, tuple(rows), below)
-
-
-def _stages_sheet(records: Sequence[RunRecord]) -> Sheet:
-    rows = []
-    for record in records:
-        for stage in record.stages:
-            accuracy = stage.get("masked_accuracy") or {}
-            cells = (
-                f"{accuracy[n]:.3f}" if n in accuracy else "-" for n in ("adapted", "base", "causal", "no_context")
-            )
-            seconds = f"{stage.get('wall_seconds', 0):.0f}"
-            rows.append((record.id, stage["stage"], str(stage.get("steps", "-")), seconds, *cells))
-    below = (
-        "Masked accuracy on held-out texts: after the stage; of the base, with the same attention; of the base with "
-        "causal attention from the unmasked text before the token; of the most frequent token."
-    )
-    columns = ("Run", "Stage", "Steps", "Seconds", "Adapted", "Base", "Causal", "No context")
-    return Sheet("Stages before the training", columns, tuple(rows), (below,))
-
-
-def _draw_curves(document: Document, curves: dict[str, list[Curve]], name: str, words: str, meaning: str) -> None:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
-    figure = Figure(figsize=(8, 3.6 + 0.18 * max(0, len(curves) - 12)), layout="constrained")
-    axes = figure.add_subplot()
-    for place, (design, runs) in enumerate(curves.items()):
-        style = {"color": colours[place % len(colours)], "linestyle": _LINES[place // len(colours) % len(_LINES)]}
-        for run in runs:
-            axes.plot(*zip(*run, strict=True), linewidth=0.6, alpha=0.35, **style)
-        values = [dict[float, float](run) for run in runs]  # type: ignore[arg-type]
-        steps = sorted(set.intersection(*map(set, values)))
-        means = [np.mean([run[step] for run in values]) for step in steps]
-        axes.plot(steps, means, linewidth=1.6, label=design, **style)
-    if name.startswith("pooling_change"):
-        axes.axhline(NEGLIGIBLE, color="0.3", linestyle=":", linewidth=1)
-    axes.set(xlabel="step", ylabel=words)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    last = ", ".join(f"{design} {np.mean([run[-1][1] for run in runs]):.3g}" for design, runs in curves.items())
-    document.draw(
-        figure,
-        name,
-        alt=f"Curves of the {words} over steps by design. At the end: {last}.",
-        caption=f"{words[0].upper()}{words[1:]} by design: thick the mean over seeds, thin each seed; {meaning}.",
-    )
+    for what, key in (
+        ("versions of libraries", "versions"),
+        ("steps", "steps"),
+        ("rows of training data", "rows"),
+        ("precision", "precision"),
+    ):
+        if len({str(record.training.get(key)) for record in records}) > 1:
+            document.text(f"Runs differ in {what}; see the table of runs.", warning=True)
+    rows = [
+        {"File": file, "Hash": key, "Runs": str(len(ids))}
+        for file, found in files.items()
+        for key, ids in found.items()
+    ]
+    document.table(Sheet.of("Training files by the hash of their content", rows))
 
 
 def write_limits(document: Document, study: Study, records: Sequence[RunRecord], comparison: Comparison | None) -> None:
     """Add what a reader must not conclude."""
+    items = {
+        "Dependent tasks": "Slices of one corpus share texts and topics, but the tests treat tasks as independent. So "
+        "p-values are too small, and the results say nothing about other corpora."
+    }
     sizes = sorted({record.training["parameters"] for record in records if "parameters" in record.training})
-    rising = sum(record.rising is True for record in records)
-    unknown = sum(record.rising is None for record in records)
-    items = [
-        (
-            "Dependent tasks",
-            "Slices of one corpus have texts and topics in common, but the tests treat tasks as independent. So "
-            "p-values are too small, and the results say nothing about other corpora.",
-        )
-    ]
     if sizes and sizes[-1] < 10**9:
         span = " to ".join(f"{size / 1e6:.3g}" for size in sorted({sizes[0], sizes[-1]}))
-        items.append(
-            (
-                "Small models",
-                f"The models have {span} million parameters. What carries over to billions: the method of comparison, "
-                "the relative cost of a design, and what a design can read at all. What does not: the size of "
-                "differences, which layers matter, time to convergence, and the verdicts; test them again at scale.",
-            )
+        items["Small models"] = (
+            f"The models have {span} million parameters. What carries over to billions: the method of comparison, the "
+            "relative cost of a design, and what a design can read at all. What does not: the size of differences, "
+            "which layers matter, time to convergence, and the verdicts; test them again at scale."
         )
+    rising = sum(record.rising is True for record in records)
+    unknown = sum(record.rising is None for record in records)
     if rising:
-        text = f"{rising} of {counted(len(records), 'run')} still improved at the end. A design that is behind may "
-        items.append(("Under-trained runs", f"{text}only learn more slowly."))
+        text = f"{rising} of {counted(len(records), 'run')} still improved at the end. "
+        items["Under-trained runs"] = f"{text}A design that is behind may only learn more slowly."
     if unknown:
-        items.append(("Convergence unknown", f"{unknown} of {counted(len(records), 'run')}: too few evaluations."))
+        items["Convergence unknown"] = f"{unknown} of {counted(len(records), 'run')}: too few evaluations."
     if len(study.seeds) < 3:
-        items.append(("Few seeds", f"{len(study.seeds)} per design: the estimate of seed noise is rough."))
-    text = "All designs have the same learning rates, steps and data; a design may do better when tuned on its own."
-    items.append(("One recipe", text))
-    document.bullets([*items, *(("Note", note) for note in (comparison.notes if comparison else ()))])
+        items["Few seeds"] = f"{len(study.seeds)} per design: the estimate of seed noise is rough."
+    items["One recipe"] = (
+        "All designs have the same learning rates, steps and data; a design may do better when tuned on its own."
+    )
+    document.bullets([*items.items(), *(("Note", note) for note in (comparison.notes if comparison else ()))])
 
 
 def write_runs(document: Document, study: Study, records: Sequence[RunRecord]) -> None:
     """Add which runs are missing, the command for the rest, and a row for each finished run."""
     absent, total = missing_runs(study, records), counted(len(study.runs()), "run")
     if absent:
-        names = listed([run.id for run in absent], most=_SHOWN)
-        document.text(f"Missing: {len(absent)} of {total}: {names}.", warning=True)
-        rows = tuple((run.id, run.base, run.label, str(run.seed)) for run in absent)
-        document.table(Sheet("Missing runs", ("Run", "Base", "Design", "Seed"), rows), shown=False)
+        document.text(f"Missing: {len(absent)} of {total}: {listed(run.id for run in absent)}.", warning=True)
+        rows = [{"Run": run.id, "Base": run.base, "Design": run.label, "Seed": str(run.seed)} for run in absent]
+        document.table(Sheet.of("Missing runs", rows), shown=False)
     else:
         document.text(f"{total}, all finished.")
     document.text("This command runs what is missing and writes this report:")
     document.code(command(study))
-    document.table(_runs_sheet(records))
-
-
-def _runs_sheet(records: Sequence[RunRecord]) -> Sheet:
-    def last(curve: Curve, form: str = "{:.4f}") -> str:
-        return form.format(curve[-1][1]) if curve else "-"
-
     rows = [
-        (
-            record.id,
-            str(record.training.get("steps", "-")),
-            last(_losses(record)),
-            last(record.validation),
-            {None: "-", True: "yes", False: "no"}[record.rising],
-            last(_pooling_change(record), "{:.3f}"),
-            f"{record.training.get('wall_seconds', 0):.0f}",
-            f"{record.evaluation_seconds:.0f}",
-            f"{record.machine.get('gpu') or record.machine.get('processor')}, {record.machine.get('threads', '-')}",
-            record.key,
-        )
-        for record in records
+        {
+            "Run": row["run"],
+            "Steps": number(row["steps"], ".0f"),
+            "Last loss": number(row["loss"]),
+            "Last validation": number(row["validation"]),
+            "Rising": {True: "yes", False: "no"}.get(row["rising"], "-"),
+            "Change by pooling": number(row["change"], ".3f"),
+            "Training s": number(row["seconds"], ".0f"),
+            "Evaluation s": number(row["evaluation"], ".0f"),
+            "Machine": _machine(record),
+            "Key of settings": record.key,
+        }
+        for row, record in zip(run_facts(records).to_dict("records"), records, strict=True)
     ]
-    columns = ("Run", "Steps", "Last loss", "Last validation", "Rising", "Change by pooling", "Training s")
-    return Sheet("Runs", (*columns, "Evaluation s", "Machine, threads", "Key of settings"), tuple(rows))
+    document.table(Sheet.of("Runs", rows))
 
 
 def _at(values: Any, name: str) -> Any:
@@ -399,5 +263,6 @@ def _at(values: Any, name: str) -> Any:
     return values
 
 
-def _shown(value: Any) -> str:
+def _shown(values: Any, name: str) -> str:
+    value = _at(values, name)
     return "(not set)" if value is None else str(value)
