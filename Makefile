@@ -11,6 +11,7 @@ VENV_NEWEST ?= .venv-newest
 TESTS ?= tests
 WORKERS ?= 2
 TORCH_INDEX ?=
+TORCH ?=
 OUT ?= runs
 # A comma would end an argument of $(call).
 EVERYTHING := all,dev,docs
@@ -56,12 +57,14 @@ lowest: $(VENV_LOWEST)/.installed-dev ## the tests on the lowest versions that p
 newest: $(VENV_NEWEST)/.installed-dev ## the tests on the newest versions that pip resolves today (TESTS= for some)
 	$(call PYTEST,$(VENV_NEWEST)) $(TESTS)
 
-# CUDA libraries and build tags (+cpu) are left out: the pins have to serve every build of torch.
+# CUDA libraries and build tags (+cpu) are left out: the pins have to serve every build of torch. TORCH=2.13.0 pins that
+# one instead of the newest, which may come as 7 GB of CUDA libraries.
 upgrade: ## regenerate constraints.txt from the newest versions that pip resolves today; then run make test
 	rm -rf $(VENV_NEWEST)
 	$(MAKE) $(VENV_NEWEST)/.installed-dev
 	{ head -n 1 constraints.txt; $(VENV_NEWEST)/bin/python -m pip freeze --all --exclude-editable --exclude pip \
-		| sed 's/+[a-z0-9.]*$$//' | grep -viE '^(nvidia|cuda|triton)'; } > constraints.new
+		| sed 's/+[a-z0-9.]*$$//$(if $(TORCH),;s/^torch==.*/torch==$(TORCH)/)' | grep -viE '^(nvidia|cuda|triton)'; } \
+		> constraints.new
 	mv constraints.new constraints.txt
 	@git diff --stat constraints.txt
 
