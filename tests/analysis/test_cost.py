@@ -31,7 +31,9 @@ def backbone_flops(tokens: int) -> int:
 @pytest.mark.parametrize("tokens", [1, 7, 64])
 def test_operations_are_those_of_the_formula(mean_model, tokens):
     (length,) = measure_cost(mean_model, lengths=[tokens], repeats=1).lengths
-    assert length.flops == backbone_flops(tokens)
+    # Old versions of torch count the angles of the rotary positions too, an outer product.
+    angles = tokens * TINY_CONFIG.hidden_size // TINY_CONFIG.num_attention_heads
+    assert length.flops - backbone_flops(tokens) in (0, angles)
     assert length.tokens == tokens
     assert length.latency_ms > 0
 
