@@ -95,6 +95,19 @@ def chat_template(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(f"{{{{ cycler.__init__.__globals__.os.system('{command}') }}}}")
 
 
+def what_loading_ignores(folder: Path) -> None:
+    """Everything that names code and stops no command, in one folder, since each case takes many loads."""
+    set_json(folder, "text/config.json", auto_map=AUTO_MAP)
+    set_json(folder, "generation_config.json", auto_map=AUTO_MAP, custom_generate=ELSEWHERE, trust_remote_code=True)
+    for kind in ("video_preprocessor", "image_processor", "feature_extractor"):
+        set_json(folder, f"{kind}_config.json", auto_map={"AutoImageProcessor": EVIL, "AutoVideoProcessor": EVIL})
+    bad_pickle(
+        folder, "pytorch_model.bin", "training_args.bin", "optimizer.pt", "1_MultiLayerPooling/pytorch_model.bin"
+    )
+    card(folder)
+    chat_template(folder)
+
+
 AUTO_MAP = dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer", "AutoProcessor", "AutoModelForCausalLM"), EVIL)
 
 #: What is planted. `evil.py` lies in every folder, and where Python looks for modules.
@@ -110,14 +123,6 @@ ATTACKS: dict[str, Callable[[Path], object]] = {
     ),
     "config": lambda folder: set_json(folder, "config.json", auto_map=AUTO_MAP),
     "config of an unknown type": lambda folder: set_json(folder, "config.json", auto_map=AUTO_MAP, model_type="evil"),
-    "config of a folder below": lambda folder: set_json(folder, "text/config.json", auto_map=AUTO_MAP),
-    "generation_config": lambda folder: set_json(
-        folder, "generation_config.json", auto_map=AUTO_MAP, custom_generate=ELSEWHERE, trust_remote_code=True
-    ),
-    "video, image and feature configs": lambda folder: [
-        set_json(folder, f"{kind}_config.json", auto_map={"AutoImageProcessor": EVIL, "AutoVideoProcessor": EVIL})
-        for kind in ("video_preprocessor", "image_processor", "feature_extractor")
-    ],
     "flag in the module's config": lambda folder: set_json(
         folder,
         "sentence_bert_config.json",
@@ -159,12 +164,8 @@ ATTACKS: dict[str, Callable[[Path], object]] = {
         megatron_core="evil",
         base_model_name_or_path=str(folder),
     ),
-    "pickles beside the weights": lambda folder: bad_pickle(
-        folder, "pytorch_model.bin", "training_args.bin", "optimizer.pt", "1_MultiLayerPooling/pytorch_model.bin"
-    ),
+    "what loading ignores": what_loading_ignores,
     "pickle in place of the weights": lambda folder: bad_pickle(folder, "pytorch_model.bin", instead=True),
-    "card and recipe with Python tags": card,
-    "chat template": chat_template,
 }
 
 
