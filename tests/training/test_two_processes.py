@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from st_llmpool.training import Recipe, train
+from st_llmpool.utils.locks import locked_folder
 
 HARD = ["loss.focal_gamma=0.5", "loss.mixing.hardest=3", "loss.mixing.detach=false"]
 SPARSE = ["training.sparse_tuning={layers: 1, interval: 1, importance_rate: 1000}"]
@@ -137,3 +138,29 @@ def test_what_is_not_finite_on_one_process_stops_both_before_anything_is_saved(
         assert checkpoints == ["checkpoint-1", "checkpoint-2"], name
         assert not (folder / "model").exists()
         assert not (tmp_path / name / ".lock").exists()
+
+
+# Both processes must raise: one that did not would meet the other one's next run in its collective calls.
+TAKEN = """
+import os, sys
+from pathlib import Path
+from st_llmpool.training import Recipe, train
+from st_llmpool.modules.errors import ConfigurationError
+for name in ("taken", "free"):
+    try:
+        train(Recipe.from_yaml(sys.argv[1], [f"output_dir={Path(sys.argv[1]).parent / name}"]))
+    except ConfigurationError as error:
+        Path(sys.argv[1]).with_name(f"{name}-{os.environ['RANK']}.txt").write_text(str(error))
+"""
+
+
+def test_a_folder_in_use_is_refused_on_both_processes_and_their_next_run_is_sound(make_recipe, tmp_path):
+    make_recipe({"training": {"max_steps": 1}}).to_yaml(tmp_path / "recipe.yaml")
+    (tmp_path / "script.py").write_text(TAKEN)
+    with locked_folder(tmp_path / "taken"):
+        done = launch(tmp_path / "script.py", tmp_path / "recipe.yaml")
+    assert done.returncode == 0, done.stderr[-3000:]
+    messages = [(tmp_path / f"taken-{rank}.txt").read_text() for rank in range(2)]
+    assert "is in use by process" in messages[0]
+    assert messages[0] == messages[1]
+    assert json.loads((tmp_path / "free" / "training.json").read_text())["processes"] == 2

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from ..adapters import has_adapter
 from ..hub.loading import load_model
-from ..modules.errors import ConfigurationError, StLlmpoolError
+from ..modules.errors import ConfigurationError
 from ..utils.files import WriteError, reraise_as_write_error
 from ..utils.random_state import preserve_rng_state
 
@@ -129,19 +128,6 @@ def check_language_model(
             f"What this recipe trains gives other logits once it is saved and loaded: they differ by "
             f"{100 * difference:.2g} % (limit {100 * limit:g} %). Change lora or tune; nothing was trained yet."
         )
-
-
-def check_on_first_process(is_first: bool, check: Callable[[], None]) -> None:
-    """Runs a check on the first process; all raise what it finds."""
-    found: list[StLlmpoolError | None] = [None]
-    if is_first:
-        try:
-            check()
-        except StLlmpoolError as error:
-            found = [error]
-    broadcast_object_list(found)
-    if found[0] is not None:
-        raise found[0]
 
 
 def _not_loaded(error: Exception, settings: str) -> ConfigurationError:

@@ -39,9 +39,9 @@ from .held_out import held_out_evaluator
 from .optimizers import OPTIMIZERS, check_optimization
 from .pooling_change import NEGLIGIBLE, trainable_poolings
 from .recipe import DEFAULT_LENGTH, Recipe, StageSettings
-from .reload_check import check_on_first_process, check_reload
+from .reload_check import check_reload
 from .report import write_report
-from .run_folder import check_output, checkpoint_of, locked_run, remove_checkpoints_after
+from .run_folder import check_on_first_process, check_output, checkpoint_of, locked_run, remove_checkpoints_after
 from .sparse_tuning import SparseTuning
 from .stages import merge_stage, run_stages
 from .trainer import EmbedderTrainer
@@ -97,18 +97,15 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCa
     check_output(recipe, folder, resume=resume)
     if (folder / "model").is_dir():
         return _finished(recipe, folder)
-    with locked_run(folder):
-        return _train_in(folder, recipe, resume=resume, callbacks=callbacks)
-
-
-def _train_in(folder: Path, recipe: Recipe, *, resume: bool, callbacks: Sequence[TrainerCallback]) -> TrainingResult:
     prepared = _prepare(recipe)
-    start = None
-    if recipe.stages:
-        if prepared.arguments.process_index == 0:
-            _keep_recipe(recipe, folder)  # before the first stage, so that all of it can be resumed
-        start = run_stages(recipe, check=_prepare, train=_train_stage)
-    return _train(recipe, prepared, start, resume=resume, callbacks=callbacks)
+    with locked_run(folder, prepared.arguments):
+        check_output(recipe, folder, resume=resume)  # again: another run may have ended meanwhile
+        start = None
+        if recipe.stages:
+            if prepared.arguments.process_index == 0:
+                _keep_recipe(recipe, folder)  # before the first stage, so that all of it can be resumed
+            start = run_stages(recipe, check=_prepare, train=_train_stage)
+        return _train(recipe, prepared, start, resume=resume, callbacks=callbacks)
 
 
 @dataclass(frozen=True)

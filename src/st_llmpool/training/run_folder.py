@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from ..modules.errors import ConfigurationError
+from accelerate.utils import broadcast_object_list
+from transformers import TrainingArguments
+
+from ..modules.errors import ConfigurationError, StLlmpoolError
 from ..utils.locks import locked_folder
 from ..utils.settings import differences
 from .checkpoints import last_checkpoint, processes_of
@@ -120,14 +122,29 @@ def checkpoint_of(folder: Path, world_size: int) -> Path | None:
 
 
 @contextmanager
-def locked_run(folder: Path) -> Iterator[None]:
-    """Locks `folder` for the processes of one run; the first of them holds the lock.
+def locked_run(folder: Path, arguments: TrainingArguments) -> Iterator[None]:
+    """Locks `folder` for the processes of one run; the first of them holds the lock, and all raise what it finds.
 
     Raises:
         ConfigurationError: If another run is active there.
     """
-    with locked_folder(folder) if int(os.environ.get("RANK", 0)) == 0 else nullcontext():
+    with ExitStack() as stack:
+        lock = locked_folder(folder)
+        check_on_first_process(arguments.process_index == 0, lambda: stack.enter_context(lock))
         yield
+
+
+def check_on_first_process(is_first: bool, check: Callable[[], object]) -> None:
+    """Runs a check on the first process; all raise what it finds."""
+    found: list[StLlmpoolError | None] = [None]
+    if is_first:
+        try:
+            check()
+        except StLlmpoolError as error:
+            found = [error]
+    broadcast_object_list(found)
+    if found[0] is not None:
+        raise found[0]
 
 
 def remove_checkpoints_after(folder: Path, resumed: Path | None) -> None:

@@ -36,9 +36,9 @@ from ..checks import check_adapter, check_machine
 from ..interpolation import merge_with_base
 from ..optimizers import check_optimization
 from ..recipe import MaskingSettings, ModelSettings, merge_weights
-from ..reload_check import check_language_model, check_on_first_process
+from ..reload_check import check_language_model
 from ..report import write_report
-from ..run_folder import check_output, checkpoint_of, locked_run, remove_checkpoints_after
+from ..run_folder import check_on_first_process, check_output, checkpoint_of, locked_run, remove_checkpoints_after
 from .language_model import (
     apply_attention,
     choose_mask_token,
@@ -122,14 +122,17 @@ def adapt(recipe: AdaptRecipe, *, resume: bool = False) -> AdaptResult:
     if (folder / "model").is_dir():
         logger.info("%s is finished; nothing to train.", folder)
         return AdaptResult(folder / "model", read_json_object(folder / "training.json"))
-    with locked_run(folder):
-        return _adapt_in(folder, recipe, resume=resume)
-
-
-def _adapt_in(folder: Path, recipe: AdaptRecipe, *, resume: bool) -> AdaptResult:
     base = check_adapt(recipe)
-    tokenizer = load_tokenizer(recipe, base)
     arguments = _training_arguments(recipe, folder)
+    with locked_run(folder, arguments):
+        check_output(recipe, folder, resume=resume)  # again: another run may have ended meanwhile
+        return _adapt_in(folder, recipe, base, arguments, resume=resume)
+
+
+def _adapt_in(
+    folder: Path, recipe: AdaptRecipe, base: str, arguments: TrainingArguments, *, resume: bool
+) -> AdaptResult:
+    tokenizer = load_tokenizer(recipe, base)
     with arguments.main_process_first(desc="loading data"):
         train, held_out = _load(recipe)
 
