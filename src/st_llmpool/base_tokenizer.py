@@ -25,7 +25,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, *, add_eos_token: bool
 def append_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     """Makes `tokenizer` end every text in a special token, also a truncated one; a BOS that it adds by itself stays.
 
-    A tokenizer whose own template ends texts in special tokens (``<|endoftext|>`` beside an EOS of another name, [SEP],
+    A tokenizer whose own template ends texts in special tokens (``<|endoftext|>`` where EOS is another, [SEP],
     a language code) keeps that ending and gets no second one: it is what the model was trained to read. Any other
     gets its EOS token. The change is in the tokenizer's post-processor, so it is saved with the tokenizer and any
     library that loads it reproduces it.
@@ -76,7 +76,7 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     choice = next((token for token in choices if token is not None), None)
     if choice is None:
         raise ConfigurationError(
-            f"{type(tokenizer).__name__} has neither a padding token nor a special token to take for it. "
+            f"{type(tokenizer).__name__} has neither a padding token nor a special token to use for it. "
             f"Set tokenizer.pad_token."
         )
     tokenizer.pad_token = choice

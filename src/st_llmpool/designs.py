@@ -18,7 +18,7 @@ from .adapters import add_adapter, continue_adapter, has_adapter
 from .attention_proof import verify_attention
 from .data.builtin_backbone import builtin_backbone
 from .model_card.card import EmbedderCardData
-from .modules.errors import ConfigurationError, nearest
+from .modules.errors import ConfigurationError, check_choice
 from .modules.latent_attention_pooling import LatentAttentionPooling
 from .modules.llm_transformer import LLMTransformer, check_length, resolve_layers
 from .modules.multi_layer_pooling import MultiLayerPooling
@@ -201,7 +201,8 @@ def build_embedder(
         >>> model.encode(["a text", "another text"]).shape[0]
         2
     """
-    spec = _pooling_spec("multi_layer" if pooling is None else pooling)
+    check_choice("pooling", "multi_layer" if pooling is None else pooling, tuple(POOLINGS))
+    spec = POOLINGS["multi_layer" if pooling is None else pooling]
     base = resolve_base(model_name_or_path)
     hub = {"trust_remote_code": trust_remote_code, "revision": revision, "token": token}
     given = {"dtype": dtype, "attn_implementation": attn_implementation}
@@ -286,14 +287,6 @@ def _check_settings(
     if count is not None:
         resolve_layers(settings["layers"], count)
     check_length(loading["processor_kwargs"].get("model_max_length", settings["max_seq_length"]), config)
-
-
-def _pooling_spec(pooling: str) -> PoolingSpec:
-    if pooling not in POOLINGS:
-        raise ConfigurationError(
-            f"pooling={pooling!r} is unknown; known: {list(POOLINGS)}.{nearest(pooling, POOLINGS)}"
-        )
-    return POOLINGS[pooling]
 
 
 def _quantization(config: Any, dtype: torch.dtype | str | None) -> Any:

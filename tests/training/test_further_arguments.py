@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.training import AdaptRecipe, Recipe, train
+from st_llmpool.training import Recipe, train
 from st_llmpool.training.further_arguments import MANAGED, check_reports
 from st_llmpool.training.recipe import TrainingSettings, with_earlier_names
 from st_llmpool.utils.extras import MissingExtraError
@@ -60,24 +60,11 @@ def test_a_wrong_name_or_value_is_refused_with_the_right_one(assignment, message
         Recipe.from_dict(MINIMAL, [assignment])
 
 
-def test_an_adaptation_refuses_old_names_too():
-    values = {"output_dir": "run", "base": "builtin", "texts": [{"source": "texts.txt"}]}
-    with pytest.raises(ConfigurationError, match=r"^masking\.share is now masking\.mlm_probability\.$"):
-        AdaptRecipe.from_dict(values | {"masking": {"share": 0.3}})
-    with pytest.raises(ConfigurationError, match=r"evaluation\.steps is now evaluation\.eval_steps"):
-        AdaptRecipe.from_dict(values | {"evaluation": {"steps": 3}})
-
-
 def test_every_argument_of_the_trainer_is_a_field_or_passes_through_or_is_refused_with_a_reason():
     names = {field.name for field in dataclasses.fields(SentenceTransformerTrainingArguments)}
     own = {field.name for field in dataclasses.fields(TrainingSettings)}
     assert set(MANAGED) <= names
     assert not own & set(MANAGED)
-
-
-def test_a_value_that_the_trainer_refuses_is_one_line(make_recipe):
-    with pytest.raises(ConfigurationError, match=r"^The settings under training are refused: .*cosinus"):
-        train(make_recipe({"training": {"lr_scheduler_type": "cosinus"}}))
 
 
 def test_further_arguments_and_accumulation_reach_the_trainer(make_recipe):

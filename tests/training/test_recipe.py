@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from st_llmpool.data.training_data import DatasetSettings
-from st_llmpool.losses.settings import MixingSettings
 from st_llmpool.modules.errors import ConfigurationError, DataError
 from st_llmpool.training.recipe import ModelSettings, Recipe, TrainingSettings
 
@@ -22,13 +21,6 @@ def test_a_recipe_survives_its_yaml_file(tmp_path):
     first.to_yaml(tmp_path / "recipe.yaml")
     assert Recipe.from_yaml(tmp_path / "recipe.yaml") == first
     assert first.data[0].instruction == "Frage:"
-
-
-def test_mixing_is_off_until_it_is_asked_for():
-    assert recipe().loss.mixing is None
-    assert recipe(loss={"mixing": {}}).loss.mixing == MixingSettings()
-    built = Recipe.from_dict(MINIMAL, ["loss.mixing.pairwise=4", "loss.focal_gamma=0.5"])
-    assert (built.loss.mixing.pairwise, built.loss.focal_gamma) == (4, 0.5)
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_preset():

@@ -80,7 +80,7 @@ def test_a_resumed_run_does_not_check_again(make_recipe, monkeypatch, tmp_path):
     recipe = make_recipe({"training": {"save_steps": 1}})
     train(recipe)
     (Path(recipe.output_dir) / "model").rename(tmp_path / "moved")
-    monkeypatch.setattr("st_llmpool.training.run.check_reload", None)
+    monkeypatch.setattr("st_llmpool.training.run.check_reload", lambda *args, **options: pytest.fail("checked again"))
     train(recipe, resume=True)
 
 

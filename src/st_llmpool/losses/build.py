@@ -22,7 +22,7 @@ from sentence_transformers.util import pairwise_cos_sim
 from torch import Tensor, nn
 
 from ..fast_inference import optimized_inference
-from ..modules.errors import ConfigurationError, DataError, nearest
+from ..modules.errors import ConfigurationError, DataError, check_choice
 from .focal_ranking_loss import CachedFocalRankingLoss, FocalRankingLoss
 from .hard_negative_mixing import HardNegativeMixing
 from .settings import LossSettings
@@ -36,7 +36,7 @@ ROWS_AT_A_TIME = 10_000
 
 @dataclass(frozen=True)
 class LossParts:
-    """Inputs of a loss besides the model and its settings.
+    """Inputs of a loss other than the model and its settings.
 
     Attributes:
         gather: Also use the other processes' texts as negatives.
@@ -167,9 +167,7 @@ def check_loss(settings: LossSettings) -> None:
     Raises:
         ConfigurationError: With the nearest known name, or the losses that have the option.
     """
-    if settings.name not in LOSSES:
-        hint = nearest(settings.name, LOSSES)
-        raise ConfigurationError(f"loss.name={settings.name!r} is unknown; known: {list(LOSSES)}.{hint}")
+    check_choice("loss.name", settings.name, tuple(LOSSES))
     spec = LOSSES[settings.name]
     if spec.needs is not None and getattr(settings, spec.needs) is None:
         raise ConfigurationError(

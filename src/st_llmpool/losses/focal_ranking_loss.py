@@ -17,7 +17,29 @@ from .hard_negative_mixing import HardNegativeMixing
 from .ranking_objective import RankingObjective, gather_documents
 
 
-class FocalRankingLoss(MultipleNegativesRankingLoss):
+class _WithObjective:
+    """Gives a ranking loss of sentence-transformers a :class:`RankingObjective`."""
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        scale: float = 20.0,
+        gather_across_devices: bool = False,
+        focal_gamma: float = 0.5,
+        detach_focal: bool = True,
+        mixing: HardNegativeMixing | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, scale=scale, gather_across_devices=gather_across_devices, **options)  # type: ignore[call-arg]
+        self.objective = RankingObjective(focal_gamma, detach_focal, mixing)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Returns the settings that a model card lists."""
+        return {**super().get_config_dict(), **self.objective.get_config_dict()}  # type: ignore[misc]
+
+
+class FocalRankingLoss(_WithObjective, MultipleNegativesRankingLoss):
     """InfoNCE with focal weights on hard queries and, optionally, mixed hard negatives (arXiv 2506.20923; 2010.01028).
 
     ``L = mean_i (1 − P_i)^γ (−log P_i)``, where P_i is the probability that query i gives to its positive among all
@@ -50,19 +72,6 @@ class FocalRankingLoss(MultipleNegativesRankingLoss):
         >>> FocalRankingLoss(model)(columns, None).backward()
     """
 
-    def __init__(
-        self,
-        model: SentenceTransformer,
-        *,
-        scale: float = 20.0,
-        gather_across_devices: bool = False,
-        focal_gamma: float = 0.5,
-        detach_focal: bool = True,
-        mixing: HardNegativeMixing | None = None,
-    ) -> None:
-        super().__init__(model, scale=scale, gather_across_devices=gather_across_devices)
-        self.objective = RankingObjective(focal_gamma, detach_focal, mixing)
-
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor:
         """Returns the loss; embeddings are the columns, each (B, D).
 
@@ -78,31 +87,16 @@ class FocalRankingLoss(MultipleNegativesRankingLoss):
         losses = self.objective.losses(queries, documents, positives, scale=self.scale, batch_size=batch_size)
         return losses.mean()
 
-    def get_config_dict(self) -> dict[str, Any]:
-        """Returns the settings that a model card lists."""
-        return {**super().get_config_dict(), **self.objective.get_config_dict()}
 
-
-class CachedFocalRankingLoss(CachedMultipleNegativesRankingLoss):
+class CachedFocalRankingLoss(_WithObjective, CachedMultipleNegativesRankingLoss):
     """:class:`FocalRankingLoss` with gradient caching (Gao et al. 2021, arXiv 2101.06983).
 
     Texts are embedded, and queries scored, `mini_batch_size` at a time; loss and gradients are those of the plain form.
-    With γ = 0 and no mixed negatives it is ``CachedMultipleNegativesRankingLoss``, exactly.
+    With γ = 0 and no mixed negatives it is ``CachedMultipleNegativesRankingLoss``, exactly. Inputs, errors and all
+    other arguments are those of :class:`FocalRankingLoss`.
 
     Args:
-        model: The model.
-        mini_batch_size: Number of texts per forward pass.
-        scale: Inverse temperature, which multiplies cosine similarities.
-        gather_across_devices: Also use the other processes' texts as negatives.
-        focal_gamma: γ.
-        detach_focal: Detach the focal weights (stop-gradient).
-        mixing: Mixes negatives from the hardest ones; also add it to the trainer's callbacks, for the current step.
-
-    Raises:
-        ConfigurationError: If γ is negative or not finite.
-
-    Inputs:
-        Columns query, positive and any number of hard negatives; no labels.
+        mini_batch_size: Number of texts per forward pass, by default 32.
 
     Example:
         >>> from st_llmpool.data import builtin_backbone
@@ -111,21 +105,6 @@ class CachedFocalRankingLoss(CachedMultipleNegativesRankingLoss):
         >>> columns = [model.preprocess(texts) for texts in (["a cat", "the sea"], ["a lion", "a wave"])]
         >>> CachedFocalRankingLoss(model, mini_batch_size=1)(columns, None).backward()
     """
-
-    def __init__(
-        self,
-        model: SentenceTransformer,
-        *,
-        mini_batch_size: int = 32,
-        scale: float = 20.0,
-        gather_across_devices: bool = False,
-        focal_gamma: float = 0.5,
-        detach_focal: bool = True,
-        mixing: HardNegativeMixing | None = None,
-    ) -> None:
-        options = {"scale": scale, "gather_across_devices": gather_across_devices}
-        super().__init__(model, mini_batch_size=mini_batch_size, **options)
-        self.objective = RankingObjective(focal_gamma, detach_focal, mixing)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -145,7 +124,3 @@ class CachedFocalRankingLoss(CachedMultipleNegativesRankingLoss):
                 loss = loss.detach()
             total = total + loss
         return total
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """Returns the settings that a model card lists."""
-        return {**super().get_config_dict(), **self.objective.get_config_dict()}

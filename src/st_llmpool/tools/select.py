@@ -1,4 +1,4 @@
-"""Chooses training rows that look like a target task, from pools that are larger than memory."""
+"""Choose training rows that look like a target task, from pools that are larger than memory."""
 
 from __future__ import annotations
 
@@ -123,6 +123,8 @@ def select(
         >>> selection.note["nearest"][0]["score"]  # doctest: +SKIP
         0.93
     """
+    from pyarrow import parquet
+
     out = Path(out)
     if out.suffix != ".parquet":
         raise ConfigurationError(f"{str(out)!r} must end in .parquet, since that is what is written.")
@@ -139,8 +141,8 @@ def select(
     sizes = [len(rows) for rows in sources.values()]
     if not 1 <= count <= sum(sizes):
         raise ConfigurationError(f"{count} rows cannot be chosen from a pool of {sum(sizes)}: 1 to {sum(sizes)} can.")
-    for source, rows in sources.items():
-        _check_texts(source, rows, texts_of[source])
+    for source, found in sources.items():
+        _check_texts(source, found, texts_of[source])
     _check_texts(str(target), targets, target_names)
     encoder = _encoder(model, max_length, trust_remote_code)
     inference = str(optimize_inference(encoder))
@@ -150,14 +152,15 @@ def select(
         wanted = np.concatenate(list(_vectors(str(target), targets, target_names, **options)))
         with _vectors_file(out.parent, sum(sizes), wanted.shape[1]) as vectors:
             place = 0
-            for source, rows in sources.items():
-                for chunk in _vectors(source, rows, texts_of[source], **options):
+            for source, found in sources.items():
+                for chunk in _vectors(source, found, texts_of[source], **options):
                     vectors[place : place + len(chunk)] = chunk
                     place += len(chunk)
             assigned = round_robin(vectors, wanted, count)
     table = _chosen(sources, assigned)
-    _write(table, out)
-    chosen = [_text(row, texts_of[row["selection_source"]]) for row in table.to_pylist()]
+    with atomic_file(out) as partial:
+        parquet.write_table(table, partial, compression="zstd")
+    rows = table.to_pylist()
     note = {
         "model": model,
         "inference": inference,
@@ -169,18 +172,18 @@ def select(
         "score": {name: float(getattr(np, name)(assigned.scores)) for name in ("min", "median", "max")},
         "histograms": _histograms(table, by),
     }
-    order = np.argsort(-assigned.scores, kind="stable")
+    order = np.argsort(-assigned.scores, kind="stable").tolist()
     for name, ranks in {"nearest": order[:SHOWN], "farthest": order[::-1][:SHOWN]}.items():
         note[name] = [
             {
                 "score": float(assigned.scores[rank]),
-                "source": table["selection_source"][rank].as_py(),
-                "source_row": table["selection_source_row"][rank].as_py(),
-                "text": chosen[rank],
+                "source": rows[rank]["selection_source"],
+                "source_row": rows[rank]["selection_source_row"],
+                "text": _text(rows[rank], texts_of[rows[rank]["selection_source"]]),
                 "target_row": int(assigned.targets[rank]),
                 "target": _text(targets[int(assigned.targets[rank])], target_names),
             }
-            for rank in ranks.tolist()
+            for rank in ranks
         ]
     write_atomically(out.with_suffix(".json"), json.dumps(note, indent=2, ensure_ascii=False))
     return Selection(out, note)
@@ -319,13 +322,6 @@ def _chosen(sources: dict[str, Dataset], assigned: Assignment) -> pa.Table:
             table = table.append_column(name, pa.array(value, kind))
         tables.append(table)
     return pa.concat_tables(tables, promote_options="default").sort_by("selection_rank")
-
-
-def _write(table: pa.Table, out: Path) -> None:
-    from pyarrow import parquet
-
-    with atomic_file(out) as partial:
-        parquet.write_table(table, partial, compression="zstd")
 
 
 def _histograms(table: pa.Table, by: str | None) -> dict[str, dict[str, int]]:

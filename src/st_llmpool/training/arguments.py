@@ -90,6 +90,11 @@ def enable_gradient_checkpointing(backbone: Any) -> None:
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """Returns the dtype of frozen weights for a recipe's precision."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision_of(precision)]
+
+
 def precision_of(wanted: str) -> str:
     """Returns ``bf16``, ``fp16`` or ``fp32``; ``auto`` is the first on a GPU that has it and the last elsewhere."""
     if wanted != "auto":

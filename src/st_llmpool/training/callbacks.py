@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 
@@ -21,15 +21,10 @@ class ElapsedTimeCallback(TrainerCallback, ExportableState):
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Starts counting from where the checkpoint left off."""
         # The trainer restores either all callbacks or none, so this one restores itself.
-        callbacks: Any = state.stateful_callbacks or {}
-        saved = callbacks.get("ElapsedTimeCallback")
-        if not self.seconds and saved:
-            self.seconds = saved["attributes"]["seconds"]
+        self.seconds = self.seconds or _saved_seconds(state)
         self._last = time.monotonic()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -48,8 +43,11 @@ def seconds_of(trainer: Trainer) -> float:
     counted = next(
         callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ElapsedTimeCallback)
     )
-    callbacks: Any = trainer.state.stateful_callbacks or {}
-    return counted.seconds or callbacks.get("ElapsedTimeCallback", {}).get("attributes", {"seconds": 0.0})["seconds"]
+    return counted.seconds or _saved_seconds(trainer.state)
+
+
+def _saved_seconds(state: Any) -> float:
+    return (state.stateful_callbacks or {}).get("ElapsedTimeCallback", {}).get("attributes", {}).get("seconds", 0.0)
 
 
 class RichProgress(TrainerCallback):
@@ -63,9 +61,7 @@ class RichProgress(TrainerCallback):
         self.console = console or Console(stderr=True)
         self._progress: Progress | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Starts the live line."""
         if not state.is_world_process_zero:
             return
@@ -83,19 +79,12 @@ class RichProgress(TrainerCallback):
         self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step, numbers="")
         self._progress.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advances the live line."""
         if self._progress is not None:
             self._progress.update(self._task, completed=state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Shows the numbers of a log entry."""
         if self._progress is None or not logs or "train_runtime" in logs:
             return
@@ -105,9 +94,7 @@ class RichProgress(TrainerCallback):
         if "loss" not in logs or not self.console.is_terminal:
             self._progress.console.print(f"step {state.global_step}/{state.max_steps}  {numbers}", highlight=False)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ends the live line, and prints the last numbers."""
         is_live = self._progress is not None and self.console.is_terminal
         self.close()
@@ -136,10 +123,15 @@ def describe(logs: dict[str, float]) -> str:
         parts.append(f"lr {float(logs['learning_rate']):.1e}")
     if "pooling_share" in logs:
         parts.append(f"pooling changes the embedding by {100 * logs['pooling_share']:.1f} % (‖e - r‖/‖r‖)")
-    speed = ("_runtime", "_per_second")
-    parts += [
-        f"{name.removeprefix('eval_')} {float(value):.4f}"
-        for name, value in logs.items()
-        if name.startswith("eval_") and not name.endswith(speed)
-    ]
-    return "  ".join(parts)
+    return "  ".join([*parts, *(f"{name} {value:.4f}" for name, value in metrics_of(logs).items())])
+
+
+def metrics_of(logs: dict[str, Any]) -> dict[str, float]:
+    """Returns the metrics of an evaluation's log entry, without its speed.
+
+    Example:
+        >>> metrics_of({"eval_mean": 0.5, "eval_runtime": 3.0, "step": 7})
+        {'mean': 0.5}
+    """
+    found = {name.removeprefix("eval_"): float(value) for name, value in logs.items() if name.startswith("eval_")}
+    return {name: value for name, value in found.items() if not name.endswith(("runtime", "_per_second"))}

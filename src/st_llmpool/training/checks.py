@@ -1,4 +1,4 @@
-"""Validate a recipe before any weights are loaded: names, libraries, adapter targets, layers, batches."""
+"""Validate a recipe before any weights are loaded: names, libraries, layers, adapter targets, then its data."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from sentence_transformers.util import batch_to_device
 
 from ..adapters import PEFT_ERRORS, check_start, lora_config, misfit, without_loftq
 from ..designs import DESIGNS, POOLINGS, resolve_base
 from ..losses.build import check_columns, check_loss
-from ..modules.errors import ConfigurationError, DataError, nearest
+from ..modules.errors import ConfigurationError, DataError, check_choice
 from ..modules.llm_transformer import resolve_layers
 from ..modules.trainable_pooling import TrainablePooling
 from ..saved_embedder import is_saved_embedder, read_architecture
@@ -37,6 +37,9 @@ _TEXT = "Two views of this sentence shall differ, or there is nothing to learn f
 def check_recipe(recipe: Recipe, *, two_views: bool = False) -> None:
     """Checks everything about a recipe that needs neither its data nor the base's weights.
 
+    What one setting may be, and which contradict each other, its own classes have checked. Here follow names, what the
+    machine has, and what fits the base; then :func:`check_data`, and the optimizer's dry run.
+
     Args:
         recipe: The recipe.
         two_views: Whether it contrasts two views of each text, which takes dropout.
@@ -45,24 +48,17 @@ def check_recipe(recipe: Recipe, *, two_views: bool = False) -> None:
         ConfigurationError: If names are unknown, this machine lacks something, or the recipe does not fit the base.
     """
     check_names(recipe)
-    base = resolve_base(recipe.model.base)
-    check_layers(recipe, base)
-    check_pooling(recipe.model, base)
-    if recipe.model.tune == "lora":
-        check_adapter(recipe.model, base)
-    if two_views:
-        check_dropout(recipe.model, base)
-
-
-def check_data(datasets: DatasetDict | Mapping[str, Dataset], recipe: Recipe, world_size: int) -> None:
-    """Checks that the datasets have the columns that the loss needs, and fill a batch on every process.
-
-    Raises:
-        ConfigurationError: If the batch cannot be split over the processes.
-        DataError: If a dataset lacks columns, is too small, or has too few distinct texts.
-    """
-    check_columns(datasets, recipe.loss)
-    check_batches(datasets, recipe, world_size)
+    model, base = recipe.model, resolve_base(recipe.model.base)
+    _check_layers(recipe, base)
+    if model.pooling_init is not None or not is_saved_embedder(base, revision=model.revision):
+        check_pooling(model, base)
+    if model.tune == "lora":
+        check_adapter(model, base)
+    if two_views and not _adapter_drops(model):
+        # A probability in the config proves nothing, since some architectures never read it.
+        empty = _without_weights(model, base)
+        if not any(_drops(module) for module in empty.modules()):
+            raise _equal_views(type(empty).__name__, base)
 
 
 def check_names(recipe: Recipe) -> None:
@@ -71,31 +67,30 @@ def check_names(recipe: Recipe) -> None:
     Raises:
         ConfigurationError: If a name is unknown, a library is missing, or nothing would train.
     """
-    check_loss(recipe.loss)
     model = recipe.model
-    if model.design is not None and model.design not in DESIGNS:
-        hint = nearest(model.design, DESIGNS)
-        raise ConfigurationError(f"model.design={model.design!r} is unknown; known: {list(DESIGNS)}.{hint}")
+    check_loss(recipe.loss)
+    if model.design is not None:
+        check_choice("model.design", model.design, tuple(DESIGNS))
     pooling = design_arguments(model)["pooling"] or "multi_layer"
-    if pooling not in POOLINGS:
-        hint = nearest(pooling, POOLINGS)
-        raise ConfigurationError(f"model.pooling={pooling!r} is unknown; known: {list(POOLINGS)}.{hint}")
+    check_choice("model.pooling", pooling, tuple(POOLINGS))
     module = POOLINGS[pooling].module
     if model.tune == "pooling" and not (isinstance(module, type) and issubclass(module, TrainablePooling)):
         raise ConfigurationError(
             f"model.tune=pooling with model.pooling={pooling!r} trains nothing, since that pooling has no weights. "
             f"Use model.tune=lora, or a pooling with weights such as multi_layer."
         )
-    check_machine(recipe.training, adapter=model.tune == "lora", quantized=model.quantization is not None)
+    check_machine(recipe.training, adapter=model.tune == "lora")
+    if model.quantization is not None:
+        require("train", "bitsandbytes", purpose="model.quantization")
     if model.tune == "lora":
         check_start(lora_config(model.lora), in_4_bits=model.quantization == "nf4")
 
 
-def check_machine(training: TrainingSettings, *, adapter: bool, quantized: bool = False) -> None:
-    """Checks that this machine has what the settings ask for.
+def check_machine(training: TrainingSettings, *, adapter: bool) -> None:
+    """Checks that this machine has the GPU and the libraries that the settings need.
 
     Raises:
-        ConfigurationError: If a library or a GPU is missing.
+        ConfigurationError: If it has not.
     """
     if training.precision in ("bf16", "fp16") and not torch.cuda.is_available():
         raise ConfigurationError(
@@ -104,36 +99,20 @@ def check_machine(training: TrainingSettings, *, adapter: bool, quantized: bool 
         )
     check_optimizer(training.optim)
     check_reports(training.report_to)
-    wanted = {
-        "model.tune=lora": ("peft", adapter),
-        "model.quantization": ("bitsandbytes", quantized),
-    }
-    for setting, (library, is_wanted) in wanted.items():
-        if is_wanted:
-            require("train", library, purpose=setting)
+    if adapter:
+        require("train", "peft", purpose="model.tune=lora")
 
 
 def design_arguments(model: ModelSettings) -> dict[str, Any]:
     """Returns ``attention``, ``pooling`` and ``pooling_kwargs`` for ``build_embedder``; None where nothing is said."""
-    arguments: dict[str, Any] = {"pooling_kwargs": {}}
-    if model.design is not None:
-        arguments = DESIGNS[model.design].as_kwargs()
-    arguments["pooling_kwargs"] = {**arguments["pooling_kwargs"], **model.pooling_kwargs}
     if model.design is None:
-        arguments |= {"attention": model.attention, "pooling": model.pooling}
-    return arguments
+        return {"attention": model.attention, "pooling": model.pooling, "pooling_kwargs": model.pooling_kwargs}
+    arguments = DESIGNS[model.design].as_kwargs()
+    return {**arguments, "pooling_kwargs": {**arguments["pooling_kwargs"], **model.pooling_kwargs}}
 
 
-def check_layers(recipe: Recipe, base: str) -> None:
-    """Checks that there are as many layers as the recipe freezes and trains.
-
-    Args:
-        recipe: The recipe.
-        base: Hub id or folder of the base.
-
-    Raises:
-        ConfigurationError: If the base has no usable config, or fewer layers.
-    """
+def _check_layers(recipe: Recipe, base: str) -> None:
+    """Checks that there are as many layers as the recipe freezes and trains."""
     frozen, sparse = recipe.model.freeze_layers, recipe.training.sparse_tuning
     if not frozen and sparse is None:
         return
@@ -145,17 +124,11 @@ def check_layers(recipe: Recipe, base: str) -> None:
 
 
 def check_pooling(model: ModelSettings, base: str) -> None:
-    """Builds the pooling without weights: a wrong option shall not wait for the stages before it.
-
-    Args:
-        model: Settings of the model.
-        base: Hub id or folder of the base; a saved embedder's own pooling is checked when it is loaded.
+    """Builds the pooling without weights, so that a wrong option is found before the stages.
 
     Raises:
         ConfigurationError: If an option is unknown or out of range, or the base has no such layer.
     """
-    if model.pooling_init is None and is_saved_embedder(base, revision=model.revision):
-        return
     text = _read_config(model, base).get_text_config(decoder=True)
     width, depth = getattr(text, "hidden_size", None), getattr(text, "num_hidden_layers", None)
     if not (isinstance(width, int) and isinstance(depth, int)):
@@ -169,10 +142,6 @@ def check_pooling(model: ModelSettings, base: str) -> None:
 
 def check_adapter(model: ModelSettings, base: str) -> None:
     """Checks that the adapter's targets are in the architecture, built without weights.
-
-    Args:
-        model: Settings of the model.
-        base: Hub id or folder of the base.
 
     Raises:
         ConfigurationError: If the base has no usable config, or the targets match nothing.
@@ -195,34 +164,11 @@ def check_adapter(model: ModelSettings, base: str) -> None:
             ) from error
 
 
-def check_dropout(model: ModelSettings, base: str) -> None:
-    """Checks that two passes of one text differ in training: that there is dropout in the backbone or the adapter.
-
-    A probability in the config proves nothing, since some architectures never read it: it must be in the modules.
-
-    Args:
-        model: Settings of the model.
-        base: Hub id or folder of the base.
-
-    Raises:
-        ConfigurationError: If there is none.
-    """
-    if _adapter_drops(model):
-        return
-    empty = _without_weights(model, base)
-    if not any(_drops(module) for module in empty.modules()):
-        raise _equal_views(type(empty).__name__, base)
-
-
 def check_views(embedder: SentenceTransformer, model: ModelSettings) -> None:
-    """Checks :func:`check_dropout` on the model itself, since some architectures never apply their dropout.
+    """Checks on the model itself that two views of a text differ: some architectures never apply their dropout.
 
-    The random state is unchanged.
-
-    Args:
-        embedder: Not changed.
-        model: The settings that it was built from. With dropout in the adapter nothing is compared: an adapter has no
-            effect before its first step.
+    The random state is unchanged. With dropout in the adapter nothing is compared: it has no effect before its first
+    step.
 
     Raises:
         ConfigurationError: If two passes of one text in training are equal.
@@ -239,19 +185,16 @@ def check_views(embedder: SentenceTransformer, model: ModelSettings) -> None:
         raise _equal_views(type(embedder.transformers_model).__name__, model.base)
 
 
-def _read_config(model: ModelSettings, base: str) -> PreTrainedConfig:
-    return read_architecture(base, trust_remote_code=model.trust_remote_code, revision=model.revision)
+def check_data(datasets: Mapping[str, Dataset], recipe: Recipe, world_size: int) -> None:
+    """Checks that the datasets have the columns that the loss needs, and fill a batch on every process.
 
-
-def check_batches(datasets: DatasetDict | Mapping[str, Dataset], recipe: Recipe, world_size: int) -> None:
-    """Checks that every dataset fills a batch on every process; errors as for :func:`check_data`."""
+    Raises:
+        ConfigurationError: If the batch cannot be split over the processes.
+        DataError: If a dataset lacks columns, is too small, or has too few distinct texts.
+    """
+    check_columns(datasets, recipe.loss)
     batch_size = recipe.training.batch_size
-    if batch_size % world_size:
-        lower = max(batch_size // world_size, 1) * world_size
-        raise ConfigurationError(
-            f"training.batch_size={batch_size} is over all devices and cannot be split evenly over "
-            f"{world_size}. Use {lower} or {lower + world_size}."
-        )
+    check_split(batch_size, world_size)
     if batch_size // world_size < 2 and not recipe.loss.gather_across_devices:
         raise ConfigurationError(
             f"training.batch_size={batch_size} on {world_size} processes is one query each, without negatives of other "
@@ -268,6 +211,20 @@ def check_batches(datasets: DatasetDict | Mapping[str, Dataset], recipe: Recipe,
             _check_first_batch(name, dataset, batch_size)
 
 
+def check_split(batch_size: int, world_size: int) -> None:
+    """Checks that a batch can be split over the processes.
+
+    Raises:
+        ConfigurationError: With the nearest sizes that can.
+    """
+    if batch_size % world_size:
+        lower = max(batch_size // world_size, 1) * world_size
+        raise ConfigurationError(
+            f"training.batch_size={batch_size} is over all devices and cannot be split evenly over "
+            f"{world_size}. Use {lower} or {lower + world_size}."
+        )
+
+
 def _check_first_batch(name: str, dataset: Dataset, batch_size: int) -> None:
     generator = torch.Generator().manual_seed(0)
     sampler = NoDuplicatesBatchSampler(dataset, batch_size=batch_size, drop_last=False, generator=generator)
@@ -278,6 +235,10 @@ def _check_first_batch(name: str, dataset: Dataset, batch_size: int) -> None:
             f"training.batch_size={batch_size}. Use a smaller batch, or training.batch_sampler=batch_sampler, "
             f"which lets a text be its own negative."
         )
+
+
+def _read_config(model: ModelSettings, base: str) -> PreTrainedConfig:
+    return read_architecture(base, trust_remote_code=model.trust_remote_code, revision=model.revision)
 
 
 def _without_weights(model: ModelSettings, base: str) -> torch.nn.Module:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import TrainerState, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, align_special_tokens
 from transformers.utils import logging as hf_logging
 
 from ..modules.errors import StLlmpoolError
 from ..utils.files import reraise_as_write_error
-from .callbacks import RichProgress
+from .callbacks import ElapsedTimeCallback, RichProgress
 from .checkpoints import last_checkpoint, seal_checkpoint
 from .optimizers import refused_by_name
 
@@ -51,6 +51,10 @@ class GuardedTrainer:
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        for shown_by_us in (ProgressCallback, PrinterCallback):
+            self.remove_callback(shown_by_us)
+        for callback in (ElapsedTimeCallback(), RichProgress()):
+            self.add_callback(callback)
         self.model_accepts_loss_kwargs = False  # losses are means of a batch: to be averaged over accumulated ones
         if self.processing_class is not None:  # as ``train`` does, which a finished run never calls
             verbosity = hf_logging.get_verbosity()

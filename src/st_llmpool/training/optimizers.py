@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
-from ..modules.errors import ConfigurationError, nearest
+from ..modules.errors import ConfigurationError, check_choice
 from ..utils.extras import require
 from ..utils.random_state import preserve_rng_state
 
@@ -74,8 +74,7 @@ def check_optimizer(name: str) -> None:
         MissingExtraError: With what to install.
     """
     known = [*OPTIMIZERS, *(option.value for option in OptimizerNames)]
-    if name not in known:
-        raise ConfigurationError(f"training.optim={name!r} is unknown; known: {known}.{nearest(name, known)}")
+    check_choice("training.optim", name, known)
     is_quantised = any(part in name for part in ("8bit", "paged", "bnb"))
     library, extra = ("pytorch_optimizer", "lamb") if name in OPTIMIZERS else ("bitsandbytes", "train")
     if name in OPTIMIZERS or is_quantised:
@@ -133,6 +132,6 @@ def refused_by_name(setting: str, value: Any) -> Iterator[None]:
     except (ImportError, ValueError, TypeError, ArithmeticError, AssertionError, RuntimeError, LookupError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigurationError(
-            f"{setting}={getattr(value, 'value', value)} cannot be used with these arguments: {reason}. Change it, or "
+            f"{setting}={getattr(value, 'value', value)} cannot be used here: {reason}. Change it, or "
             f"what else is set of it under training."
         ) from error

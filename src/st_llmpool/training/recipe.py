@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 
 from ..data.texts import TextSettings
 from ..data.training_data import DatasetSettings
 from ..losses.settings import LossSettings
-from ..modules.errors import ConfigurationError, nearest
+from ..modules.errors import ConfigurationError, check_choice
 from ..utils.files import write_atomically
-from ..utils.reading import read_yaml, shown
+from ..utils.reading import read_yaml
 from ..utils.settings import Range, check_filled, check_ranges, from_mapping, merge, to_mapping, with_overrides
 from .further_arguments import checked_arguments
 
@@ -256,6 +257,10 @@ class TrainingSettings:
         }
         check_ranges(self, "training", ranges)
 
+    def rate_of(self, tune: str) -> float:
+        """Returns the learning rate, or its default for what trains."""
+        return (2e-5 if tune == "full" else 2e-4) if self.learning_rate is None else self.learning_rate
+
 
 @dataclass
 class EvaluationSettings:
@@ -333,12 +338,12 @@ class StageSettings:
             ``contrastive`` trains on pairs as the recipe itself does. The last two train the recipe's pooling too, and
             the next stage goes on with it.
         texts: Unlabelled text, for ``mntp`` and ``simcse``.
-        held_out: For ``mntp``, texts to measure the masked accuracy on; without any, some of `texts` are kept aside.
+        held_out: For ``mntp``, texts to measure the masked accuracy on; without any, some of `texts` are held out.
         data: Pairs, for ``contrastive``.
         tune: What trains with the pooling: a ``lora`` adapter, merged at the end of the stage, or the ``full``
             backbone; None is the recipe's ``model.tune``.
-        lora: As ``model.lora``, which None stands for.
-        max_seq_length: As ``model.max_seq_length``, which None stands for.
+        lora: None is the recipe's ``model.lora``.
+        max_seq_length: None is the recipe's ``model.max_seq_length``.
         merge: Weight of the trained model in the backbone that the stage leaves, the rest being what it started from;
             the pooling stays as trained. Of a list the best is taken: by masked accuracy for ``mntp``, by nDCG@10
             on the first set of ``evaluation.data`` else. None keeps the trained weights.
@@ -388,8 +393,38 @@ _STAGE_FIELDS = {
 }
 
 
+class SavedRecipe:
+    """A recipe, as a dataclass, with its YAML file."""
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Reads a recipe.
+
+        Args:
+            path: YAML file.
+            overrides: ``dotted.key=value`` each, such as ``training.learning_rate=1e-4`` or ``data.0.limit=100``.
+
+        Raises:
+            ConfigurationError: If the file is missing or not YAML, a key is unknown, or a value does not fit.
+        """
+        return cls.from_dict(read_yaml(path), overrides)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], overrides: Sequence[str] = ()) -> Self:
+        """Builds a recipe from nested mappings; arguments and errors as for :meth:`from_yaml`."""
+        return from_mapping(cls, with_overrides(values, overrides))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns every setting, defaults included, as nested mappings."""
+        return to_mapping(self)
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Writes every setting, defaults included; :meth:`from_yaml` reads it back to an equal recipe."""
+        write_atomically(Path(path), yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+
+
 @dataclass
-class Recipe:
+class Recipe(SavedRecipe):
     """A training run.
 
     Attributes:
@@ -402,7 +437,7 @@ class Recipe:
         stages: Stages before the recipe's own training; each leaves its model in ``stages/<number>-<kind>/model``.
         seed: Seed of initial weights, data order and dropout.
         card_examples: Show a few rows of the training data, verbatim, in the model card.
-        preset: A name in ``PRESETS``, whose values stand where the recipe says nothing else.
+        preset: A name in ``PRESETS``, for values that the recipe does not set.
 
     Raises:
         ConfigurationError: From the constructor, if settings contradict each other.
@@ -426,52 +461,23 @@ class Recipe:
     def __post_init__(self) -> None:
         check_filled(self, "output_dir")
         check_ranges(self, "", {"seed": Range(0, 2**32 - 1)})  # what numpy takes
-        _check_data(self)
-        _check_model(self.model)
-        _check_training(self)
-        _check_stages(self)
+        for contradiction in _contradictions(self):
+            raise ConfigurationError(contradiction)
 
     @classmethod
-    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-        """Reads a recipe.
-
-        Args:
-            path: YAML file.
-            overrides: ``dotted.key=value`` each, such as ``training.learning_rate=1e-4`` or ``data.0.limit=100``.
-
-        Raises:
-            ConfigurationError: If the file is missing or not YAML, a key is unknown, or a value does not fit.
-        """
-        return cls.from_dict(read_yaml(path), overrides)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    def from_dict(cls, values: dict[str, Any], overrides: Sequence[str] = ()) -> Self:
         """Builds a recipe from nested mappings; arguments and errors as for :meth:`from_yaml`."""
         values = with_overrides(values, overrides)
         preset = values.get("preset")
         if preset is not None:
-            if not isinstance(preset, str) or preset not in PRESETS:
-                raise ConfigurationError(
-                    f"preset={shown(preset)} is unknown; known: {list(PRESETS)}.{nearest(str(preset), PRESETS)}"
-                )
+            check_choice("preset", preset, tuple(PRESETS))
             values = merge(PRESETS[preset], values)
         return from_mapping(cls, values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns every setting, defaults included, as nested mappings."""
-        return to_mapping(self)
-
-    def to_yaml(self, path: str | Path) -> None:
-        """Writes every setting, defaults included; :meth:`from_yaml` reads it back to an equal recipe."""
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-        write_atomically(Path(path), text)
 
     @property
     def learning_rate(self) -> float:
         """The learning rate of the adapter or the backbone."""
-        if self.training.learning_rate is not None:
-            return self.training.learning_rate
-        return 2e-5 if self.model.tune == "full" else 2e-4
+        return self.training.rate_of(self.model.tune)
 
 
 def with_earlier_names(values: dict[str, Any]) -> dict[str, Any]:
@@ -497,87 +503,74 @@ def with_earlier_names(values: dict[str, Any]) -> dict[str, Any]:
     return earlier
 
 
-def _check_data(recipe: Recipe) -> None:
-    if not recipe.data:
-        raise ConfigurationError(
-            "data is empty: name at least one training set, such as data: [{source: pairs.jsonl}]."
-        )
-    for place, settings in [("data", recipe.data), ("evaluation.data", recipe.evaluation.data)]:
-        names = [dataset.label for dataset in settings]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigurationError(f"{place} has two sets that are called {name!r}: give each its own name.")
-    weighted = [dataset.weight is not None for dataset in recipe.data]
-    if any(weighted) and not all(weighted):
-        unweighted = recipe.data[weighted.index(False)].label
-        raise ConfigurationError(f"data: {unweighted!r} has no weight, but others have: give all a weight, or none.")
-
-
-def _check_model(model: ModelSettings) -> None:
+def _contradictions(recipe: Recipe) -> Iterator[str]:
+    """Yields what is wrong with settings together, in the order of the file; each alone was checked by its class."""
+    model, loss, training, evaluation = recipe.model, recipe.loss, recipe.training, recipe.evaluation
     if model.design is not None and (model.attention is not None or model.pooling is not None):
-        raise ConfigurationError(
+        yield (
             f"model.design={model.design!r} says attention and pooling: drop it, or model.attention and model.pooling."
         )
     if model.quantization is not None and model.tune == "full":
-        raise ConfigurationError(
+        yield (
             f"model.quantization={model.quantization!r} cannot train in full: quantised weights have no gradient. "
             f"Use model.tune=lora, or drop model.quantization."
         )
     if model.freeze_layers and model.tune == "pooling":
-        raise ConfigurationError(
+        yield (
             f"model.freeze_layers={model.freeze_layers} does not apply to model.tune=pooling, which freezes every "
             f"layer. Drop it, or use model.tune=lora or full."
         )
-
-
-def _check_training(recipe: Recipe) -> None:
-    training = recipe.training
-    _check_dimensions(recipe)
-    if training.sparse_tuning is not None and recipe.model.tune != "lora":
-        raise ConfigurationError(
-            f"training.sparse_tuning chooses among the layers of an adapter, and model.tune={recipe.model.tune} has "
-            f"none. Use model.tune=lora, or drop it; model.freeze_layers freezes layers of a full model."
+    if not recipe.data:
+        yield "data is empty: name at least one training set, such as data: [{source: pairs.jsonl}]."
+    for place, sets in [("data", recipe.data), ("evaluation.data", evaluation.data)]:
+        labels = Counter(item.label for item in sets)
+        for name in (name for name, count in labels.items() if count > 1):
+            yield f"{place} has two sets that are called {name!r}: give each its own name."
+    unweighted = [item.label for item in recipe.data if item.weight is None]
+    if 0 < len(unweighted) < len(recipe.data):
+        yield f"data: {unweighted[0]!r} has no weight, but others have: give all a weight, or none."
+    sizes = loss.matryoshka_dims
+    if sizes is not None and (not sizes or min(sizes) < 1):
+        yield f"loss.matryoshka_dims={sizes} must be numbers of dimensions, such as [64, 128]."
+    if model.truncate_dim is not None and model.truncate_dim not in (sizes or []):
+        yield (
+            f"model.truncate_dim={model.truncate_dim} is not among loss.matryoshka_dims={sizes}, so nothing trains the "
+            f"first {model.truncate_dim} dimensions to be an embedding. Add it there."
+        )
+    if training.sparse_tuning is not None and model.tune != "lora":
+        yield (
+            f"training.sparse_tuning chooses among the layers of an adapter, and model.tune={model.tune} has none. "
+            f"Use model.tune=lora, or drop it; model.freeze_layers freezes layers of a full model."
         )
     if training.batch_size < 2:
-        raise ConfigurationError(
+        yield (
             f"training.batch_size={training.batch_size} leaves a query without negatives of other queries, so there is "
             f"nothing to contrast. Use at least 2; with little memory set loss.mini_batch_size=1."
         )
-    if recipe.evaluation.load_best_model_at_end and not recipe.evaluation.is_on:
-        raise ConfigurationError(
-            "evaluation.load_best_model_at_end needs something to measure: give evaluation.data or .suite."
-        )
-
-
-def _check_dimensions(recipe: Recipe) -> None:
-    sizes, truncate_dim = recipe.loss.matryoshka_dims, recipe.model.truncate_dim
-    if sizes is not None and (not sizes or min(sizes) < 1):
-        raise ConfigurationError(f"loss.matryoshka_dims={sizes} must be numbers of dimensions, such as [64, 128].")
-    if truncate_dim is not None and truncate_dim not in (sizes or []):
-        raise ConfigurationError(
-            f"model.truncate_dim={truncate_dim} is not among loss.matryoshka_dims={sizes}, so nothing trains the first "
-            f"{truncate_dim} dimensions to be an embedding. Add it there."
-        )
-
-
-def _check_stages(recipe: Recipe) -> None:
+    if evaluation.load_best_model_at_end and not evaluation.is_on:
+        yield "evaluation.load_best_model_at_end needs something to measure: give evaluation.data or .suite."
     kinds = [stage.kind for stage in recipe.stages]
     for place, stage in enumerate(recipe.stages):
         if stage.kind == "mntp" and set(kinds[:place]) - {"mntp"}:
-            raise ConfigurationError(
+            yield (
                 f"stages.{place}: kind=mntp after {kinds[place - 1]} would start from a model that has lost its head, "
                 f"and its pooling would be lost. Put it first."
             )
-        if stage.kind == "mntp" and stage.tune is None and recipe.model.tune == "pooling":
-            raise ConfigurationError(f"stages.{place}: model.tune=pooling does not apply to mntp. Set its tune.")
-        if stage.kind == "mntp" and recipe.model.quantization is not None:
-            raise ConfigurationError(
-                f"stages.{place}: model.quantization={recipe.model.quantization!r} does not apply to mntp, which ends "
-                f"in a complete base. Run st-llmpool adapt by itself, and name its result as model.base."
+        if stage.kind == "mntp" and stage.tune is None and model.tune == "pooling":
+            yield f"stages.{place}: model.tune=pooling does not apply to mntp. Set its tune."
+        if stage.kind == "mntp" and model.quantization is not None:
+            yield (
+                f"stages.{place}: model.quantization={model.quantization!r} does not apply to mntp, which ends in a "
+                f"complete base. Run st-llmpool adapt by itself, and name its result as model.base."
             )
-        evaluation = stage.evaluation or recipe.evaluation
-        if stage.kind != "mntp" and isinstance(stage.merge, list) and len(stage.merge) > 1 and not evaluation.data:
-            raise ConfigurationError(
-                f"stages.{place}: merge={stage.merge} needs a score to choose by. Give "
-                f"evaluation.data, held-out pairs, or one number."
+        if stage.kind == "mntp" and model.freeze_layers:
+            yield (
+                f"model.freeze_layers={model.freeze_layers} does not apply to stages.{place}, kind=mntp, which adapts "
+                f"every layer. Run st-llmpool adapt by itself, and name its result as model.base; or drop it."
+            )
+        has_pairs = bool((stage.evaluation or evaluation).data)
+        if stage.kind != "mntp" and isinstance(stage.merge, list) and len(stage.merge) > 1 and not has_pairs:
+            yield (
+                f"stages.{place}: merge={stage.merge} needs a score to choose by. Give evaluation.data, held-out "
+                f"pairs, or one number."
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,20 +30,20 @@ _ROUGH_LOGITS = 0.2  # in proportion to their length, of 16-bit weights under no
 def check_reload(model: SentenceTransformer, folder: Path, *, full: bool, trust_remote_code: bool = False) -> None:
     """Saves `model`, loads it as a user does, and compares vectors.
 
-    An adapter or a pooling that has not been trained changes nothing, and so would its loss; for the time of the check
-    their weights are moved by noise. Model and random state are as before afterwards.
+    A new adapter or pooling has no effect yet, and to lose it would not show: its weights are moved by noise for the
+    time of the check. Model and random state are as before afterwards.
 
     Args:
-        model: About to be trained; whole on this process.
+        model: About to be trained; complete on this process.
         folder: Where the temporary copy goes.
-        full: Whether the backbone itself trains, whose own weights are no start from nothing.
+        full: Whether the backbone itself trains, which needs no noise.
         trust_remote_code: As the base was loaded.
 
     Raises:
         ConfigurationError: If what is saved does not load, or gives other vectors.
         WriteError: If there is no space for one copy.
     """
-    moved = list(_trained(model, without_backbone=full))
+    moved = _trained(list(model)[1:] if full else model)
     training = model.training
     if has_adapter(model):
         _check_effect(model)
@@ -75,7 +75,7 @@ def _check_effect(model: SentenceTransformer) -> None:
     """Refuses an adapter that moves no vector, such as one in layers above those that the pooling reads."""
     with preserve_rng_state():
         before = _vectors(model)
-        with _moved([weight for weight in model[0].parameters() if weight.requires_grad]):
+        with _moved(_trained([model[0]])):
             after = _vectors(model)
     if torch.equal(before, after):
         raise ConfigurationError(
@@ -92,7 +92,7 @@ def check_language_model(
     Weights of an adapter are moved by noise for that time, as in :func:`check_reload`.
 
     Args:
-        model: About to be trained; whole on this process.
+        model: About to be trained; complete on this process.
         save: Called with a copy, which it may change, and where to save it.
         load: Returns the saved model, as those who use it load it.
         tokens: Input (1, T).
@@ -103,7 +103,7 @@ def check_language_model(
         WriteError: If there is no space for one copy.
     """
     device, training = model.device, model.training
-    moved = [weight for weight in model.parameters() if weight.requires_grad] if hasattr(model, "peft_config") else []
+    moved = _trained([model]) if hasattr(model, "peft_config") else []
     model.eval()
     with preserve_rng_state(), _moved(moved), _scratch(folder) as place:
         try:
@@ -155,10 +155,8 @@ def _vectors(model: SentenceTransformer) -> torch.Tensor:
     return model.encode(_TEXTS, convert_to_tensor=True, show_progress_bar=False).float().cpu()
 
 
-def _trained(model: SentenceTransformer, *, without_backbone: bool) -> Iterator[nn.Parameter]:
-    for number, module in enumerate(model):
-        if number > 0 or not without_backbone:
-            yield from (weight for weight in module.parameters() if weight.requires_grad)
+def _trained(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    return [weight for module in modules for weight in module.parameters() if weight.requires_grad]
 
 
 @contextmanager

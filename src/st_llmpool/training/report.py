@@ -7,35 +7,42 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState
+from transformers import Trainer, TrainerState
 
 from ..model_card.figures import draw_curve
 from ..modules.errors import __version__
 from ..utils.files import write_atomically
+from .callbacks import metrics_of, seconds_of
 
 _LIBRARIES = ("torch", "transformers", "sentence-transformers", "accelerate", "datasets", "peft", "bitsandbytes")
 
 
-def write_report(folder: Path, state: TrainerState, facts: dict[str, Any]) -> dict[str, Any]:
+def write_report(folder: Path, trainer: Trainer, facts: dict[str, Any]) -> dict[str, Any]:
     """Writes ``training.json`` and ``loss.png``.
 
     Args:
         folder: The run's folder.
-        state: The trainer's state, whose log goes back to the first step even if the run was resumed.
-        facts: What the state does not know; becomes the head of the file.
+        trainer: Its log goes back to the first step even if the run was resumed.
+        facts: What the trainer does not know.
 
     Returns:
-        What is in ``training.json``: `facts`, ``versions``, ``steps``, ``losses``, ``learning_rates``,
-        ``pooling_share`` and ``evaluations``, the last four as lists of ``[step, value]``.
+        What is in ``training.json``: `facts`, ``wall_seconds``, ``processes``, ``device``, ``precision``,
+        ``versions``, ``steps``, ``losses``, ``learning_rates``, ``pooling_share`` and ``evaluations``, the last four
+        as lists of ``[step, value]``.
     """
+    state, arguments = trainer.state, trainer.args
     report = {
+        "wall_seconds": round(seconds_of(trainer), 1),
+        "processes": arguments.world_size,
+        "device": str(arguments.device.type),
+        "precision": "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "fp32",
         **facts,
         "versions": _versions(),
         "steps": state.global_step,
         "losses": _curve(state, "loss"),
         "learning_rates": _curve(state, "learning_rate"),
         "pooling_share": _curve(state, "pooling_share"),
-        "evaluations": [[entry["step"], metrics] for entry in state.log_history if (metrics := _metrics(entry))],
+        "evaluations": [[entry["step"], metrics] for entry in state.log_history if (metrics := metrics_of(entry))],
     }
     write_atomically(folder / "training.json", json.dumps(report, indent=2))
     draw_curve(folder / "loss.png", report["losses"], "training loss")
@@ -54,12 +61,3 @@ def _versions() -> dict[str, str]:
 
 def _curve(state: TrainerState, name: str) -> list[list[float]]:
     return [[entry["step"], float(entry[name])] for entry in state.log_history if name in entry]
-
-
-def _metrics(entry: dict[str, Any]) -> dict[str, float]:
-    speed = ("_runtime", "_per_second")
-    return {
-        name.removeprefix("eval_"): float(value)
-        for name, value in entry.items()
-        if name.startswith("eval_") and not name.endswith(speed)
-    }

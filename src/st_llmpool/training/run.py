@@ -15,7 +15,7 @@ import torch
 from datasets import DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvaluator
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from ..adapters import has_adapter
 from ..data.texts import load_views
@@ -31,8 +31,7 @@ from ..utils.files import atomic_folder
 from ..utils.parameters import count_weights
 from ..utils.random_state import preserve_rng_state
 from ..utils.reading import read_json_object
-from .arguments import enable_gradient_checkpointing, precision_of, shared_arguments, trainer_arguments
-from .callbacks import ElapsedTimeCallback, RichProgress, seconds_of
+from .arguments import dtype_of, enable_gradient_checkpointing, shared_arguments, trainer_arguments
 from .checks import check_data, check_recipe, check_views, design_arguments
 from .freezing import freeze_lowest_layers
 from .held_out import held_out_evaluator
@@ -41,7 +40,7 @@ from .pooling_change import NEGLIGIBLE, trainable_poolings
 from .recipe import DEFAULT_LENGTH, Recipe, StageSettings
 from .reload_check import check_reload
 from .report import write_report
-from .run_folder import check_on_first_process, check_output, checkpoint_of, locked_run, remove_checkpoints_after
+from .run_folder import check_output, locked_run, train_in_folder
 from .sparse_tuning import SparseTuning
 from .stages import merge_stage, run_stages
 from .trainer import EmbedderTrainer
@@ -97,13 +96,12 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCa
     check_output(recipe, folder, resume=resume)
     if (folder / "model").is_dir():
         return _finished(recipe, folder)
-    prepared = _prepare(recipe)
-    with locked_run(folder, prepared.arguments):
-        check_output(recipe, folder, resume=resume)  # again: another run may have ended meanwhile
-        start = None
+    with locked_run(folder) as raise_refusal:
+        prepared, start = _prepare(recipe), None
+        raise_refusal()
         if recipe.stages:
             if prepared.arguments.process_index == 0:
-                _keep_recipe(recipe, folder)  # before the first stage, so that all of it can be resumed
+                recipe.to_yaml(folder / "recipe.yaml")  # before the first stage, so that all of it can be resumed
             start = run_stages(recipe, check=_prepare, train=_train_stage)
         return _train(recipe, prepared, start, resume=resume, callbacks=callbacks)
 
@@ -168,34 +166,15 @@ def _train(
     vars(model.model_card_data)["training_examples"] = recipe.card_examples  # before the trainer picks them
     trainer = _trainer(recipe, model, arguments, datasets, prepared.evaluator, callbacks)
     model.truncate_dim = recipe.model.truncate_dim  # after the loss was built, which trains all dimensions
-    if arguments.process_index == 0:
-        _keep_recipe(recipe, folder)
-    checkpoint = checkpoint_of(folder, arguments.world_size) if resume else None
-    if arguments.process_index == 0:
-        remove_checkpoints_after(folder, checkpoint)
-    arguments.eval_on_start = arguments.eval_on_start and checkpoint is None  # else it would count twice
-    if checkpoint is None:
-        _check_reload(trainer, recipe, folder)
-    if checkpoint is None or not trainer.restore_finished(checkpoint):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    full, trusted = recipe.model.tune == "full", recipe.model.trust_remote_code
+    check = partial(check_reload, model, folder, full=full, trust_remote_code=trusted)
+    train_in_folder(folder, recipe, trainer, check, resume=resume)
     rows = {name: len(dataset) for name, dataset in datasets.items()}
     at_end = None
     if start is not None or stage is not None:  # an adapter's base, a stage's model, is nowhere but in this run
         merge = None if stage is None else stage.merge
         at_end = partial(merge_stage, model, base, merge, recipe.evaluation, prepared.evaluator)
     return _finish(trainer, recipe, folder, rows, at_end)
-
-
-def _check_reload(trainer: EmbedderTrainer, recipe: Recipe, folder: Path) -> None:
-    if not trainer.is_sharded:
-        full, trusted = recipe.model.tune == "full", recipe.model.trust_remote_code
-        check = partial(check_reload, trainer.model, folder, full=full, trust_remote_code=trusted)
-        check_on_first_process(trainer.args.process_index == 0, check)
-
-
-def _keep_recipe(recipe: Recipe, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe.to_yaml(folder / "recipe.yaml")
 
 
 def _finished(recipe: Recipe, folder: Path) -> TrainingResult:
@@ -248,8 +227,6 @@ def _build_model(recipe: Recipe, base: str, arguments: SentenceTransformerTraini
     settings = recipe.model
     is_first = base == resolve_base(settings.base)  # else what the stage before this left
     continued = is_saved_embedder(base, revision=settings.revision if is_first else None)
-    precision = precision_of(recipe.training.precision)
-    frozen_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     placement = {"device_map": {"": arguments.device}} if settings.quantization and torch.cuda.is_available() else {}
     model = build_embedder(
         base,
@@ -263,7 +240,7 @@ def _build_model(recipe: Recipe, base: str, arguments: SentenceTransformerTraini
         quantization_config=settings.quantization,
         prompts=_prompts(recipe),
         allow_partial=settings.allow_partial,
-        dtype=torch.float32 if settings.tune == "full" else frozen_dtype,
+        dtype=torch.float32 if settings.tune == "full" else dtype_of(recipe.training.precision),
         device=str(arguments.device),
         attn_implementation=settings.attn_implementation,
         model_kwargs=placement,
@@ -340,23 +317,15 @@ def _trainer(
     loss = build_loss(model, recipe.loss, LossParts(gather, mixing, guide))
     settings = recipe.training.sparse_tuning
     sparse = None if settings is None else SparseTuning(settings, model, loss, seed=recipe.seed)
-    trainer = EmbedderTrainer(
+    return EmbedderTrainer(
         model=model,
         args=arguments,
         train_dataset=datasets,
         loss=loss,
         evaluator=evaluator,
-        callbacks=[
-            ElapsedTimeCallback(),
-            RichProgress(),
-            *(made for made in (mixing, sparse) if made is not None),
-            *callbacks,
-        ],
+        callbacks=[*(made for made in (mixing, sparse) if made is not None), *callbacks],
         optimizer_class=OPTIMIZERS.get(recipe.training.optim),
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def _finish(
@@ -376,10 +345,6 @@ def _finish(
             100 * change,
         )
     facts = {
-        "wall_seconds": round(seconds_of(trainer), 1),
-        "processes": trainer.args.world_size,
-        "device": str(trainer.args.device.type),
-        "precision": precision_of(recipe.training.precision),
         "rows": rows,
         "licenses": {item.label: item.license for item in recipe.data},
         "parameters": count_weights(model.parameters()),
@@ -391,7 +356,7 @@ def _finish(
     if trainer.args.process_index == 0:
         if at_end is not None:
             facts |= at_end()
-        report = write_report(folder, state, facts)
+        report = write_report(folder, trainer, facts)
         vars(model.model_card_data).update(training_facts(folder))
         light = card_without_forwards(model) if trainer.is_sharded else nullcontext()  # one rank cannot run its part
         with light, atomic_folder(folder / "model") as target:

@@ -1,21 +1,23 @@
-"""Guard a run directory: refuse mixed runs, one process at a time, find the checkpoint to resume from."""
+"""Guard a run directory: refuse mixed runs, one run at a time, resume from the last complete checkpoint."""
 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from transformers import TrainingArguments
 
 from ..modules.errors import ConfigurationError, StLlmpoolError
 from ..utils.locks import locked_folder
 from ..utils.settings import differences
 from .checkpoints import last_checkpoint, processes_of
+from .recipe import SavedRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -32,17 +34,6 @@ _FREE_TO_CHANGE = {
     "training.dataloader_num_workers",
     "training.run_name",
 }
-
-
-class SavedRecipe(Protocol):
-    """A recipe that is written to, and read from, the folder of its run."""
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> Self:
-        """Reads it."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns every setting."""
 
 
 def check_output(recipe: SavedRecipe, folder: Path, *, resume: bool) -> None:
@@ -100,61 +91,93 @@ def _bound(settings: dict[str, Any]) -> set[str]:
     return bound
 
 
-def checkpoint_of(folder: Path, world_size: int) -> Path | None:
-    """Returns the checkpoint to resume from; None if there is none yet.
+def train_in_folder(
+    folder: Path, recipe: SavedRecipe, trainer: Any, check_reload: Callable[[], object], *, resume: bool
+) -> None:
+    """Trains from the last complete checkpoint of a run, or from the start.
 
     Args:
-        folder: The run's folder.
-        world_size: Number of processes now; logs what differs if the checkpoint is of another number.
+        folder: The run's folder, which gets the recipe.
+        recipe: The recipe of the run.
+        trainer: A :class:`GuardedTrainer`.
+        check_reload: Called on the first process before the first step of a model that is whole on it.
+        resume: Whether to look for a checkpoint; later ones, half or damaged, are removed.
     """
-    checkpoint = last_checkpoint(folder / "checkpoints")
-    left = [path.name for path in (folder / "checkpoints").glob("checkpoint-*")]
+    is_first, checkpoint = trainer.args.process_index == 0, None
+    if is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe.to_yaml(folder / "recipe.yaml")
+    if resume:
+        checkpoint = _checkpoint_of(folder / "checkpoints", trainer.args.world_size)
+    if is_first:
+        _remove_checkpoints_after(checkpoint, folder / "checkpoints")
+    if checkpoint is None:
+        if not trainer.is_sharded:
+            check_on_first_process(is_first, check_reload)
+        trainer.train()
+    elif not trainer.restore_finished(checkpoint):
+        trainer.args.eval_on_start = False  # else it would count twice
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def _checkpoint_of(folder: Path, world_size: int) -> Path | None:
+    """Returns the checkpoint to resume from, if there is one; logs what differs if other processes wrote it."""
+    checkpoint = last_checkpoint(folder)
+    left = sorted(path.name for path in folder.glob("checkpoint-*"))
     if checkpoint is None and left:
-        logger.warning("No checkpoint in %s is complete (%s): step 1 is next.", folder, ", ".join(sorted(left)))
+        logger.warning("No checkpoint in %s is complete (%s): step 1 is next.", folder.parent, ", ".join(left))
     if checkpoint is not None and processes_of(checkpoint) != world_size:
         logger.warning(
             "%s is of %d processes and goes on with %d: batches stay the same, dropout differs.",
-            checkpoint,
-            processes_of(checkpoint),
-            world_size,
+            *(checkpoint, processes_of(checkpoint), world_size),
         )
     return checkpoint
 
 
+def _remove_checkpoints_after(resumed: Path | None, folder: Path) -> None:
+    """Removes the checkpoints that a resumed run makes again, which the new ones would be mixed with."""
+    last = -1 if resumed is None else int(resumed.name.rpartition("-")[2])
+    for checkpoint in folder.glob("checkpoint-*"):
+        number = checkpoint.name.rpartition("-")[2]
+        if number.isdigit() and int(number) > last:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
 @contextmanager
-def locked_run(folder: Path, arguments: TrainingArguments) -> Iterator[None]:
-    """Locks `folder` for the processes of one run; the first of them holds the lock, and all raise what it finds.
+def locked_run(folder: Path) -> Iterator[Callable[[], None]]:
+    """Locks `folder` for the processes of one run; the first of them holds the lock.
+
+    Yields:
+        What each process calls once all can talk to each other: it raises on all what stopped the first.
 
     Raises:
-        ConfigurationError: If another run is active there.
+        ConfigurationError: If another run is active there; of a single process, at once.
     """
     with ExitStack() as stack:
-        lock = locked_folder(folder)
-        check_on_first_process(arguments.process_index == 0, lambda: stack.enter_context(lock))
-        yield
+        refusal = None
+        if int(os.environ.get("RANK", 0)) == 0:
+            try:
+                stack.enter_context(locked_folder(folder))
+            except StLlmpoolError as error:
+                if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+                    raise
+                refusal = error
+        yield partial(_raise_on_all, refusal)
 
 
 def check_on_first_process(is_first: bool, check: Callable[[], object]) -> None:
     """Runs a check on the first process; all raise what it finds."""
-    found: list[StLlmpoolError | None] = [None]
+    refusal = None
     if is_first:
         try:
             check()
         except StLlmpoolError as error:
-            found = [error]
+            refusal = error
+    _raise_on_all(refusal)
+
+
+def _raise_on_all(refusal: StLlmpoolError | None) -> None:
+    found = [refusal]  # the others would wait for the first, or meet its next run in their collective calls
     broadcast_object_list(found)
     if found[0] is not None:
         raise found[0]
-
-
-def remove_checkpoints_after(folder: Path, resumed: Path | None) -> None:
-    """Removes the checkpoints that a resumed run makes again: half or damaged ones, which the new would be mixed with.
-
-    Args:
-        folder: The run's folder.
-        resumed: The checkpoint that it resumes from; None if it starts from the beginning.
-    """
-    last = -1 if resumed is None else int(resumed.name.rpartition("-")[2])
-    for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
-        if checkpoint.name.rpartition("-")[2].isdigit() and int(checkpoint.name.rpartition("-")[2]) > last:
-            shutil.rmtree(checkpoint, ignore_errors=True)

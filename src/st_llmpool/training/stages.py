@@ -15,7 +15,6 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from ..adapters import has_adapter, load_again, merge_adapter
 from ..data.texts import load_texts
 from ..losses.settings import LossSettings
-from ..modules.errors import ConfigurationError
 from ..utils.random_state import preserve_rng_state
 from .checks import design_arguments
 from .interpolation import merge_with_base
@@ -65,23 +64,8 @@ def run_stages(recipe: Recipe, check: Callable[[Recipe, StageSettings], Any], tr
 
 
 def adapt_recipe(recipe: Recipe, stage: StageSettings, folder: Path, start: Path | None) -> AdaptRecipe:
-    """Returns what :func:`adapt` does for a stage of kind ``mntp``.
-
-    Args:
-        recipe: The recipe.
-        stage: The stage.
-        folder: Its folder.
-        start: The previous stage's model; None is the recipe's base.
-
-    Raises:
-        ConfigurationError: If the recipe freezes layers, which an adaptation cannot.
-    """
+    """Returns the recipe of a stage of kind ``mntp`` that starts from the model in `start`, or the recipe's base."""
     model = recipe.model
-    if model.freeze_layers:
-        raise ConfigurationError(
-            f"model.freeze_layers={model.freeze_layers} is not for a stage of kind=mntp, which adapts every layer. Run "
-            f"st-llmpool adapt by itself, and name its result as model.base; or drop model.freeze_layers."
-        )
     return AdaptRecipe(
         output_dir=str(folder),
         base=model.base if start is None else str(start),
@@ -103,13 +87,7 @@ def adapt_recipe(recipe: Recipe, stage: StageSettings, folder: Path, start: Path
 
 
 def embedder_recipe(recipe: Recipe, stage: StageSettings, folder: Path) -> Recipe:
-    """Returns the recipe of a stage of kind ``simcse`` or ``contrastive``, which has none itself.
-
-    Args:
-        recipe: The recipe.
-        stage: The stage.
-        folder: Its folder.
-    """
+    """Returns the recipe of a stage of kind ``simcse`` or ``contrastive``, which has no stages itself."""
     model = dataclasses.replace(
         recipe.model,
         tune=stage.tune or recipe.model.tune,

@@ -62,7 +62,7 @@ class EmbedderTrainer(GuardedTrainer, SentenceTransformerTrainer):
             super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
-        # The base class reads the whole model a second time, the base unquantised, and fails on its shapes; and it does
+        # The base class reads the model a second time, with the base unquantised, and fails on its shapes; and it does
         # not know our classes by the names that they are saved under.
         if has_adapter(self.model) or not any(weight.requires_grad for weight in self.model[0].parameters()):
             load_trained_weights(self.model, Path(checkpoint_path))

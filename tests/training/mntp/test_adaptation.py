@@ -124,13 +124,13 @@ def slow_accuracy(base, attention: str, texts: list[tuple[list[int], list[int]]]
 
 def test_the_figures_are_those_of_a_slow_loop(tmp_path, tiny_lm, words_file, monkeypatch):
     kept = {}
-    finish = adaptation._finish
+    write_report = adaptation.write_report
 
-    def spy(trainer, recipe, base, tokenizer, texts):
-        kept.update(held_out=texts.held_out, pieces=texts.pieces)
-        return finish(trainer, recipe, base, tokenizer, texts)
+    def spy(folder, trainer, facts):
+        kept.update(held_out=trainer.eval_dataset, pieces=trainer.train_dataset.pieces)
+        return write_report(folder, trainer, facts)
 
-    monkeypatch.setattr(adaptation, "_finish", spy)
+    monkeypatch.setattr(adaptation, "write_report", spy)
     masking = {"token": "<pad>"}  # one that the base has too
     result = adapt(make(tmp_path / "run", tiny_lm, words_file, tune="full", evaluation={"limit": 4}, masking=masking))
     texts = [(one["input_ids"].tolist(), one["labels"].tolist()) for one in kept["held_out"]]
@@ -140,7 +140,9 @@ def test_the_figures_are_those_of_a_slow_loop(tmp_path, tiny_lm, words_file, mon
     assert found["base"] == slow_accuracy(tiny_lm, "bidirectional", texts, unmasked=False)
     assert found["causal"] == slow_accuracy(tiny_lm, "causal", texts, unmasked=True)
     targets = [label for _, labels in texts for label in labels if label != -100]
-    (most_frequent, _), *_ = Counter(token for ids in kept["pieces"]["input_ids"][:] for token in ids).most_common()
+    (most_frequent, _), *_ = Counter(
+        token for ids in kept["pieces"]["input_ids"][:] for token in ids.tolist()
+    ).most_common()
     assert found["no_context"] == pytest.approx(targets.count(most_frequent) / len(targets))
     assert result.report["masked_tokens"] == len(targets)
     pad = AutoTokenizer.from_pretrained(tiny_lm).pad_token_id
@@ -185,13 +187,16 @@ def test_the_share_of_trained_weights_with_the_best_accuracy_is_taken(tmp_path, 
 def test_the_base_comes_into_memory_when_the_trained_model_is_gone_from_it(unbroken, tmp_path, monkeypatch):
     recipe, expected = unbroken
     weights, loads = [], []
-    load, finish = adaptation.load_language_model, adaptation._finish
+    load, merge, write_report = adaptation.load_language_model, adaptation.merge_with_base, adaptation.write_report
 
-    def spy_on_finish(trainer, *args):
+    def spy_on_merge(model, *args):
+        weights.extend(weakref.ref(weight) for weight in model.parameters())
+        return merge(model, *args)
+
+    def spy_on_report(folder, trainer, facts):
         assert trainer.optimizer is None
         assert trainer.callback_handler.optimizer is None
-        weights.extend(weakref.ref(weight) for weight in trainer.model.parameters())
-        return finish(trainer, *args)
+        return write_report(folder, trainer, facts)
 
     def spy_on_load(*args, **kwargs):
         gc.collect()
@@ -199,9 +204,11 @@ def test_the_base_comes_into_memory_when_the_trained_model_is_gone_from_it(unbro
         loads.append(sum(weight.numel() for weight in held if not weight.is_meta))
         return load(*args, **kwargs)
 
-    monkeypatch.setattr(adaptation, "_finish", spy_on_finish)
+    monkeypatch.setattr(adaptation, "merge_with_base", spy_on_merge)
+    monkeypatch.setattr(adaptation, "write_report", spy_on_report)
     monkeypatch.setattr(adaptation, "load_language_model", spy_on_load)
     result = adapt(dataclasses.replace(recipe, output_dir=str(tmp_path / "run")))
+    assert weights
     assert loads == [0, 0, 0]  # the base, the reload check, the base again to compare with
     assert result.report["masked_accuracy"] == expected.report["masked_accuracy"]
 

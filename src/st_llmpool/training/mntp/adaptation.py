@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from datasets import concatenate_datasets
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProgressCallback,
     TrainingArguments,
     set_seed,
 )
@@ -30,15 +28,14 @@ from ...saved_embedder import is_saved_embedder
 from ...utils.files import atomic_folder
 from ...utils.parameters import count_weights
 from ...utils.reading import read_json_object
-from ..arguments import enable_gradient_checkpointing, precision_of, shared_arguments, trainer_arguments
-from ..callbacks import ElapsedTimeCallback, RichProgress, seconds_of
-from ..checks import check_adapter, check_machine
+from ..arguments import dtype_of, enable_gradient_checkpointing, shared_arguments, trainer_arguments
+from ..checks import check_adapter, check_machine, check_split
 from ..interpolation import merge_with_base
 from ..optimizers import check_optimization
 from ..recipe import MaskingSettings, ModelSettings, merge_weights
 from ..reload_check import check_language_model
 from ..report import write_report
-from ..run_folder import check_on_first_process, check_output, checkpoint_of, locked_run, remove_checkpoints_after
+from ..run_folder import check_output, locked_run, train_in_folder
 from .language_model import (
     apply_attention,
     choose_mask_token,
@@ -73,15 +70,6 @@ class AdaptResult:
 
     model_dir: Path
     report: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """Tokens to train on, and masked examples to measure on."""
-
-    pieces: Dataset
-    held_out: Sequence[Example]
-    vocabulary: Vocabulary
 
 
 def adapt(recipe: AdaptRecipe, *, resume: bool = False) -> AdaptResult:
@@ -122,46 +110,11 @@ def adapt(recipe: AdaptRecipe, *, resume: bool = False) -> AdaptResult:
     if (folder / "model").is_dir():
         logger.info("%s is finished; nothing to train.", folder)
         return AdaptResult(folder / "model", read_json_object(folder / "training.json"))
-    base = check_adapt(recipe)
-    arguments = _training_arguments(recipe, folder)
-    with locked_run(folder, arguments):
-        check_output(recipe, folder, resume=resume)  # again: another run may have ended meanwhile
-        return _adapt_in(folder, recipe, base, arguments, resume=resume)
-
-
-def _adapt_in(
-    folder: Path, recipe: AdaptRecipe, base: str, arguments: TrainingArguments, *, resume: bool
-) -> AdaptResult:
-    tokenizer = load_tokenizer(recipe, base)
-    with arguments.main_process_first(desc="loading data"):
-        train, held_out = _load(recipe)
-
-    set_seed(recipe.seed)
-    model = load_language_model(recipe, base, dtype=_dtype(recipe))
-    use_cache = model.config.use_cache
-    token = choose_mask_token(tokenizer, recipe.masking.token)
-    vocabulary = Vocabulary(use_mask_token(tokenizer, model, token), ordinary_tokens(tokenizer))
-    texts = _tokenize(recipe, tokenizer, train, held_out, vocabulary)
-    apply_attention(model, recipe)
-    if recipe.training.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    trainer = _trainer(recipe, _with_adapter(model, recipe), tokenizer, texts, arguments)
-    if arguments.process_index == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        recipe.to_yaml(folder / "recipe.yaml")
-    checkpoint = checkpoint_of(folder, arguments.world_size) if resume else None
-    if arguments.process_index == 0:
-        remove_checkpoints_after(folder, checkpoint)
-    if checkpoint is None and not trainer.is_sharded:
-        check = partial(_check_reload, trainer.model, recipe, base, tokenizer, texts)
-        check_on_first_process(arguments.process_index == 0, check)
-    if checkpoint is None or not trainer.restore_finished(checkpoint):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    model.config.use_cache = use_cache  # the trainer turns it off
-    _release(trainer)
-    report = _finish(trainer, recipe, base, tokenizer, texts) if arguments.process_index == 0 else {}
-    trainer.accelerator.wait_for_everyone()
-    return AdaptResult(folder / "model", report)
+    with locked_run(folder) as raise_refusal:
+        base, arguments = check_adapt(recipe), _training_arguments(recipe, folder)
+        raise_refusal()
+        run = _Adaptation(recipe, base, load_tokenizer(recipe, base), arguments)
+        return AdaptResult(folder / "model", run.train(resume=resume))
 
 
 def check_adapt(recipe: AdaptRecipe) -> str:
@@ -187,6 +140,144 @@ def check_adapt(recipe: AdaptRecipe) -> str:
     return base
 
 
+@dataclass
+class _Adaptation:
+    """One run: what it starts from, and its trainer's arguments."""
+
+    recipe: AdaptRecipe
+    base: str
+    tokenizer: PreTrainedTokenizerBase
+    arguments: TrainingArguments
+
+    def train(self, *, resume: bool) -> dict[str, Any]:
+        """Trains, merges, measures and saves; returns the report on the first process."""
+        recipe, folder = self.recipe, Path(self.recipe.output_dir)
+        with self.arguments.main_process_first(desc="loading data"):
+            train, held_out = _load(recipe)
+        set_seed(recipe.seed)
+        model = load_language_model(recipe, self.base, dtype=self._dtype)
+        use_cache = model.config.use_cache
+        token = choose_mask_token(self.tokenizer, recipe.masking.token)
+        vocabulary = Vocabulary(use_mask_token(self.tokenizer, model, token), ordinary_tokens(self.tokenizer))
+        pieces, examples = self._tokenize(train, held_out, vocabulary)
+        apply_attention(model, recipe)
+        if recipe.training.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        trainer = self._trainer(_with_adapter(model, recipe), pieces, examples, vocabulary)
+        check = partial(self._check_reload, trainer.model, examples[0]["input_ids"][None])
+        train_in_folder(folder, recipe, trainer, check, resume=resume)
+        model.config.use_cache = use_cache  # the trainer turns it off
+        _release(trainer)
+        report = self._finish(trainer, pieces, examples) if self.arguments.process_index == 0 else {}
+        trainer.accelerator.wait_for_everyone()
+        return report
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Float32 for weights that train: small steps round to nothing on 16 bits; autocast computes in them."""
+        if self.recipe.tune == "full":
+            return torch.float32
+        return dtype_of(self.recipe.training.precision)
+
+    def _tokenize(self, train: Dataset, held_out: Dataset, vocabulary: Vocabulary) -> tuple[Dataset, Sequence[Example]]:
+        """Returns pieces to train on, and masked examples to measure on."""
+        length = self.recipe.max_seq_length
+        pieces = tokenize(train, self.tokenizer, max_length=length, long_texts=self.recipe.long_texts)
+        others = tokenize(held_out, self.tokenizer, max_length=length, long_texts="truncate")
+        for name, found in (("training", pieces), ("held-out", others)):
+            if len(found) == 0:
+                raise DataError(
+                    f"The {name} texts are of one token each: there is nothing before it to predict it from."
+                )
+        masking = MaskingSettings(mlm_probability=self.recipe.masking.mlm_probability)
+        examples = MaskedTexts(others, masking, vocabulary, length=len(others), seed=self.recipe.seed)
+        return pieces, [examples[place] for place in range(len(examples))]
+
+    def _trainer(
+        self, model: Any, pieces: Dataset, examples: Sequence[Example], vocabulary: Vocabulary
+    ) -> MaskedTokenTrainer:
+        training = self.recipe.training
+        per_step = training.batch_size * training.gradient_accumulation_steps
+        steps = training.max_steps or max(1, int(training.num_train_epochs * len(pieces) / per_step))
+        self.arguments.max_steps = steps
+        check_optimization(self.arguments, steps)
+        length, seed = steps * per_step, self.recipe.seed
+        return MaskedTokenTrainer(
+            model=model,
+            args=self.arguments,
+            data_collator=partial(collate, padding_side=self.tokenizer.padding_side),
+            train_dataset=MaskedTexts(pieces, self.recipe.masking, vocabulary, length=length, seed=seed),
+            eval_dataset=examples,
+        )
+
+    def _check_reload(self, model: Any, tokens: torch.Tensor) -> None:
+        def load(folder: Path) -> PreTrainedModel:
+            here = dataclasses.replace(self.recipe, revision=None)
+            found = load_language_model(here, str(folder), dtype=torch.float32)
+            set_attention(found, self.recipe.attention)
+            return found
+
+        def save(trained: Any, folder: Path) -> None:
+            self._save(self._merged(trained), folder)
+
+        check_language_model(model, save, load, tokens, Path(self.recipe.output_dir))
+
+    def _merged(self, model: Any) -> Any:
+        """Returns the base with what was trained in it."""
+        if self.recipe.tune == "full":
+            return model
+        return model.float().merge_and_unload()  # in float32, or the sum would be rounded to the base's 16 bits
+
+    def _save(self, model: Any, folder: Path) -> None:
+        set_attention(model, "causal")  # as bases come: the flag in config.json alone is half of the setting
+        model.to(stored_dtype(self.recipe, self.base))
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _untouched(self) -> PreTrainedModel:
+        """Returns the base as it was, with the mask token."""
+        model = load_language_model(self.recipe, self.base, dtype=self._dtype)
+        use_mask_token(load_tokenizer(self.recipe, self.base), model, str(self.tokenizer.mask_token))
+        return model
+
+    def _finish(self, trainer: MaskedTokenTrainer, pieces: Dataset, examples: Sequence[Example]) -> dict[str, Any]:
+        """Merges, measures and saves; with one model in memory at a time, except to merge."""
+        recipe, folder, model = self.recipe, Path(self.recipe.output_dir), cast("Any", trainer.model)
+        device = model.device
+        trained = count_weights(parameter for parameter in model.parameters() if parameter.requires_grad)
+        model = self._merged(model)
+        measure = partial(masked_score, examples=examples, batch_size=recipe.evaluation.batch_size)
+        alphas = merge_weights(recipe.merge)
+        weights = {} if alphas == [1.0] else self._untouched().state_dict()
+        alpha, scores = merge_with_base(model, weights, alphas, lambda: measure(model).accuracy)
+        adapted = measure(model)
+        facts = {
+            "licenses": {item.label: item.license for item in recipe.texts},
+            "pieces": len(pieces),
+            "parameters": count_weights(model.parameters()),
+            "trained_parameters": trained,
+            "mask_token": self.tokenizer.mask_token,
+            "masked_tokens": adapted.tokens,
+            "merge": alpha,
+            "merge_scores": [[weight, score] for weight, score in scores.items()],
+        }
+        with atomic_folder(folder / "model") as target:
+            self._save(model, target)
+            model.to("meta")  # frees its weights, whoever holds it
+
+            untouched: Any = self._untouched()
+            untouched.to(device)
+            causal = measure(untouched, unmasked=True)
+            set_attention(untouched, recipe.attention)
+            facts["masked_accuracy"] = {
+                "adapted": adapted.accuracy,
+                "base": measure(untouched).accuracy,
+                "causal": causal.accuracy,
+                "no_context": constant_accuracy(examples, most_frequent_token(pieces)),
+            }
+            return write_report(folder, trainer, facts)
+
+
 def _load(recipe: AdaptRecipe) -> tuple[Dataset, Dataset]:
     """Returns the texts to train on and those to measure on."""
     train = concatenate_datasets([load_texts(settings) for settings in recipe.texts])
@@ -204,23 +295,6 @@ def _load(recipe: AdaptRecipe) -> tuple[Dataset, Dataset]:
     return train.select(sorted(order[count:])), train.select(sorted(order[:count]))
 
 
-def _tokenize(
-    recipe: AdaptRecipe,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Dataset,
-    held_out: Dataset,
-    vocabulary: Vocabulary,
-) -> _Texts:
-    pieces = tokenize(train, tokenizer, max_length=recipe.max_seq_length, long_texts=recipe.long_texts)
-    others = tokenize(held_out, tokenizer, max_length=recipe.max_seq_length, long_texts="truncate")
-    for name, found in (("training", pieces), ("held-out", others)):
-        if len(found) == 0:
-            raise DataError(f"The {name} texts are of one token each: there is nothing before it to predict it from.")
-    masking = MaskingSettings(mlm_probability=recipe.masking.mlm_probability)
-    examples = MaskedTexts(others, masking, vocabulary, length=len(others), seed=recipe.seed)
-    return _Texts(pieces, [examples[place] for place in range(len(examples))], vocabulary)
-
-
 def _training_arguments(recipe: AdaptRecipe, folder: Path) -> TrainingArguments:
     training, evaluation = recipe.training, recipe.evaluation
     arguments = trainer_arguments(
@@ -232,23 +306,10 @@ def _training_arguments(recipe: AdaptRecipe, folder: Path) -> TrainingArguments:
         save_steps=training.save_steps,
         remove_unused_columns=False,
     )
-    if training.batch_size % arguments.world_size:
-        raise ConfigurationError(
-            f"training.batch_size={training.batch_size} is over all devices and cannot be split evenly over "
-            f"{arguments.world_size}."
-        )
+    check_split(training.batch_size, arguments.world_size)
     if training.max_steps is not None:
         check_optimization(arguments, training.max_steps)
     return arguments
-
-
-def _dtype(recipe: AdaptRecipe) -> torch.dtype:
-    """Returns float32 for weights that train: small steps round to nothing on 16 bits; autocast computes in them."""
-    if recipe.tune == "full":
-        return torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-        precision_of(recipe.training.precision)
-    ]
 
 
 def _with_adapter(model: PreTrainedModel, recipe: AdaptRecipe) -> Any:
@@ -263,61 +324,6 @@ def _with_adapter(model: PreTrainedModel, recipe: AdaptRecipe) -> Any:
     return adapted
 
 
-def _trainer(
-    recipe: AdaptRecipe,
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: _Texts,
-    arguments: TrainingArguments,
-) -> MaskedTokenTrainer:
-    training = recipe.training
-    per_step = training.batch_size * training.gradient_accumulation_steps
-    steps = training.max_steps or max(1, int(training.num_train_epochs * len(texts.pieces) / per_step))
-    arguments.max_steps = steps
-    check_optimization(arguments, steps)
-    trainer = MaskedTokenTrainer(
-        model=model,
-        args=arguments,
-        data_collator=partial(collate, padding_side=tokenizer.padding_side),
-        train_dataset=MaskedTexts(
-            texts.pieces, recipe.masking, texts.vocabulary, length=steps * per_step, seed=recipe.seed
-        ),
-        eval_dataset=texts.held_out,
-        callbacks=[ElapsedTimeCallback(), RichProgress()],
-    )
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _check_reload(
-    model: Any, recipe: AdaptRecipe, base: str, tokenizer: PreTrainedTokenizerBase, texts: _Texts
-) -> None:
-    def load(folder: Path) -> PreTrainedModel:
-        found = load_language_model(dataclasses.replace(recipe, revision=None), str(folder), dtype=torch.float32)
-        set_attention(found, recipe.attention)
-        return found
-
-    def save(trained: Any, folder: Path) -> None:
-        _save(_merged(trained, recipe), recipe, base, tokenizer, folder)
-
-    check_language_model(model, save, load, texts.held_out[0]["input_ids"][None], Path(recipe.output_dir))
-
-
-def _merged(model: Any, recipe: AdaptRecipe) -> Any:
-    """Returns the base with what was trained in it."""
-    if recipe.tune == "full":
-        return model
-    return model.float().merge_and_unload()  # in float32, or the sum would be rounded to the base's 16 bits
-
-
-def _save(model: Any, recipe: AdaptRecipe, base: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    set_attention(model, "causal")  # as bases come: the flag in config.json alone is half of the setting
-    model.to(stored_dtype(recipe, base))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def _release(trainer: MaskedTokenTrainer) -> None:
     """Frees what only training needs: optimizer, schedule, loader, and the model's wrapper."""
     trainer.optimizer = trainer.lr_scheduler = None
@@ -325,69 +331,3 @@ def _release(trainer: MaskedTokenTrainer) -> None:
     handler = trainer.callback_handler
     handler.optimizer = handler.lr_scheduler = handler.train_dataloader = None
     trainer.accelerator.free_memory()
-
-
-def _finish(
-    trainer: MaskedTokenTrainer,
-    recipe: AdaptRecipe,
-    base: str,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: _Texts,
-) -> dict[str, Any]:
-    """Merges, measures and saves; with one model in memory at a time, except to merge."""
-    folder = Path(recipe.output_dir)
-    model: Any = trainer.model
-    device = model.device
-    trained = count_weights(parameter for parameter in model.parameters() if parameter.requires_grad)
-    model = _merged(model, recipe)
-    measure = partial(masked_score, examples=texts.held_out, batch_size=recipe.evaluation.batch_size)
-    alpha, scores = _merge(model, recipe, base, tokenizer, lambda: measure(model).accuracy)
-    adapted = measure(model)
-    facts = {
-        "licenses": {item.label: item.license for item in recipe.texts},
-        "wall_seconds": round(seconds_of(trainer), 1),
-        "processes": trainer.args.world_size,
-        "device": str(trainer.args.device.type),
-        "precision": precision_of(recipe.training.precision),
-        "pieces": len(texts.pieces),
-        "parameters": count_weights(model.parameters()),
-        "trained_parameters": trained,
-        "mask_token": tokenizer.mask_token,
-        "masked_tokens": adapted.tokens,
-        "merge": alpha,
-        "merge_scores": [[weight, score] for weight, score in scores.items()],
-    }
-    with atomic_folder(folder / "model") as target:
-        _save(model, recipe, base, tokenizer, target)
-        model.to("meta")  # frees its weights, whoever holds it
-
-        untouched = _untouched(recipe, base, tokenizer)
-        untouched.to(device)
-        causal = measure(untouched, unmasked=True)
-        set_attention(untouched, recipe.attention)
-        facts["masked_accuracy"] = {
-            "adapted": adapted.accuracy,
-            "base": measure(untouched).accuracy,
-            "causal": causal.accuracy,
-            "no_context": constant_accuracy(texts.held_out, most_frequent_token(texts.pieces)),
-        }
-        return write_report(folder, trainer.state, facts)
-
-
-def _merge(
-    model: PreTrainedModel,
-    recipe: AdaptRecipe,
-    base: str,
-    tokenizer: PreTrainedTokenizerBase,
-    score: Callable[[], float],
-) -> tuple[float, dict[float, float]]:
-    alphas = merge_weights(recipe.merge)
-    weights = {} if alphas == [1.0] else _untouched(recipe, base, tokenizer).state_dict()
-    return merge_with_base(model, weights, alphas, score)
-
-
-def _untouched(recipe: AdaptRecipe, base: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Returns the base as it was, with the mask token of `tokenizer`."""
-    model = load_language_model(recipe, base, dtype=_dtype(recipe))
-    use_mask_token(load_tokenizer(recipe, base), model, str(tokenizer.mask_token))
-    return model

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
-
-import yaml
 
 from ...data.texts import TextSettings
 from ...modules.errors import ConfigurationError
-from ...utils.files import write_atomically
-from ...utils.reading import read_yaml
-from ...utils.settings import Range, check_filled, check_ranges, from_mapping, to_mapping, with_overrides
+from ...utils.settings import Range, check_filled, check_ranges
 from ..optimizers import OPTIMIZERS
-from ..recipe import MaskingSettings, TrainingSettings, check_merge
+from ..recipe import MaskingSettings, SavedRecipe, TrainingSettings, check_merge
 
 
 @dataclass
@@ -23,7 +17,7 @@ class AdaptEvaluationSettings:
     """On what the masked accuracy is measured.
 
     Attributes:
-        texts: Held-out sets; where none is given, `limit` texts of the training sets are kept aside.
+        texts: Held-out sets; where none is given, `limit` texts of the training sets are held out.
         limit: Most texts to measure on.
         eval_steps: Steps between two measurements while training; None measures at the end only.
         batch_size: Batch size.
@@ -41,7 +35,7 @@ class AdaptEvaluationSettings:
 
 
 @dataclass
-class AdaptRecipe:
+class AdaptRecipe(SavedRecipe):
     """An adaptation run.
 
     Attributes:
@@ -108,27 +102,7 @@ class AdaptRecipe:
                 "training.sparse_tuning is for contrastive training only; leave it out of an adaptation."
             )
 
-    @classmethod
-    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> AdaptRecipe:
-        """Reads what :meth:`to_yaml` wrote, or a file by hand; arguments and errors as :meth:`Recipe.from_yaml`."""
-        return cls.from_dict(read_yaml(path), overrides)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], overrides: Sequence[str] = ()) -> AdaptRecipe:
-        """Builds a recipe from nested mappings; arguments and errors as for :meth:`from_yaml`."""
-        return from_mapping(cls, with_overrides(values, overrides))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns every setting, defaults included, as nested mappings."""
-        return to_mapping(self)
-
-    def to_yaml(self, path: str | Path) -> None:
-        """Writes every setting, defaults included."""
-        write_atomically(Path(path), yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
-
     @property
     def learning_rate(self) -> float:
-        """The learning rate: what is given, else 2e-4 for an adapter and 2e-5 for the full model."""
-        if self.training.learning_rate is not None:
-            return self.training.learning_rate
-        return 2e-5 if self.tune == "full" else 2e-4
+        """The learning rate of the adapter or the full model."""
+        return self.training.rate_of(self.tune)
