@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import timeit
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import BertConfig
 
 from st_llmpool.fast_inference import optimize_inference
-from st_llmpool.fast_inference.length_groups import forward_cost, length_groups
+from st_llmpool.fast_inference.length_groups import CPU_FORWARD_COST, length_groups, measure_forward_cost
 from st_llmpool.modules.llm_transformer import LLMTransformer
 from tests.modules.token_batches import assert_same, computed_tokens, id_batch, plain, switch_on
 
@@ -65,19 +67,25 @@ def test_vectors_are_those_of_the_whole_batch(backbone, side, readout, monkeypat
                 outputs = backbone(features)
             assert_same(outputs, plain(backbone, features))
             computed = sum(rows * columns for rows, columns in shapes)
-            best = length_groups(LENGTHS, forward_cost(torch.device("cpu"), 0))
+            best = length_groups(LENGTHS, CPU_FORWARD_COST)
             assert computed == cost_of(best, LENGTHS, 0) < 0.6 * features["input_ids"].numel()
             assert len(shapes) == len(best) > 1
 
 
-@pytest.mark.parametrize(
-    ("device", "weights", "pays"),
-    [("cpu", 4e6, 3), ("cuda", 6e8, 270), ("cuda", 7.2e9, 20), ("cuda", 7e10, 4)],
-)
-def test_the_larger_the_model_the_fewer_tokens_pay_for_a_forward_on_a_gpu(device, weights, pays):
-    """`pays` texts save more than the forward of 40 shared tokens costs, half as many do not."""
-    cost = forward_cost(torch.device(device), int(weights))
-    assert pays / 2 * 40 < cost < pays * 40
+@pytest.mark.parametrize("overhead", [0.0, 60.0, 1000.0, 4000.0])
+def test_the_measured_overhead_is_the_true_one_rounded_up_to_a_power_of_two(overhead, monkeypatch):
+    """A device that computes a token in each unit of time, after an overhead and, at first, a compilation."""
+    now, seen = [0.0], set()
+
+    def run(texts, tokens):
+        now[0] += overhead + texts * tokens + (0 if (texts, tokens) in seen else 1e6)
+        seen.add((texts, tokens))
+
+    repeat = timeit.repeat
+    monkeypatch.setattr(timeit, "repeat", lambda *args, **kwargs: repeat(*args, timer=lambda: now[0], **kwargs))
+    cost = measure_forward_cost(run)
+    assert math.log2(cost).is_integer()
+    assert overhead / 1.2 < cost < 2.5 * overhead + 20
 
 
 def compiling(backbone, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import LlamaConfig, MistralConfig
 from st_llmpool import build_embedder, optimize_inference
 from st_llmpool.attention_proof import PACKED_SDPA
 from st_llmpool.fast_inference import optimize, optimized_inference
+from st_llmpool.fast_inference.length_groups import CPU_FORWARD_COST
 from st_llmpool.fast_inference.optimize import FastInference
 from st_llmpool.modules.layer_readout import TokenSpans
 from st_llmpool.modules.portable import fingerprint
@@ -193,3 +195,20 @@ def test_probes_leave_out_prompts_as_texts_do(tiny_llm):
     found: dict[str, Any] = optimize_inference(model).differences
     assert found.keys() == {"shared start", "packing", "length groups"}
     assert max(found.values()) < 1e-5
+
+
+def test_the_overhead_of_a_forward_is_a_constant_on_a_cpu_and_measured_elsewhere(model, monkeypatch):
+    assert optimize_inference(model).forward_cost == CPU_FORWARD_COST
+    before = encode(model)
+    measured = []
+
+    def measure(run):
+        measured.extend([run(1, 8), run(3, 1000)])
+        return 64
+
+    monkeypatch.setattr(optimize, "measure_forward_cost", measure)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.transformers_model), "device", property(lambda backbone: torch.device("mps")))
+        assert optimize_inference(model).forward_cost == 64
+    assert all(map(math.isfinite, measured))
+    assert torch.allclose(encode(model), before, atol=1e-5)

@@ -7,6 +7,10 @@ The groups here make the sum of both the least.
 
 from __future__ import annotations
 
+import math
+import time
+import math
+import timeit
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,22 +31,36 @@ class NotApplicable(StLlmpoolError):
     """A fast path does not apply to this backbone; the message says why. Raised and caught while it is compared."""
 
 
-def forward_cost(device: torch.device, weights: int) -> int:
-    """Return the fixed overhead of one forward pass, in token-equivalents.
+#: Fixed overhead of one forward pass on a CPU, in token-equivalents; a constant, so that equal runs group equally. A CPU
+#: reads every weight once for each forward: benchmarks/padding.py --fit measures 47 to 61 tokens. Twice that, as smaller
+#: models lose more: at 24 and 48 batches of short texts were slower in groups.
+CPU_FORWARD_COST = 96
+
+
+def measure_forward_cost(run: Callable[[int, int], object]) -> int:
+    """Measure the fixed overhead of one forward pass, in token-equivalents, rounded up to a power of two.
+
+    A short text is timed, then batches twice as large each until one takes four times as long.
 
     Args:
-        device: Where the backbone is.
-        weights: Number of its parameters.
+        run: Runs a backbone on `B` texts of `T` tokens and waits for the result.
 
     Example:
-        >>> forward_cost(torch.device("cpu"), 500_000_000), forward_cost(torch.device("cuda"), 500_000_000)
-        (96, 10000)
+        >>> import time
+        >>> measure_forward_cost(lambda texts, tokens: time.sleep(0.01 + 0.0001 * texts * tokens))
+        128
     """
-    # A CPU reads every weight once for each forward: benchmarks/padding.py --fit measures 47 to 61 tokens. Twice that,
-    # as smaller models lose more: at 24 and 48 batches of short texts were slower in groups. Elsewhere starting the
-    # kernels costs most, whatever the width: 20 ms for 24 layers, in which 5e14 FLOPs a second compute 5e12 / weights
-    # tokens. Not measured, and on the high side.
-    return 96 if device.type == "cpu" else max(96, int(5e12 / max(1, weights)))
+
+    def seconds(texts: int, tokens: int) -> float:
+        run(texts, tokens)  # compiles and loads what it needs
+        return min(timeit.repeat(lambda: run(texts, tokens), number=1, repeat=3))
+
+    short = seconds(1, 8)
+    for texts in (4, 8, 16, 32, 64, 128, 256, 512, 1024):
+        long = seconds(texts, 64)  # short enough for attention to cost next to nothing
+        if long >= 4 * short:
+            break
+    return 2 ** math.ceil(math.log2(max(1.0, texts * 64 * short / long)))
 
 
 def length_groups(lengths: Sequence[int], cost: int) -> list[list[int]]:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,7 @@ from torch import Tensor, nn
 from ..attention_proof import PACKED_SDPA, attention_of
 from ..modules.attention import decoder_layers, find_backbone, random_ids, why_no_forward
 from ..modules.layer_readout import TokenSpans
-from ..utils.parameters import count_weights
-from .length_groups import OUTPUTS, NotApplicable, forward_cost, run_in_groups
+from .length_groups import CPU_FORWARD_COST, OUTPUTS, NotApplicable, measure_forward_cost, run_in_groups
 from .packing import run_packed, why_not_packed
 from .shared_start import run_shared, shared_start, why_not_shared
 
@@ -106,13 +106,13 @@ class FastInference:
         longest: Tokens of the longest text that the comparison covers; batches with longer ones run plainly. None is
             no limit: no attention window is longer than the probe.
         differences: Way -> largest relative difference from the plain way over all probes, texts and layers.
-        parameters: Of the backbone, from which the overhead of a forward follows.
+        forward_cost: Fixed overhead of one forward, in tokens: a constant on a CPU, measured elsewhere.
     """
 
     reasons: dict[str, str]
     longest: int | None = None
     differences: dict[str, float] = field(default_factory=dict)
-    parameters: int = 0
+    forward_cost: int = CPU_FORWARD_COST
 
     def uses(self, way: str) -> bool:
         """Return whether a way ("shared start", "packing", "length groups") is used."""
@@ -134,7 +134,7 @@ class FastInference:
         if not self._applies(module, features, spans):
             return module.run(features, spans)
         mask = features["attention_mask"]
-        cost = forward_cost(mask.device, self.parameters)
+        cost = self.forward_cost
         padding = int((mask == 0).sum())
         # Whoever replaced or switched the attention since then has the last word.
         packs = padding and self.uses("packing") and module.model.config._attn_implementation == PACKED_SDPA
@@ -195,7 +195,16 @@ def _compare(module: Any, backbone: Any) -> FastInference:
             if difference > _rounding(plain["token_embeddings"]):
                 reasons[way] = f"vectors of {type(backbone).__name__} differ by {difference:.1e} with it"
     unused = {way: reasons[way] for way in _WAYS if way in reasons}
-    return FastInference(unused, longest, differences, count_weights(backbone.parameters()))
+    measures = backbone.device.type != "cpu" and unused.keys() != set(_WAYS)
+    cost = measure_forward_cost(partial(_run, module, backbone)) if measures else CPU_FORWARD_COST
+    return FastInference(unused, longest, differences, cost)
+
+
+def _run(module: Any, backbone: Any, texts: int, tokens: int) -> float:
+    """Run texts of equal length the plain way, and wait for the result."""
+    lengths = [min(tokens, module.max_seq_length or tokens)] * texts
+    features = _probe(module, backbone, lengths, "right", torch.Generator().manual_seed(0))
+    return module.run(features, TokenSpans.of(features))["token_embeddings"][0, 0, 0].item()
 
 
 def _reasons(module: Any, backbone: Any) -> dict[str, str]:
