@@ -23,7 +23,7 @@ PYTEST = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-all lint format docs lowest newest upgrade architectures bench clean
+.PHONY: help quickstart test test-all lint format docs lowest newest upgrade architectures bench gpu gpu-wheels clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|' 2>/dev/null \
@@ -73,6 +73,13 @@ architectures: $(VENV)/.installed-dev ## prove the attention of every decoder in
 
 bench: $(VENV)/.installed-dev ## ours beside the plain alternative, time and memory: one table in benchmarks/results
 	$(VENV)/bin/python benchmarks/run_all.py
+
+# Needs no environment: a bare machine has torch, and what it lacks is in build/gpu-wheels.
+gpu: ## everything that only a GPU can show, in nine minutes; tables in $(OUT)/gpu
+	$(PYTHON) scripts/gpu.py --out $(OUT)/gpu $(if $(wildcard build/gpu-wheels/*.whl),--wheels build/gpu-wheels)
+
+gpu-wheels: $(VENV)/.installed-dev ## collect the wheels that a bare GPU machine lacks
+	$(VENV)/bin/python scripts/gpu_wheels.py --out build/gpu-wheels
 
 clean: ## remove environments, caches and build output
 	rm -rf $(VENV) $(VENV_LOWEST) $(VENV_NEWEST) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -14,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,14 @@ from st_llmpool import DESIGNS, build_embedder
 from st_llmpool.data import builtin_backbone
 from st_llmpool.modules.attention import set_attention
 
-#: Layers, width, heads, key-value heads, feed-forward. The vocabulary is the built-in one: a look-up costs no time.
+#: Layers, width, heads, key-value heads, width of a head, feed-forward. The vocabulary is the built-in one: a look-up
+#: costs no time.
 SHAPES = {
-    "tiny": (2, 64, 4, 2, 128),
-    "small": (8, 384, 6, 2, 1024),
-    "qwen2-0.5b": (24, 896, 14, 2, 4864),
-    "qwen3-0.6b": (28, 1024, 16, 8, 3072),
-    "mistral-7b": (32, 4096, 32, 8, 14336),
+    "tiny": (2, 64, 4, 2, 16, 128),
+    "small": (8, 384, 6, 2, 64, 1024),
+    "qwen2-0.5b": (24, 896, 14, 2, 64, 4864),
+    "qwen3-0.6b": (28, 1024, 16, 8, 128, 3072),
+    "mistral-7b": (32, 4096, 32, 8, 128, 14336),
 }
 
 
@@ -80,6 +81,7 @@ def arguments(doc: str | None, argv: Sequence[str] | None, *more: tuple[str, dic
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repetitions", type=int, default=10, help="of each variant; even, at least 10")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no more repetitions of a row after so long")
     parser.add_argument("--quick", action="store_true", help="shows that the script runs; the figures mean nothing")
     parser.add_argument("--json", type=Path, help="write the rows there")
     for name, options in more:
@@ -122,8 +124,12 @@ def alternate(ours: Callable[[], Any], plain: Callable[[], Any], args: argparse.
     times: dict[bool, list[float]] = {True: [], False: []}
     for run in runs.values():
         seconds(run, args.device)
-    for is_ours in chain.from_iterable((False, True, True, False) for _ in range(args.repetitions // 2)):
-        times[is_ours].append(seconds(runs[is_ours], args.device))
+    start = time.perf_counter()
+    for _ in range(args.repetitions // 2):
+        for is_ours in (False, True, True, False):
+            times[is_ours].append(seconds(runs[is_ours], args.device))
+        if time.perf_counter() - start > args.seconds:
+            break
     return [times[True], times[False]]
 
 
@@ -197,7 +203,7 @@ def random_backbone(shape: str, folder: Path, device: str = "cpu", *, layers: in
     The weights are in float32 for a CPU and in bfloat16 for a GPU, as users run them there.
     """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    depth, width, heads, key_heads, inner = SHAPES[shape]
+    depth, width, heads, key_heads, head_dim, inner = SHAPES[shape]
     tokenizer = AutoTokenizer.from_pretrained(builtin_backbone())
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -206,18 +212,20 @@ def random_backbone(shape: str, folder: Path, device: str = "cpu", *, layers: in
         num_hidden_layers=layers or depth,
         num_attention_heads=heads,
         num_key_value_heads=key_heads,
+        head_dim=head_dim,
         max_position_embeddings=4096,
         dtype=dtype,
     )
     folder = folder / f"{shape}-{layers or depth}"
-    AutoModel.from_config(config).to(dtype).save_pretrained(folder)
+    with torch.device(device):
+        AutoModel.from_config(config, dtype=dtype).save_pretrained(folder)
     tokenizer.model_max_length = 4096
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
 def our_model(folder: str, design: str, device: str = "cpu", **changes: Any) -> SentenceTransformer:
-    """Builds one of our designs."""
+    """Builds one of our designs; `changes` are arguments of `build_embedder`."""
     return build_embedder(folder, **{**DESIGNS[design].as_kwargs(), **changes}, verify=False, device=device).eval()
 
 

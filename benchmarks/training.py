@@ -45,10 +45,10 @@ from st_llmpool.training.arguments import enable_gradient_checkpointing
 OVERHEAD, OVER_PAPER = 1.10, 2.0
 
 
-def trained_model(folder: str, variant: str, checkpointing: bool, device: str) -> SentenceTransformer:
-    """Returns a model with LoRA in training mode."""
+def trained_model(folder: str, variant: str, checkpointing: bool, device: str, **changes: Any) -> SentenceTransformer:
+    """Returns a model with LoRA in training mode; `changes` are arguments of `build_embedder`."""
     model = (
-        our_model(folder, variant, device)
+        our_model(folder, variant, device, **changes)
         if variant != "plain"
         else plain_model(folder, "bidirectional", "mean", device)
     )

@@ -76,6 +76,23 @@ def make_llm(tmp_path: Path) -> Callable[..., str]:
     return make
 
 
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test runs: on the CPU, and once more on a GPU by `pytest -m gpu`."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The text sets that lie beside a checkout in the project's own workplace; elsewhere the test skips."""

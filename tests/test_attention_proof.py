@@ -44,13 +44,25 @@ def triangle(tokens, mask):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_both_modes_are_proven_in_every_precision(name, dtype):
-    model = build(name, "sdpa").to(dtype)
+def test_both_modes_are_proven_in_every_precision(name, dtype, device):
+    model = build(name, "sdpa").to(device, dtype)
     assert verify_attention(model).verdict == "causal"
     set_attention(model, "bidirectional")
     report = verify_attention(model)
     assert (report.verdict, report.ok, report.causal_layers) == ("bidirectional", True, ())
     assert report.signal > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")  # transformers passes it
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_both_modes_are_proven_on_flex_attention(dtype, device):
+    # Compiled for a CPU it sometimes gives NaN, which is a matter of torch and the processor.
+    with torch.compiler.set_stance("force_eager" if device == "cpu" else "default"):
+        model = build("llama", "flex_attention").to(device, dtype)
+        assert verify_attention(model).verdict == "causal"
+        set_attention(model, "bidirectional")
+        report = verify_attention(model)
+    assert (report.verdict, report.causal_layers) == ("bidirectional", ())
 
 
 def test_tiny_activations_are_measured_as_well_as_large_ones():

@@ -1,7 +1,7 @@
 """Texts run without padding through a kernel for different lengths: the same vectors, or not used and said so.
 
-The kernel of CPUs is compared with plain attention under masks, and through whole models; that of CUDA has a test of
-its own, on a GPU.
+The kernel of CPUs is compared with plain attention under masks, and through whole models; that of CUDA through whole
+models, on a GPU.
 """
 
 from __future__ import annotations
@@ -268,18 +268,17 @@ def test_threads_share_a_model(llama):
             assert_same(outputs, other)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_kernel_of_cuda_gives_the_vectors_of_the_padded_batch(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["causal", "bidirectional"])
+def test_packing_in_16_bits_gives_the_vectors_of_the_padded_batch(make_llm, mode, dtype, device):
     sizes = SIZES | {"hidden_size": 128, "intermediate_size": 192}  # heads of 32
-    for number, mode in enumerate(("causal", "bidirectional")):
-        folder = save_tiny_llm(tmp_path / str(number), MistralConfig(**sizes, sliding_window=6))
-        backbone = LLMTransformer(folder, attention=mode).to("cuda", torch.bfloat16).eval()
-        switch_on(backbone, "packing")
-        features = {name: value.cuda() for name, value in id_batch(LENGTHS).items()}
-        outputs, shapes = run(backbone, features)
-        assert shapes == [(1, sum(LENGTHS))]
-        expected = plain(backbone, features)
-        for name in ("readout", "layer_summaries"):
-            one, other = outputs[name].flatten(0, -2), expected[name].flatten(0, -2)
-            assert ((one - other).norm(dim=1) / other.norm(dim=1)).max() < 0.03
+    folder = make_llm(MistralConfig(**sizes, sliding_window=6))
+    backbone = LLMTransformer(folder, attention=mode).to(device, dtype).eval()
+    switch_on(backbone, "packing")
+    features = {name: value.to(device) for name, value in id_batch(LENGTHS).items()}
+    outputs, shapes = run(backbone, features)
+    assert shapes == [(1, sum(LENGTHS))]
+    expected = plain(backbone, features)
+    for name in ("readout", "layer_summaries"):
+        one, other = outputs[name].flatten(0, -2), expected[name].flatten(0, -2)
+        assert ((one - other).norm(dim=1) / other.norm(dim=1)).max() < 0.03

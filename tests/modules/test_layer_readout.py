@@ -84,6 +84,10 @@ def padded(backbone: LLMTransformer, texts: list[str], padding: str) -> dict[str
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), "modality": "text"}
 
 
+def on(device: str, features: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in features.items()}
+
+
 def flat(rows: list[list[int]]) -> dict[str, Any]:
     """Flat features, as sentence-transformers makes them for FlashAttention."""
     collate = DataCollatorWithFlattening(return_seq_idx=True, return_flash_attn_kwargs=True, return_position_ids=True)
@@ -342,9 +346,9 @@ def test_hooks_do_nothing_outside_a_capture_and_are_added_once(backbone):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_half_precision_backbones_give_float32_summaries(load, dtype):
-    backbone = load().to(dtype)
-    features = padded(backbone, TEXTS, "left")
+def test_half_precision_backbones_give_float32_summaries(load, dtype, device):
+    backbone = load().to(device, dtype)
+    features = on(device, padded(backbone, TEXTS, "left"))
     result = backbone(features)
     assert result["token_embeddings"].dtype == dtype
     assert result["layer_summaries"].dtype == result["readout"].dtype == torch.float32
@@ -367,10 +371,10 @@ def test_an_encoder_is_read_like_a_decoder(make_llm, readout):
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("readout", ["eos", "mean"])
-def test_gradient_checkpointing_changes_no_gradient(backbone, load, readout, use_reentrant):
-    plain, checkpointed = load(layer_readout=readout).train(), load(layer_readout=readout).train()
+def test_gradient_checkpointing_changes_no_gradient(load, readout, use_reentrant, device):
+    plain, checkpointed = (load(layer_readout=readout).to(device).train() for _ in range(2))
     checkpoint(checkpointed, use_reentrant=use_reentrant)
-    features = padded(plain, TEXTS, "both")
+    features = on(device, padded(plain, TEXTS, "both"))
     expected, actual = plain(features)["layer_summaries"], checkpointed(features)["layer_summaries"]
     torch.testing.assert_close(actual, expected)
     assert_same_gradients(
@@ -472,18 +476,19 @@ def test_every_rank_runs_a_sharded_model_once_for_a_batch(tiny_llm, way):
 
 
 @pytest.mark.parametrize("what", ["backbone", "model"])
-def test_compiling_changes_no_summary_and_no_gradient(make_llm, what):
+def test_compiling_changes_no_summary_and_no_gradient(make_llm, what, device):
     torch._dynamo.reset()
+    compiler = "aot_eager" if device == "cpu" else "inductor"
     small = LlamaConfig(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2)
     backbone = LLMTransformer(make_llm(small)).eval()
-    model = SentenceTransformer(modules=[backbone], device="cpu").eval()
-    batches = [padded(backbone, TEXTS, "both"), padded(backbone, TEXTS[2:], "right")]
+    model = SentenceTransformer(modules=[backbone], device=device).eval()
+    batches = [on(device, padded(backbone, *batch)) for batch in ((TEXTS, "both"), (TEXTS[2:], "right"))]
     expected = [model(batch)["layer_summaries"] for batch in batches]
     expected_gradients = gradients(backbone, weighted_sum(expected[0]))
     if what == "model":
-        model.compile(backend="aot_eager", dynamic=True)
+        model.compile(backend=compiler, dynamic=True)
     else:
-        backbone.model = torch.compile(backbone.model, backend="aot_eager", dynamic=True)
+        backbone.model = torch.compile(backbone.model, backend=compiler, dynamic=True)
     for batch, summaries in zip(batches, expected, strict=True):
         torch.testing.assert_close(model(batch)["layer_summaries"], summaries, rtol=1e-5, atol=1e-5)
         with torch.no_grad():
