@@ -8,8 +8,6 @@ The groups here make the sum of both the least.
 from __future__ import annotations
 
 import math
-import time
-import math
 import timeit
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,9 +29,9 @@ class NotApplicable(StLlmpoolError):
     """A fast path does not apply to this backbone; the message says why. Raised and caught while it is compared."""
 
 
-#: Fixed overhead of one forward pass on a CPU, in token-equivalents; a constant, so that equal runs group equally. A CPU
-#: reads every weight once for each forward: benchmarks/padding.py --fit measures 47 to 61 tokens. Twice that, as smaller
-#: models lose more: at 24 and 48 batches of short texts were slower in groups.
+#: Fixed overhead of one forward pass on a CPU, in token-equivalents; a constant, so that equal runs group equally.
+#: A CPU reads every weight once for each forward: benchmarks/padding.py --fit measures 47 to 61 tokens. Twice that, as
+#: smaller models lose more: at 24 and 48 batches of short texts were slower in groups.
 CPU_FORWARD_COST = 96
 
 
