@@ -304,14 +304,13 @@ def study(
 
     Several machines may share one output folder, as may the processes of: accelerate launch -m st_llmpool study STUDY.
     """
-    from .utils.extras import require
-
-    require("eval", "scipy", "statsmodels", "mteb", purpose="A study")
     from .study.settings import Study
+    from .utils.extras import needs
 
     plan = Study.load(study_file)  # before imports that take seconds
-    from .study.forecast import forecast
-    from .study.runner import StudyRunner
+    with needs("eval", "A study"):
+        from .study.forecast import forecast
+        from .study.runner import StudyRunner
 
     folder = out or Path("runs") / plan.name
     runner = StudyRunner(

@@ -41,5 +41,5 @@ def test_epochs_cost_what_their_steps_cost(data):
 
 def test_epochs_of_unknown_data_are_refused(data):
     assert forecast(study(max_steps=10), []).flops
-    with pytest.raises(ConfigurationError, match="say where that is"):
+    with pytest.raises(ConfigurationError, match="name that folder"):
         forecast(study(num_train_epochs=1), [])

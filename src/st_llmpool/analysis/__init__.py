@@ -1,1 +1,1 @@
-"""What a model holds and costs: its layers, probes of them, operations, time and memory."""
+"""Analysis of a model: its layers and probes of them, and its cost in operations, time and memory."""

@@ -1,4 +1,4 @@
-"""What a design costs: parameters, operations, time and memory, measured on the machine at hand."""
+"""Cost of a model: parameters, operations, time and memory, measured on this machine."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _COUNTED = ("sdpa", "eager")  # a fused kernel from elsewhere hides its operatio
 
 @dataclass(frozen=True)
 class LengthCost:
-    """What one text of a given length costs.
+    """Cost of one text of a given length.
 
     Args:
-        tokens: Its length, EOS and other special tokens included.
-        flops: Floating-point operations of matrix products and attention in one forward, a multiply-add as two. What
-            the pooling keeps between calls is not counted again. Causal attention counts in full, masked part too.
+        tokens: Length, including special tokens.
+        flops: Floating-point operations of matrix products and attention in one forward; a multiply-add counts as two.
+            Constants that the pooling caches are not counted; the masked part of causal attention is.
         latency_ms: Median time from text to vector, one text at a time.
-        peak_memory_mb: Peak memory of the forward on top of the weights, MiB; None but on a CPU or a CUDA device.
-        reason: Why figures are None; empty if none is that a CUDA device would have.
+        peak_memory_mb: Peak memory of the forward on top of the weights, in MiB; None if neither CPU nor CUDA.
+        reason: Why figures are None; empty otherwise.
     """
 
     tokens: int
@@ -46,19 +46,19 @@ class LengthCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs.
+    """Cost of a model.
 
     Args:
-        backbone: Parameters of the backbone.
-        adapter: Parameters of its adapter.
-        pooling: Parameters of everything after it.
-        lengths: The cost of one text of each length.
-        device: Where it was measured.
-        dtype: Of the backbone's weights.
-        threads: CPU threads that torch may use.
-        training_step_ms: Median time of one forward and backward in training, without the optimizer; None if not
+        backbone: Number of parameters of the backbone.
+        adapter: Number of parameters of its adapter.
+        pooling: Number of parameters of all later modules.
+        lengths: Cost of one text of each length.
+        device: Device that it was measured on.
+        dtype: Dtype of the backbone's weights.
+        threads: CPU threads of torch.
+        training_step_ms: Median time of a forward and backward pass in training, without the optimizer; None if not
             measured.
-        training_batch: Pairs of texts and tokens of each text in that step.
+        training_batch: Number of pairs, and of tokens per text, in that step.
     """
 
     backbone: int
@@ -72,7 +72,7 @@ class Cost:
     training_batch: tuple[int, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON."""
+        """Return plain JSON."""
         return asdict(self) | {
             "lengths": [asdict(length) for length in self.lengths],
             "training_batch": None if self.training_batch is None else list(self.training_batch),
@@ -80,7 +80,7 @@ class Cost:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Cost:
-        """Reads what `to_dict` gave."""
+        """Return the cost from the output of `to_dict`."""
         batch = content["training_batch"]
         lengths = tuple(LengthCost(**length) for length in content["lengths"])
         return cls(**{**content, "lengths": lengths, "training_batch": None if batch is None else tuple(batch)})
@@ -93,13 +93,13 @@ def measure_cost(
     repeats: int = 5,
     training_batch: tuple[int, int] | None = None,
 ) -> Cost:
-    """Measures what a model costs, and leaves it as it was.
+    """Measure the cost of a model, and leave it unchanged.
 
     Args:
-        model: The model, on the device and in the dtype that it will be used in.
-        lengths: Tokens of the texts to measure; a length above the model's limit gives None.
+        model: The model, on the device and in the dtype of its use.
+        lengths: Lengths of the texts in tokens; a length above the model's limit gives None.
         repeats: Timed repetitions, after one warm-up.
-        training_batch: Pairs of texts and tokens of each text, to time a step of contrastive training; None for none.
+        training_batch: Number of pairs, and of tokens per text, to time a step of contrastive training; None for none.
 
     Raises:
         ConfigurationError: If a number is not positive.
@@ -147,7 +147,7 @@ def _measure_length(model: SentenceTransformer, tokens: int, repeats: int) -> Le
 
 @contextmanager
 def _text_of(model: SentenceTransformer, tokens: int) -> Iterator[str]:
-    """Yields a text that the model reads as exactly `tokens` tokens while the context lasts."""
+    """Yield a text that the model reads as exactly `tokens` tokens inside the context."""
     limit = model.max_seq_length
     try:
         model.max_seq_length = tokens  # cuts the text, and keeps EOS
@@ -179,14 +179,14 @@ def _flops(model: SentenceTransformer, features: dict[str, Any]) -> tuple[int | 
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    """Counts QKᵀ and its product with V; shapes are (B, H, T, d)."""
+    """Return the operations of QKᵀ and its product with V; shapes are (B, H, T, d)."""
     batch, heads, length, size = query
     return 2 * batch * heads * length * key[2] * (size + value[3])
 
 
 @torch.no_grad()
 def _peak_memory(model: SentenceTransformer, features: dict[str, Any]) -> float | None:
-    """Returns the most memory of tensors during a forward, on top of what was allocated before, in MiB."""
+    """Return the peak memory of a forward on top of the memory allocated before, in MiB."""
     if model.device.type == "cpu":
         return _peak_of_tensors(lambda: model(dict(features))) / _MEBIBYTE
     if model.device.type != "cuda":
@@ -200,7 +200,7 @@ def _peak_memory(model: SentenceTransformer, features: dict[str, Any]) -> float 
 
 
 def _peak_of_tensors(run: Callable[[], object]) -> int:
-    """Returns the most bytes that tensors on the CPU took at a time, from what the profiler saw come and go."""
+    """Return the peak bytes of tensors on the CPU, from the profiler's allocations and frees."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
     assert seen.profiler is not None
@@ -214,7 +214,7 @@ def _peak_of_tensors(run: Callable[[], object]) -> int:
 
 
 def _training_step(model: SentenceTransformer, pairs: int, tokens: int, repeats: int) -> float | None:
-    """Times the in-batch contrast of pairs; gradients are dropped, weights and random state stay."""
+    """Time a step of in-batch contrastive training; weights, gradients and random state stay the same."""
     if not any(weight.requires_grad for weight in model.parameters()):
         return None
     kept = [(weight, weight.grad) for weight in model.parameters()]

@@ -1,4 +1,4 @@
-"""Small built-in texts to probe single layers with, and the two scores."""
+"""Probes of single layers: small built-in sets of texts, and two scores."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _TRIPLES = Path(__file__).with_name("probes.tsv")
 
 @dataclass(frozen=True)
 class Probes:
-    """What single layers are scored on.
+    """Texts that single layers are scored on.
 
     Args:
-        pairs: First text, second text, how alike people find them.
-        queries: Searches.
-        documents: What is searched; document i answers query i, those beyond the queries answer none.
+        pairs: First text, second text, human similarity score.
+        queries: Queries.
+        documents: Document i answers query i; further documents answer none.
 
     Raises:
         DataError: If there are fewer than two pairs, or fewer documents than queries.
@@ -37,19 +37,19 @@ class Probes:
     def __post_init__(self) -> None:
         if len(self.pairs) < 2 or not 0 < len(self.queries) <= len(self.documents):
             raise DataError(
-                f"{len(self.pairs)} pairs, {len(self.queries)} queries, {len(self.documents)} documents: give two "
-                f"pairs, one query and a document for each query at least."
+                f"{len(self.pairs)} pairs, {len(self.queries)} queries, {len(self.documents)} documents: give at least "
+                f"two pairs, one query and a document for each query."
             )
 
     @property
     def texts(self) -> list[str]:
-        """All texts, each once."""
+        """All distinct texts."""
         pairs = [text for first, second, _ in self.pairs for text in (first, second)]
         return list(dict.fromkeys([*pairs, *self.queries, *self.documents]))
 
 
 def sample_probes() -> Probes:
-    """Returns the built-in probes: 36 pairs, 12 searches in 24 texts. They show large differences only.
+    """Return the built-in probes, 36 pairs and 12 queries in 24 documents; they show large differences only.
 
     Example:
         >>> len(sample_probes().texts)
@@ -65,7 +65,7 @@ def sample_probes() -> Probes:
 
 
 def similarity_score(first: Tensor, second: Tensor, scores: Sequence[float]) -> float:
-    """Returns Spearman's correlation of cosine similarities (B, D) x (B, D) with people's scores; NaN if undefined."""
+    """Return Spearman's correlation of cosine similarities of (B, D) and (B, D) with scores; NaN if undefined."""
     cosines = (normalize(first.double(), dim=-1) * normalize(second.double(), dim=-1)).sum(dim=-1)
     if cosines.max() == cosines.min():
         return float("nan")
@@ -73,9 +73,9 @@ def similarity_score(first: Tensor, second: Tensor, scores: Sequence[float]) -> 
 
 
 def search_score(queries: Tensor, documents: Tensor) -> float:
-    """Returns nDCG@10 by cosine, mean over queries (Q, D), where document i of (N, D) is the one answer of query i.
+    """Return nDCG@10 by cosine, mean over queries (Q, D), where document i of (N, D) is the only answer of query i.
 
-    With one answer nDCG is 1 / log2(1 + rank). Of equal documents the answer counts as the last.
+    With one answer nDCG is 1 / log2(1 + rank); the answer ranks last among ties.
 
     Example:
         >>> search_score(torch.eye(2), torch.eye(2))

@@ -25,14 +25,14 @@ Matrix = list[list[float | None]]
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """The layers of one model, by the embeddings that its layer readout gives of each alone.
+    """The layers of one model, each by its layer readout alone.
 
     Args:
         cka: (L, L) linear CKA between layers.
         correlation: (L, L) Spearman correlation between layers of the cosine similarities of all pairs of texts.
-        similarity: Each layer alone on the similarity probe, Spearman.
-        search: Each layer alone on the search probe, nDCG@10.
-        norms: Mean length of each layer's embeddings.
+        similarity: Spearman correlation of each layer on the similarity probe.
+        search: nDCG@10 of each layer on the search probe.
+        norms: Mean norm of each layer's embeddings.
     """
 
     cka: Matrix
@@ -44,18 +44,18 @@ class LayerProfile:
 
 @dataclass(frozen=True)
 class LayerAnalysis:
-    """The layers of a model. What is not defined, or does not exist in its design, is None.
+    """The layers of a model. What is undefined, or does not exist in its design, is None.
 
     Args:
-        texts: How many texts the similarities between layers are over.
-        readout: How a layer's tokens become one vector.
+        texts: Number of texts that similarities between layers are computed on.
+        readout: Layer readout.
         after: The model.
-        before: The model that it was before training; None if none was given.
+        before: The model before training; None if none was given.
         change: Linear CKA of each layer with itself before training.
         read: Numbers of the layers that the pooling reads, from 1.
-        attention: Fraction of the pooling's weight on each of these, mean over texts.
-        weight_norms: Length of each of these layers' rows in the trained layer weights W.
-        moved: How far the embedding moves without each of these, see `layer_use`.
+        attention: The pooling's weight of each of these, mean over texts.
+        weight_norms: Norm of each of these layers' rows in the trained layer weights W.
+        moved: Change of the embedding without each of these, see `layer_use`.
     """
 
     texts: int
@@ -69,17 +69,17 @@ class LayerAnalysis:
     moved: list[float] | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON."""
+        """Return plain JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> LayerAnalysis:
-        """Reads what `to_dict` gave."""
+        """Return the analysis from the output of `to_dict`."""
         looks = {name: content[name] and LayerProfile(**content[name]) for name in ("after", "before")}
         return cls(**{**content, **looks})
 
     def to_rich(self) -> Table:
-        """Returns a table for the terminal, a row for each layer."""
+        """Return a table for the terminal, one row per layer."""
         table = Table(title=f"Each layer ({self.readout} of its tokens, {self.texts} texts)", title_justify="left")
         own = {name: dict(zip(self.read, getattr(self, name) or [], strict=False)) for name in _OF_READ_LAYERS}
         for heading in ("layer", "similarity", "search", "CKA to last", *_OF_READ_LAYERS.values()):
@@ -102,13 +102,13 @@ def analyze_layers(
     probes: Probes | None = None,
     batch_size: int = 32,
 ) -> LayerAnalysis:
-    """Analyses every layer of a model, including those that its design does not read; one forward per text.
+    """Analyse every layer of a model, including those that its design does not read; one forward per text.
 
     Args:
-        before: The model before training, of the same depth; None if there is only one.
+        before: The model before training, of the same depth; None for none.
         after: The model.
-        texts: For the similarities between layers, three at least; by default the probes' texts.
-        probes: For the scores of single layers; by default the built-in ones.
+        texts: At least three texts for similarities between layers; by default the probes' texts.
+        probes: Probes for single layers; by default the built-in ones.
         batch_size: Batch size.
 
     Raises:
@@ -154,7 +154,7 @@ def analyze_layers(
 
 @torch.no_grad()
 def layer_embeddings(model: SentenceTransformer, texts: Sequence[str], *, batch_size: int = 32) -> Tensor:
-    """Returns the layer readout of every layer of the backbone, (N, L, D) in float32 on the CPU.
+    """Return the layer readout of every layer of the backbone, (N, L, D) in float32 on the CPU.
 
     The last layer is after the final norm, as the poolings read it.
 
@@ -195,7 +195,7 @@ def layer_embeddings(model: SentenceTransformer, texts: Sequence[str], *, batch_
 
 
 def linear_cka(first: Tensor, second: Tensor) -> Tensor:
-    """Returns linear CKA between all layers of two sets (Kornblith et al. 2019, arXiv 1905.00414, eq. 3-4).
+    """Return linear CKA between all layers of two sets (Kornblith et al. 2019, arXiv 1905.00414, eq. 3-4).
 
     ⟨K, L⟩ / (‖K‖ ‖L‖) with the Gram matrices of the centred embeddings; NaN where one is constant over the texts.
 
@@ -222,10 +222,9 @@ def linear_cka(first: Tensor, second: Tensor) -> Tensor:
 
 
 def similarity_correlation(embeddings: Tensor) -> Tensor:
-    """Returns how similarly layers order pairs of texts, (L, L) in float64.
+    """Return Spearman's correlation between layers of the cosine similarities of all pairs of texts, (L, L) in float64.
 
-    Of each layer the cosine similarities of all pairs of different texts; between layers Spearman's correlation of
-    these; NaN where all similarities of a layer are equal.
+    NaN where all similarities of a layer are equal.
 
     Args:
         embeddings: (N, L, D).
@@ -253,9 +252,9 @@ def _look(embeddings: Tensor, chosen: list[int], row: Mapping[str, int], probes:
 
 
 def layer_attention(pooling: Any, features: Mapping[str, Any]) -> Tensor | None:
-    """Return how much each layer counts in a pooling over layers, (B, L); the latents' attention, by latent and head.
+    """Return the weight of each layer in a pooling over layers, (B, L): attention averaged over latents and heads.
 
-    None for other poolings, and with ``queries="inputs"``, where the layers attend to the latents with equal weight.
+    None for other poolings, and with ``queries="inputs"``, where all layers have equal weight.
     """
     if hasattr(pooling, "layer_scores"):
         return pooling.layer_scores.softmax(dim=0).expand(len(features["layer_summaries"]), -1)

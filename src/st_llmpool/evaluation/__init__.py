@@ -9,33 +9,15 @@ from ..utils.extras import importing_mteb
 
 if TYPE_CHECKING:
     from .bm25 import bm25_baseline
-    from .result import EvaluationResult, TaskScore
     from .run import evaluate
-    from .suite import Suite, TaskSpec, read_suite, shipped_suites
+    from .suite import read_suite, shipped_suites
     from .suite_evaluator import SuiteEvaluator
-    from .tasks import TASK_TYPES, load_suite
+    from .tasks import load_suite
 
-__all__ = [
-    "TASK_TYPES",
-    "EvaluationResult",
-    "Suite",
-    "SuiteEvaluator",
-    "TaskScore",
-    "TaskSpec",
-    "bm25_baseline",
-    "evaluate",
-    "load_suite",
-    "read_suite",
-    "shipped_suites",
-]
+__all__ = ["SuiteEvaluator", "bm25_baseline", "evaluate", "load_suite", "read_suite", "shipped_suites"]
 
 _FILES = {
-    "TASK_TYPES": ".tasks",
-    "EvaluationResult": ".result",
-    "Suite": ".suite",
     "SuiteEvaluator": ".suite_evaluator",
-    "TaskScore": ".result",
-    "TaskSpec": ".suite",
     "bm25_baseline": ".bm25",
     "evaluate": ".run",
     "load_suite": ".tasks",

@@ -1,4 +1,4 @@
-"""BM25 as the yardstick of every retrieval table: what plain word overlap scores on the same task.
+"""BM25, the baseline of every retrieval table: the score of plain word overlap on the same task.
 
 mteb's own BM25 needs a stemmer package on top of bm25s; this is plain bm25s, scored by mteb's own task.
 """
@@ -17,13 +17,11 @@ from ..utils.random_state import preserve_rng_state
 
 with importing_mteb():
     from mteb.abstasks import AbsTask, AbsTaskRetrieval
-    from mteb.abstasks.task_metadata import TaskMetadata
     from mteb.models import ModelMeta
-    from mteb.types import EncodeKwargs
 
 
 def bm25_baseline(task: AbsTask) -> float:
-    """Returns nDCG@10 of BM25 (bm25s's defaults, English stop words, title and text) on a retrieval or reranking task.
+    """Return nDCG@10 of BM25 (bm25s's defaults, English stop words, title and text) on a retrieval or reranking task.
 
     Raises:
         ConfigurationError: If the task is of another type.
@@ -49,21 +47,11 @@ def bm25_baseline(task: AbsTask) -> float:
 
 
 class _BM25:
-    """The two calls that mteb's retrieval tasks make on a search engine."""
+    """The interface that mteb's retrieval tasks need of a search engine."""
 
     mteb_model_meta = ModelMeta.create_empty(overwrites={"name": "local/bm25s", "revision": bm25s.__version__})
 
-    def index(
-        self,
-        corpus: Dataset,
-        *,
-        task_metadata: TaskMetadata,
-        hf_split: str,
-        hf_subset: str,
-        encode_kwargs: EncodeKwargs,
-        num_proc: int | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def index(self, corpus: Dataset, **kwargs: Any) -> None:
         titles = corpus["title"] if "title" in corpus.column_names else [""] * len(corpus)
         texts = [f"{title} {text}" for title, text in zip(titles, corpus["text"], strict=True)]
         self._ids = list(corpus["id"])
@@ -71,17 +59,7 @@ class _BM25:
         self._engine.index(_words(texts), show_progress=False)
 
     def search(
-        self,
-        queries: Dataset,
-        *,
-        task_metadata: TaskMetadata,
-        hf_split: str,
-        hf_subset: str,
-        top_k: int,
-        encode_kwargs: EncodeKwargs,
-        top_ranked: Mapping[str, list[str]] | None = None,
-        num_proc: int | None = None,
-        **kwargs: Any,
+        self, queries: Dataset, *, top_k: int, top_ranked: Mapping[str, list[str]] | None = None, **kwargs: Any
     ) -> dict[str, dict[str, float]]:
         results = {}
         for query, words in zip(queries["id"], _words(list(queries["text"])), strict=True):

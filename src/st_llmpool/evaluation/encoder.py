@@ -1,6 +1,6 @@
-"""mteb's own encoder around a SentenceTransformer, which refuses embeddings that are not finite.
+"""mteb's encoder around a SentenceTransformer, refusing embeddings that are not finite.
 
-mteb itself scores NaN without a word: a comparison with NaN is false, so a broken text merely ranks last.
+mteb scores NaN silently: a comparison with NaN is false, so a broken text merely ranks last.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 class FiniteEncoder(SentenceTransformerEncoderWrapper):
     """A model as mteb calls it.
 
-    mteb finds prompts in the model's `prompts` (by task, by type, by role); where it finds none, the prompt that a
-    local suite gives for its task is used.
+    mteb finds prompts in the model's `prompts` (by task, by type, by role); without any, that of the local suite is
+    used.
 
     Args:
         model: The model.
-        tasks: The tasks that will be run.
-        identity: Name and revision to file results under; None if no results are filed.
+        tasks: The tasks to run.
+        identity: Name and revision of the results; None if no results are written.
     """
 
     def __init__(
@@ -57,40 +57,30 @@ class FiniteEncoder(SentenceTransformerEncoderWrapper):
         inputs: DataLoader[BatchedInput],
         *,
         task_metadata: TaskMetadata,
-        hf_split: str,
-        hf_subset: str,
         prompt_type: PromptType | None = None,
         **kwargs: Any,
     ) -> Array:
-        """Returns the embeddings of N texts, (N, D).
+        """Return the embeddings of N texts, (N, D).
 
         Raises:
             InputError: If an embedding holds NaN or infinity.
         """
-        embeddings = super().encode(
-            inputs,
-            task_metadata=task_metadata,
-            hf_split=hf_split,
-            hf_subset=hf_subset,
-            prompt_type=prompt_type,
-            **kwargs,
-        )
+        embeddings = super().encode(inputs, task_metadata=task_metadata, prompt_type=prompt_type, **kwargs)
         finite = np.isfinite(np.asarray(embeddings)).all(axis=-1)
         if not finite.all():
             first = int(np.flatnonzero(~finite)[0])
             row: Any = inputs.dataset[first]
-            text = row["text"]
             role = f"{prompt_type.value} " if prompt_type else ""
             raise InputError(
                 f"Task {task_metadata.name}: {np.count_nonzero(~finite)} of {len(finite)} {role}embeddings are not "
-                f"finite; the first is of text {first} ({text[:80]!r}). Scores would be meaningless: check the model's "
-                f"weights for NaN, and whether its dtype overflows (try float32 or bfloat16)."
+                f"finite; the first is of text {first} ({row['text'][:80]!r}). Check the model's weights for NaN, and "
+                f"whether its dtype overflows (try float32 or bfloat16)."
             )
         return embeddings
 
 
 def _suite_prompts(tasks: Iterable[AbsTask], own: Mapping[str, str]) -> dict[str, str]:
-    """Returns the prompts of local tasks for which the model has none, under the names that mteb looks up."""
+    """Return the prompts of local tasks for which the model has none, under the names that mteb looks up."""
     prompts = {}
     for task in tasks:
         if not isinstance(task, LocalTask) or not task.metadata.prompt:

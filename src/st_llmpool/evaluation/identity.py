@@ -1,7 +1,7 @@
-"""Names a model so that results of two models never mix: mteb files results under a name and a revision.
+"""Name a model so that results of two models never mix: mteb stores results by name and revision.
 
-By default mteb uses the name from the model card, so every unnamed model of plain sentence-transformers, and every
-fine-tuned copy of one base, gets the scores of whichever came first.
+By default mteb uses the name from the model card, so all unnamed models, and all fine-tuned copies of one base, get the
+scores of whichever came first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _IN_EVERY_RUN = re.compile(r"model|training|checkpoints|checkpoint-\d+")
 
 
 def identify(model: SentenceTransformer, source: str | None = None) -> tuple[str, str]:
-    """Returns a name and a revision that are the model's own.
+    """Return a name and a revision that identify the model.
 
     A model that was loaded from the Hub by its id keeps id and commit, so that its results line up with the
     leaderboard's. Any other is `local/<folder or card name>` with `fingerprint(model)` as its revision. Folders that
@@ -26,7 +26,7 @@ def identify(model: SentenceTransformer, source: str | None = None) -> tuple[str
 
     Args:
         model: The model.
-        source: What it was loaded from, a folder or a Hub id; None if it was handed over in memory.
+        source: Folder or Hub id that it was loaded from; None for a model in memory.
     """
     commit = model.model_card_data.base_model_revision
     if source is not None and commit and not Path(source).exists():
@@ -36,7 +36,7 @@ def identify(model: SentenceTransformer, source: str | None = None) -> tuple[str
 
 
 def _of_folder(folder: Path) -> str:
-    """Returns a folder's name, that of its run before it where every run has such a folder."""
+    """Return a folder's name, prefixed by the run's if every run has such a folder."""
     parts = [folder.name]
     if _IN_EVERY_RUN.fullmatch(folder.name):
         run = next((parent.name for parent in folder.parents if not _IN_EVERY_RUN.fullmatch(parent.name)), "")

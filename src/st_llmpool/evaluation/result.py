@@ -1,4 +1,4 @@
-"""What an evaluation found: one row per task, as a table for the screen, for a document or for a program."""
+"""Result of an evaluation: one row per task, as a table for the screen, Markdown or JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 class TaskScore:
     """The main score of a model on a task, averaged over the task's splits and subsets.
 
-    It is NaN where it is not defined, as a correlation is when all embeddings are equal.
+    NaN if it is undefined, as a correlation is when all embeddings are equal.
     """
 
     task: str
@@ -28,12 +28,12 @@ class EvaluationResult:
     """Scores of one model.
 
     Args:
-        model: Name that the results are filed under.
-        revision: Revision that the results are filed under.
+        model: Name of the model in mteb's result files.
+        revision: Its revision there.
         rows: One for each task, in the order of the suite.
-        folder: Where mteb's result files are, with every metric, split and subset (and nDCG@10 by query for
-            retrieval from a local suite); None if none were written.
-        inference: How the texts were encoded: the fast paths in use, see `optimize_inference`.
+        folder: Folder of mteb's result files, with every metric, split and subset (and nDCG@10 by query for retrieval
+            from a local suite); None if none were written.
+        inference: Fast paths that were used, see `optimize_inference`.
 
     Example:
         >>> result = EvaluationResult("local/m", "1", (TaskScore("LocalSts", "STS", "cosine_spearman", 0.5),))
@@ -57,7 +57,7 @@ class EvaluationResult:
         return {row.task: row.score for row in self.rows}
 
     def to_rich(self) -> Table:
-        """Returns a table for `rich.print`."""
+        """Return a table for `rich.print`."""
         table = Table(
             "Task", "Type", "Metric", title=f"{self.model} @ {self.revision[:8]}", caption=self.inference or None
         )
@@ -67,12 +67,12 @@ class EvaluationResult:
         return table
 
     def to_markdown(self) -> str:
-        """Returns a table in Markdown."""
+        """Return a table in Markdown."""
         lines = ["| Task | Type | Metric | Score |", "| --- | --- | --- | ---: |"]
         lines += [f"| {row.task} | {row.type} | {row.metric} | {row.score:.4f} |" for row in self.rows]
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """Returns model, revision and rows as JSON; a score that is not defined is null."""
+        """Return model, revision and rows as JSON; a score that is not defined is null."""
         rows = [asdict(row) | {"score": row.score if math.isfinite(row.score) else None} for row in self.rows]
         return json.dumps({"model": self.model, "revision": self.revision, "rows": rows}, indent=2)

@@ -1,4 +1,4 @@
-"""Evaluates one model on a local suite, on mteb tasks by name, or on an mteb benchmark."""
+"""Evaluate a model on a local suite, on mteb tasks by name, or on an mteb benchmark."""
 
 from __future__ import annotations
 
@@ -44,22 +44,20 @@ def evaluate(
     revision: str | None = None,
     token: str | None = None,
 ) -> EvaluationResult:
-    """Scores a model and leaves mteb's result files in `output_dir/results`, and the main scores in `scores.json`.
+    """Score a model; write mteb's result files to `output_dir/results` and the main scores to `scores.json`.
 
-    Tasks that the folder already holds for the same weights, settings and data are read from there, so a run that was
-    stopped is resumed. All data are checked before the model is loaded (mteb's own are downloaded when their
-    turn comes). The global random state is as before afterwards.
+    Existing results for the same weights, settings and data are reused, so an interrupted run is resumed. Local data
+    are checked before the model is loaded; mteb's are downloaded when needed. The global random state is preserved.
 
     Args:
         model: A model, or the folder or Hub id to load one from.
         output_dir: Output folder.
         suite: A shipped suite (`shipped_suites()`) or a suite file, see `st_llmpool.evaluation.suite`; None is
-            "builtin" where no benchmark is named.
-        data_dir: Where the folders of the suite's tasks are.
+            "builtin" without a benchmark.
+        data_dir: Parent of the suite's data folders.
         benchmark: An mteb benchmark, such as "MTEB(eng, v2)", instead of a suite. Needs a network.
-        tasks: Names of the tasks to run, from the suite or the benchmark; other names are looked up in
-            mteb. None for all of it.
-        limit: The most rows, queries or documents of each task of the suite.
+        tasks: Tasks to run, of the suite or benchmark, else of mteb; None for all of the suite or benchmark.
+        limit: Largest number of rows, queries or documents per task of the suite.
         batch_size: Batch size.
         show_progress: Show mteb's progress bars.
         trust_remote_code: Run code of the model that is not the installed package's.
@@ -67,7 +65,7 @@ def evaluate(
         token: Hub token.
 
     Raises:
-        ConfigurationError: If a suite, benchmark, task or setting is unknown or does not go together.
+        ConfigurationError: If a suite, benchmark, task or setting is unknown, or two exclude each other.
         DataError: If data of the suite are missing or wrong.
         InputError: If the model gives an embedding that is not finite.
 
@@ -102,7 +100,7 @@ def evaluate(
 def run_tasks(
     encoder: FiniteEncoder, tasks: Sequence[AbsTask], cache: ResultCache | None, batch_size: int, show_progress: bool
 ) -> tuple[TaskScore, ...]:
-    """Runs tasks through mteb and returns their main scores, as in the result files; stops at the first error."""
+    """Run tasks through mteb and return their main scores, as in the result files; stop at the first error."""
     with nullcontext() if show_progress else _without_dataset_bars():
         results = mteb.evaluate(
             encoder,
@@ -112,7 +110,7 @@ def run_tasks(
             encode_kwargs={"batch_size": batch_size, "show_progress_bar": show_progress},
             show_progress_bar=show_progress,
         ).task_results
-    if cache is not None:  # the files round, and a run that goes on from them must give the numbers of one that did not
+    if cache is not None:  # the files are rounded, and a resumed run must give the same numbers
         paths = [cache.get_task_result_path(task.metadata.name, encoder.mteb_model_meta) for task in tasks]
         results = [TaskResult.from_disk(path) for path in paths]
     return tuple(
@@ -123,7 +121,7 @@ def run_tasks(
 
 @contextmanager
 def _without_dataset_bars() -> Iterator[None]:
-    """Keeps `datasets` quiet, whose bars mteb's own switch does not reach."""
+    """Turn off the progress bars of `datasets`, which mteb does not control."""
     disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -140,7 +138,7 @@ def _choose(
     tasks: Sequence[str] | None,
     limit: int | None,
 ) -> list[AbsTask]:
-    """Returns the tasks to run, in the order in which they were named."""
+    """Return the tasks to run, in the order in which they were named."""
     if benchmark is not None:
         own = {task.metadata.name: task for task in find_benchmark(benchmark).tasks}
     else:
@@ -155,7 +153,7 @@ def _choose(
 
 
 def find_benchmark(name: str) -> mteb.Benchmark:
-    """Returns mteb's benchmark of that name.
+    """Return mteb's benchmark of that name.
 
     Raises:
         ConfigurationError: If there is none.
@@ -175,7 +173,7 @@ def _mteb_task(name: str, own: dict[str, AbsTask]) -> AbsTask:
 
 
 def _drop_stale(cache: ResultCache, meta: ModelMeta, tasks: Sequence[AbsTask]) -> None:
-    """Removes results on other data of the same name, which mteb would return as they are."""
+    """Remove results on other data of the same name, which mteb would reuse."""
     for task in tasks:
         path = cache.get_task_result_path(task.metadata.name, meta)
         if path.exists() and TaskResult.from_disk(path).dataset_revision != task.metadata.revision:

@@ -1,7 +1,6 @@
-"""Chooses a fixed part of a task's data, for evaluations that must be short.
+"""Deterministic subsampling of a task's data, for short evaluations.
 
-The choice follows hashes of the content and no random generator, so it is the same in every process and on every
-machine, and stays nearly the same when the data grow.
+The choice is by hashes of the content, so it is the same on every machine and changes little when the data grow.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ T = TypeVar("T")
 
 
 def sample(keys: Sequence[str], limit: int | None) -> list[int]:
-    """Returns the positions of at most `limit` keys, in their order; all where `limit` is None.
+    """Return the positions of at most `limit` keys, in order; all if `limit` is None.
 
     Example:
         >>> len(sample(["a", "b", "c"], 2)), sample(["a", "b", "c"], None)
@@ -28,22 +27,22 @@ def sample(keys: Sequence[str], limit: int | None) -> list[int]:
 
 
 def select_rows(table: Mapping[str, Sequence[T]], rows: Sequence[int]) -> dict[str, list[T]]:
-    """Returns some rows of a table of columns."""
+    """Return some rows of a table of columns."""
     return {name: [column[row] for row in rows] for name, column in table.items()}
 
 
 def sample_retrieval(
     queries: Sequence[str], documents: Sequence[str], relevant: Mapping[str, Mapping[str, int]], limit: int | None
 ) -> tuple[set[str], set[str]]:
-    """Returns the ids of at most `limit` queries and at most `limit` documents that belong together.
+    """Return the ids of at most `limit` queries and at most `limit` documents.
 
-    Every query that is kept keeps all its relevant documents; other documents fill the rest.
+    Every kept query keeps all its relevant documents; other documents fill the rest.
 
     Args:
         queries: Ids of the queries.
         documents: Ids of the documents.
         relevant: Query id to document id to grade; above 0 is relevant.
-        limit: The most of each; None for all.
+        limit: Largest number of each; None for all.
 
     Raises:
         DataError: If no query's relevant documents fit.

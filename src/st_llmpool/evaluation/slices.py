@@ -1,15 +1,14 @@
-"""Cuts a task out of larger tables: which rows a suite's `where` keeps.
+"""Slices of larger tables as tasks: the rows that a suite's `where` keeps.
 
-`where` maps a table's role to a column of the task to one or more conditions. A row is kept if all of them hold:
+`where` maps a table's role to a column of the task to conditions. A row is kept if all of them hold:
 
 - ``in: [a, b]``: the value is one of these; each must occur.
 - ``starts: [who, whose]``: the text starts with one of these words or phrases, in any case.
 - ``length: [0.25, 0.5]``: the text is in the second quarter of the table by its length in characters.
-- ``part: 2/5``: the value falls to the second of five parts. The different values are put in the order of their
-  hashes and dealt out in turn, so rows with equal values stay together.
+- ``part: 2/5``: the value is in the second of five parts. The distinct values are ordered by their hashes and assigned
+  in turn, so rows with equal values stay together.
 
-Every condition applies to the full table, not to what the others leave, so that slices with ranges or parts side by
-side divide the table: no row twice, none left out.
+Every condition applies to the full table, so slices with adjacent ranges or parts partition it.
 """
 
 from __future__ import annotations
@@ -30,16 +29,15 @@ Where: TypeAlias = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 def check_where(task: str, where: Where, tables: Mapping[str, Sequence[Column]]) -> None:
-    """Checks a suite's `where` before any data are read.
+    """Check a suite's `where` before any data are read.
 
     Args:
         task: Name of the task, for messages.
-        where: What the suite says.
-        tables: The columns of each of the task's tables.
+        where: The suite's `where`.
+        tables: Columns of each of the task's tables.
 
     Raises:
-        ConfigurationError: If a role, a column or a condition does not exist, a condition does not fit its column, or
-            its argument is not what it needs.
+        ConfigurationError: If a role, column, condition or argument does not exist or does not fit.
     """
     kinds = {role: {column.name: column.kind for column in columns} for role, columns in tables.items()}
     for role, columns in _entries(task, "table", where, kinds):
@@ -57,7 +55,7 @@ def check_where(task: str, where: Where, tables: Mapping[str, Sequence[Column]])
 
 
 def cut(task: str, where: Where, tables: Mapping[str, Mapping[str, list[Any]]]) -> dict[str, dict[str, list[Any]]]:
-    """Returns the tables with only those rows that `where` keeps, in their order.
+    """Return the tables with only the rows that `where` keeps, in order.
 
     Args:
         task: Name of the task, for messages.
@@ -134,11 +132,8 @@ def _is_part(argument: object) -> bool:
 
 
 def _is_list_of(argument: object, kind: Any) -> bool:
-    return (
-        isinstance(argument, list)
-        and bool(argument)
-        and all(isinstance(value, kind) and not isinstance(value, bool) for value in argument)
-    )
+    are_values = isinstance(argument, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in argument)
+    return are_values and bool(argument)
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,26 @@
-"""Suite files: which local tasks make one evaluation, and where their data lie.
+"""Suite files: the local tasks of an evaluation and their data.
 
 ```yaml
 description: Search and similarity on our own texts.
 tasks:
   - name: LocalManualRetrieval
     type: Retrieval            # Retrieval, Reranking, STS, PairClassification, Classification, Clustering
-    folder: manual             # below the data folder; holds corpus, queries and qrels, .parquet or .jsonl
-    columns: {id: _id}         # column of the task: column of the file, where they differ
-    prompt: {query: "query: "} # for models that bring no prompt of their own
+    folder: manual             # in the data folder, with corpus, queries and qrels, .parquet or .jsonl
+    columns: {id: _id}         # column of the task: column of the file, if they differ
+    prompt: {query: "query: "} # for models without a prompt of their own
     where:                     # keep a slice: table, column, condition; all must hold
       corpus: {title: {in: [Engines, Brakes]}}
       queries: {text: {starts: [how, why], length: [0.0, 0.5]}}
 ```
 
-Tables by type: Retrieval reads `corpus` (id, title if there, text), `queries` (id, text) and `qrels` (query-id,
-corpus-id, score if there), or `pairs` (query, positive) where `files` names it; Reranking `test` (query, positive,
+Tables by type: Retrieval reads `corpus` (id, optional title, text), `queries` (id, text) and `qrels` (query-id,
+corpus-id, optional score), or `pairs` (query, positive) if `files` names it; Reranking `test` (query, positive,
 negative: texts or lists of texts); STS `test` (sentence1, sentence2, score); PairClassification `test` (sentence1,
 sentence2, label 0 or 1); Classification `train` and `test` (text, label); Clustering `test` (text, label).
 
-`where` cuts one task out of larger tables, by values (`in`), first words (`starts`), quantiles of length (`length`) or
-parts of equal size (`part`), see `st_llmpool.evaluation.slices`. What belongs to dropped rows goes with them: queries
-without an answer left, and training texts of classes that are not in the test table. It is part of the task's revision.
+`where` selects rows by value (`in`), first words (`starts`), quantile of length (`length`) or equal parts (`part`), see
+`st_llmpool.evaluation.slices`. Queries without a remaining answer, and training texts of classes that are not in the
+test table, are dropped too. It is part of the task's revision.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class TaskSpec:
     """One task of a suite file; `make_task` checks it and makes the task.
 
     Args:
-        name: Name of the task and of its result file; none of mteb's.
+        name: Name of the task and of its result file; not one of mteb's.
         type: A key of `TASK_TYPES`.
-        folder: Folder of its files, below the data folder.
+        folder: Folder of its files, in the data folder.
         source: A key of `SOURCES`, instead of a folder.
-        files: Role to file name, where it is not `role.parquet` or `role.jsonl`.
-        columns: Column of the task to its name in the files, where that differs.
-        metric: Main score, by default the one that mteb's tasks of the type have.
-        prompt: Text before every input, or one each for `query` and `document`, for models that bring none.
-        limit: The most rows, queries or documents.
-        where: Which rows the task keeps, see `slices`; the limit comes after it.
+        files: Role to file name, if it is not `role.parquet` or `role.jsonl`.
+        columns: Column of the task to its name in the files, if that differs.
+        metric: Main score; by default that of mteb's tasks of the type.
+        prompt: Prompt, or one each for `query` and `document`, for models without one.
+        limit: Largest number of rows, queries or documents, applied after `where`.
+        where: Rows to keep, see `slices`.
     """
 
     name: str
@@ -68,11 +68,11 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite file as read; the data are not looked at.
+    """A suite file; its data are not read.
 
     Args:
         name: Name of a shipped suite, or the file.
-        folder: Where the data lie unless the user says otherwise; None for a shipped suite.
+        folder: Default parent of the data folders; None for a shipped suite.
         description: One line for people.
         tasks: The tasks in order.
     """
@@ -90,7 +90,7 @@ class _SuiteFile:
 
 
 def shipped_suites() -> list[str]:
-    """Returns the names of the suites that come with the package.
+    """Return the names of the suites that come with the package.
 
     Example:
         >>> shipped_suites()
@@ -100,7 +100,7 @@ def shipped_suites() -> list[str]:
 
 
 def read_suite(name_or_file: str | Path) -> Suite:
-    """Reads a suite by its shipped name or from a YAML file.
+    """Read a suite by its shipped name or from a YAML file.
 
     Raises:
         DataError: If there is no such suite or file.

@@ -1,4 +1,4 @@
-"""A suite as an evaluator that a trainer calls while it trains."""
+"""A suite as an evaluator for use during training."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .tasks import load_suite
 
 
 class SuiteEvaluator(BaseEvaluator):
-    """Scores a model on a local suite at every evaluation step, without disturbing the training.
+    """Score a model on a local suite at every evaluation step, without changing the training.
 
-    The random state is the same after an evaluation as before it, so data order and dropout are those of a training
-    without evaluation. Every call scores the same rows. Nothing is cached: the weights differ at every call.
+    The random state is preserved, so data order and dropout are those of a training without evaluation. Every call
+    scores the same rows; nothing is cached.
 
     Args:
         suite: A shipped suite or a suite file.
-        data_dir: Where the folders of the suite's tasks are.
+        data_dir: Parent of the suite's data folders.
         tasks: Names of the tasks to run; None for all.
-        limit: The most rows, queries or documents of each task; None for all of them.
+        limit: Largest number of rows, queries or documents per task; None for all.
         batch_size: Batch size.
-        name: Put before the names of the metrics.
+        name: Prefix of the metrics.
 
     Raises:
         ConfigurationError: As `load_suite`.
@@ -65,13 +65,13 @@ class SuiteEvaluator(BaseEvaluator):
     def __call__(
         self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
-        """Returns the scores, and notes them in the model card.
+        """Return the scores, and record them in the model card.
 
         Raises:
             InputError: If the model gives an embedding that is not finite.
         """
         with preserve_rng_state(), optimized_inference(model):
-            tasks = [type(task)() for task in self.tasks]  # fresh ones, since a task draws on its own generator
+            tasks = [type(task)() for task in self.tasks]  # fresh ones: a task has its own random generator
             rows = run_tasks(FiniteEncoder(model, tasks), tasks, None, self.batch_size, show_progress=False)
         scores = {f"{row.task}_{row.metric}": row.score for row in rows}
         scores["mean"] = sum(row.score for row in rows) / len(rows)
@@ -80,5 +80,5 @@ class SuiteEvaluator(BaseEvaluator):
         return metrics
 
     def get_config_dict(self) -> dict[str, object]:
-        """Returns what the model card says of the evaluation."""
+        """Return the evaluator's settings for the model card."""
         return {"suite": self.suite, "limit": self.limit}

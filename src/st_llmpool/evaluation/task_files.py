@@ -1,4 +1,4 @@
-"""Reads one table of an evaluation task, Parquet or JSON lines, and checks every value before a model is loaded."""
+"""Read a table of an evaluation task, Parquet or JSON lines, and check every value before a model is loaded."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pyarrow.parquet
 
 from ..modules.errors import DataError, nearest
 from ..utils.reading import exists, is_folder, read_json_lines, shown
+from ..utils.words import listed
 
 SUFFIXES = (".parquet", ".jsonl")
 
@@ -25,9 +26,9 @@ class Column:
 
     Args:
         name: Name in the task; the name in the file may differ.
-        kind: What its values are: an `id` (text or integer), a `text`, `texts` (one or a list), a finite `number`,
-            an `integer`, or a `label` (text or integer).
-        default: Value where the file has no such column; None if it must have it.
+        kind: Kind of its values: `id` (text or integer), `text`, `texts` (one or a list), `number` (finite), `integer`
+            or `label` (text or integer).
+        default: Value if the file has no such column; None if the column is required.
     """
 
     name: str
@@ -36,10 +37,10 @@ class Column:
 
 
 def find_table(folder: Path, role: str, file_name: str | None) -> Path:
-    """Returns the file that plays a role, by its given name or as `role.parquet` or `role.jsonl`.
+    """Return the file of a role, by its given name or as `role.parquet` or `role.jsonl`.
 
     Raises:
-        DataError: If the folder or the file is not there, or its suffix is not one that can be read.
+        DataError: If the folder or file does not exist, or its suffix is not supported.
     """
     if not is_folder(folder):
         raise DataError(f"{folder} is not a folder; {_content(folder.parent, folder.name)}")
@@ -59,23 +60,22 @@ def _content(folder: Path, wanted: str) -> str:
     if not is_folder(folder):
         return f"{folder} does not exist either."
     names = sorted(path.name for path in folder.iterdir())
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return f"{folder} holds {shown or 'nothing'}.{nearest(wanted, names)}"
+    return f"{folder} holds {listed(names, most=20) or 'nothing'}.{nearest(wanted, names)}"
 
 
 def file_digest(path: Path) -> str:
-    """Returns the SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_table(path: Path, columns: Sequence[Column], file_names: Mapping[str, str]) -> dict[str, list[Any]]:
-    """Reads and checks some columns of a table.
+    """Read and check some columns of a table.
 
     Args:
         path: A `.parquet` or `.jsonl` file.
         columns: The columns to read.
-        file_names: What columns are called in the file, where it is not their own name.
+        file_names: Names of columns in the file, if they differ.
 
     Returns:
         Column name to values, one per row of the file.
@@ -101,7 +101,7 @@ def read_table(path: Path, columns: Sequence[Column], file_names: Mapping[str, s
 
 
 def _read_parquet(path: Path, names: Sequence[str]) -> tuple[list[str], dict[str, list[Any]]]:
-    """Returns the names of all columns and the values of the wanted ones that are there."""
+    """Return the names of all columns and the values of the wanted ones that exist."""
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             known = file.schema_arrow.names

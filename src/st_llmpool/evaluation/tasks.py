@@ -1,4 +1,4 @@
-"""Tasks of local suites: mteb's own task classes, reading tables from this machine instead of the Hub."""
+"""Tasks of local suites: mteb's task classes, reading local tables instead of the Hub."""
 
 from __future__ import annotations
 
@@ -65,24 +65,24 @@ class LocalTask(AbsTask):
     where: ClassVar[Where]
 
     def load_data(self, num_proc: int | None = None, **kwargs: object) -> None:
-        """Reads the tables, once."""
+        """Read the tables, once."""
         if not self.data_loaded:
             self.dataset = self.build(self.select(type(self).read()))
             self.data_loaded = True
 
     def select(self, tables: dict[str, Table]) -> dict[str, Table]:
-        """Returns the rows that the suite's `where` keeps, and of other tables those that go with them."""
+        """Return the rows that the suite's `where` keeps, and the rows of other tables that belong to them."""
         return cut(self.metadata.name, self.where, tables)
 
     def build(self, tables: dict[str, Table]) -> Any:
-        """Returns the data set in the shape that mteb's class of this type reads."""
+        """Return the data in the shape that mteb's class of this type reads."""
         table = tables[SPLIT]
         keys = ["\n".join(str(value) for value in row) for row in zip(*table.values(), strict=True)]
         return DatasetDict({SPLIT: Dataset.from_dict(select_rows(table, sample(keys, self.limit)))})
 
 
 class LocalSTS(LocalTask, AbsTaskSTS):
-    """Pairs of texts with a similarity that people gave."""
+    """Pairs of texts with human similarity scores."""
 
     tables = {SPLIT: (Column("sentence1", "text"), Column("sentence2", "text"), Column("score", "number"))}
     metrics = frozenset(STSMetrics.__annotations__)
@@ -102,7 +102,7 @@ class LocalPairClassification(LocalTask, AbsTaskPairClassification):
     label_column_name = "label"
 
     def build(self, tables: dict[str, Table]) -> DatasetDict:
-        """Returns the pairs."""
+        """Return the pairs."""
         found = set(tables[SPLIT]["label"])
         if found != {0, 1}:
             raise DataError(f"Task {self.metadata.name}: the labels are {sorted(found)[:10]}, expected both 0 and 1.")
@@ -110,7 +110,7 @@ class LocalPairClassification(LocalTask, AbsTaskPairClassification):
 
 
 class LocalClustering(LocalTask, AbsTaskClustering):
-    """Texts with their topics, which clusters should recover; all of them are embedded."""
+    """Texts with topics, to be recovered by clustering; all texts are embedded."""
 
     tables = {SPLIT: (Column("text", "text"), Column("label", "label"))}
     metrics = frozenset({"v_measure", "ami"})
@@ -121,14 +121,14 @@ class LocalClustering(LocalTask, AbsTaskClustering):
 
 
 class LocalClassification(LocalTask, AbsTaskClassification):
-    """Texts with a class, learned from eight embeddings of each class, ten times."""
+    """Texts with classes, learned from eight embeddings of each class, ten times."""
 
     tables = {role: (Column("text", "text"), Column("label", "label")) for role in ("train", SPLIT)}
     metrics = frozenset(ClassificationMetrics.__annotations__) - {"ap", "ap_weighted"}
     default_metric = "accuracy"
 
     def select(self, tables: dict[str, Table]) -> dict[str, Table]:
-        """Returns the rows that `where` keeps; a slice learns only the classes that its test texts have."""
+        """Return the rows that `where` keeps; a slice learns only the classes of its test texts."""
         tables = super().select(tables)
         if self.where:
             train, wanted = tables["train"], set(tables[SPLIT]["label"])
@@ -136,7 +136,7 @@ class LocalClassification(LocalTask, AbsTaskClassification):
         return tables
 
     def build(self, tables: dict[str, Table]) -> DatasetDict:
-        """Returns both splits with integer labels; only the test split is cut to the limit."""
+        """Return both splits with integer labels; only the test split is cut to the limit."""
         train, test = tables["train"], tables[SPLIT]
         unseen = set(test["label"]) - set(train["label"])
         if unseen:
@@ -160,7 +160,7 @@ class LocalClassification(LocalTask, AbsTaskClassification):
     def evaluate(
         self, model: Any, split: str = SPLIT, *args: Any, prediction_folder: Path | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Returns mteb's scores and `accuracy_by_text`: how often each test text's class was right, of ten times."""
+        """Return mteb's scores and `accuracy_by_text`: the fraction of ten fits that were right on each test text."""
         with TemporaryDirectory() as folder:
             place = prediction_folder or Path(folder)
             scores: dict[str, Any] = super().evaluate(model, split, *args, prediction_folder=place, **kwargs)
@@ -173,7 +173,7 @@ class LocalClassification(LocalTask, AbsTaskClassification):
 
 
 class LocalRetrieval(LocalTask, AbsTaskRetrieval):
-    """Queries, documents, and which answers which (the shape of BEIR)."""
+    """Queries, documents and relevance (as in BEIR)."""
 
     tables = {
         "corpus": (Column("id", "id"), Column("title", "text", default=""), Column("text", "text")),
@@ -184,7 +184,7 @@ class LocalRetrieval(LocalTask, AbsTaskRetrieval):
     default_metric = "ndcg_at_10"
 
     def select(self, tables: dict[str, Table]) -> dict[str, Table]:
-        """Returns the rows that `where` keeps; a slice drops the queries that have lost all their answers."""
+        """Return the rows that `where` keeps, without queries that have no answer left."""
         qrels = tables["qrels"]
         self._check_ids("queries", tables["queries"]["id"], qrels["query-id"])
         self._check_ids("corpus", tables["corpus"]["id"], qrels["corpus-id"])
@@ -196,7 +196,7 @@ class LocalRetrieval(LocalTask, AbsTaskRetrieval):
         return tables
 
     def build(self, tables: dict[str, Table]) -> dict[str, dict[str, RetrievalSplitData]]:
-        """Returns corpus, queries and relevance."""
+        """Return corpus, queries and relevance."""
         queries, corpus, qrels = tables["queries"], tables["corpus"], tables["qrels"]
         relevant: dict[str, dict[str, int]] = {}
         for query, document, grade in zip(qrels["query-id"], qrels["corpus-id"], qrels["score"], strict=True):
@@ -230,18 +230,18 @@ class LocalRetrieval(LocalTask, AbsTaskRetrieval):
     def task_specific_scores(  # type: ignore[override] # mteb's hint says numbers; its result files take any JSON
         self, scores: dict[str, dict[str, float]], *args: object, **kwargs: object
     ) -> dict[str, dict[str, float]]:
-        """Returns nDCG@10 by query, which so becomes part of mteb's result file."""
+        """Return nDCG@10 by query, for mteb's result file."""
         return {"ndcg_at_10_by_query": {query: metrics["ndcg_cut_10"] for query, metrics in scores.items()}}
 
 
 class LocalPairRetrieval(LocalRetrieval):
-    """Retrieval from pairs: the documents are the positives of all pairs; equal texts are one."""
+    """Retrieval from pairs: the documents are the distinct positives of all pairs."""
 
     tables = {"pairs": (Column("query", "text"), Column("positive", "text"))}
     select = LocalTask.select
 
     def build(self, tables: dict[str, Table]) -> dict[str, dict[str, RetrievalSplitData]]:
-        """Returns corpus, queries and relevance."""
+        """Return corpus, queries and relevance."""
         pairs = tables["pairs"]
         relevant: dict[str, dict[str, int]] = {}
         for query, positive in zip(pairs["query"], pairs["positive"], strict=True):
@@ -250,14 +250,14 @@ class LocalPairRetrieval(LocalRetrieval):
 
 
 class LocalReranking(LocalRetrieval):
-    """Queries, each with its own candidates to put in order: some positive, some negative."""
+    """Queries, each with its own candidates to rank: some positive, some negative."""
 
     tables = {SPLIT: (Column("query", "text"), Column("positive", "texts"), Column("negative", "texts"))}
     default_metric = "map_at_1000"
     select = LocalTask.select
 
     def build(self, tables: dict[str, Table]) -> dict[str, dict[str, RetrievalSplitData]]:
-        """Returns all candidates as the corpus, and for every query which of them are its own."""
+        """Return all candidates as the corpus, and the candidates of every query."""
         rows = select_rows(tables[SPLIT], sample(tables[SPLIT]["query"], self.limit))
         grades: dict[str, dict[str, int]] = {}
         for query, positives, negatives in zip(rows["query"], rows["positive"], rows["negative"], strict=True):
@@ -299,17 +299,17 @@ def load_suite(
     tasks: Sequence[str] | None = None,
     limit: int | None = None,
 ) -> list[LocalTask]:
-    """Makes the mteb tasks of a suite and checks all their data.
+    """Return the mteb tasks of a suite, after checking all their data.
 
     Args:
         name_or_file: A shipped suite or a YAML file.
-        data_dir: Where the tasks' folders are; by default the suite file's folder.
-        tasks: Names of the tasks to make; None for all.
-        limit: The most rows, queries or documents of each task, chosen the same way every time.
+        data_dir: Parent of the tasks' folders; by default the suite file's folder.
+        tasks: Names of the tasks; None for all.
+        limit: Largest number of rows, queries or documents per task, chosen deterministically.
 
     Raises:
         ConfigurationError: If the suite or an argument names something that does not exist.
-        DataError: If data are missing or not what a task needs. The message names the file.
+        DataError: If data are missing or do not fit the task; the message names the file.
 
     Example:
         >>> [task.metadata.name for task in load_suite("squad", "data")]  # doctest: +SKIP
@@ -335,28 +335,24 @@ def load_suite(
 
 
 def make_task(spec: TaskSpec, data_dir: Path, limit: int | None = None) -> LocalTask:
-    """Makes a task and reads its data once, so that nothing can fail after a model is loaded.
+    """Return a task after reading its data once, so that errors come before a model is loaded.
 
     Args:
-        spec: What the suite file says.
-        data_dir: Where the task's folder is.
-        limit: The most rows, queries or documents; the smaller of this and the suite's own limit holds.
+        spec: Settings of the task.
+        data_dir: Parent of the task's folder.
+        limit: Largest number of rows, queries or documents, if smaller than the suite's.
 
     Returns:
-        An mteb task, data not loaded. `metadata.revision` is a hash of the data and of all settings here.
+        An mteb task without loaded data. `metadata.revision` is a hash of the data and all settings here.
 
     Raises:
         ConfigurationError: If the spec names a type, source, column, file, metric or condition that does not exist.
-        DataError: If files are missing or hold something else than the type needs.
+        DataError: If files are missing or do not fit the type.
     """
     base = _task_class(spec)
-    paths = (
-        {}
-        if spec.source
-        else {role: find_table(data_dir / str(spec.folder), role, spec.files.get(role)) for role in base.tables}
-    )
-    limits = [value for value in (spec.limit, limit) if value is not None]
-    revision = _revision(spec, min(limits, default=None), paths)
+    roles = () if spec.source else base.tables
+    paths = {role: find_table(data_dir / str(spec.folder), role, spec.files.get(role)) for role in roles}
+    smallest = min((value for value in (spec.limit, limit) if value is not None), default=None)
 
     def read() -> dict[str, Table]:
         if spec.source:
@@ -367,7 +363,7 @@ def make_task(spec: TaskSpec, data_dir: Path, limit: int | None = None) -> Local
         {
             "name": spec.name,
             "description": f"{spec.type} on {spec.source or spec.folder}, read from this machine.",
-            "dataset": {"path": spec.source or str(spec.folder), "revision": revision},
+            "dataset": {"path": spec.source or str(spec.folder), "revision": _revision(spec, smallest, paths)},
             "type": spec.type,
             "prompt": dict(spec.prompt) if isinstance(spec.prompt, Mapping) else spec.prompt,
             "category": "t2c" if base in (LocalClassification, LocalClustering) else "t2t",
@@ -376,8 +372,7 @@ def make_task(spec: TaskSpec, data_dir: Path, limit: int | None = None) -> Local
             "main_score": spec.metric or base.default_metric,
         }
     )
-    attributes = {"metadata": metadata, "read": staticmethod(read), "limit": min(limits, default=None)}
-    attributes["where"] = spec.where
+    attributes = {"metadata": metadata, "read": staticmethod(read), "limit": smallest, "where": spec.where}
     task: LocalTask = type(spec.name, (base,), attributes)()
     task.load_data()
     task.unload_data()
@@ -385,7 +380,7 @@ def make_task(spec: TaskSpec, data_dir: Path, limit: int | None = None) -> Local
 
 
 def _task_class(spec: TaskSpec) -> type[LocalTask]:
-    """Returns the class to build on, after checking all names in the spec."""
+    """Return the base class of the task, after checking all names in the spec."""
 
     def check(what: str, names: Iterable[str], known: Iterable[str]) -> None:
         known = sorted(known)
@@ -421,7 +416,7 @@ def _task_class(spec: TaskSpec) -> type[LocalTask]:
 
 
 def _revision(spec: TaskSpec, limit: int | None, paths: Mapping[str, Path]) -> str:
-    """Returns a hash of everything that the scores depend on besides the model."""
+    """Return a hash of everything but the model that the scores depend on."""
     content: Any = SOURCES[spec.source]() if spec.source else {role: file_digest(path) for role, path in paths.items()}
     settings = {key: value for key, value in asdict(spec).items() if key not in ("folder", "files", "limit")}
     if not spec.where:  # tasks from before there were slices keep their revision
@@ -444,7 +439,7 @@ def _with_ids(texts: Iterable[str]) -> Table:
 
 
 def _connected(tables: dict[str, Table]) -> dict[str, Table]:
-    """Returns what is left of a search task when queries or documents have gone; documents stay as they are."""
+    """Return a search task without relevance and queries that have lost their counterpart; documents stay."""
     queries, corpus, qrels = tables["queries"], set(tables["corpus"]["id"]), tables["qrels"]
     asked = set(queries["id"])
     pairs = zip(qrels["query-id"], qrels["corpus-id"], strict=True)

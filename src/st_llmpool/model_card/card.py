@@ -69,12 +69,12 @@ class EmbedderCardData(IdentifiedCardData):
     without_forwards = False
 
     def set_widget_examples(self, dataset: Any) -> None:
-        """Keeps rows of the training data for the card only if asked for: they may be private."""
+        """Keep rows of the training data for the card only if asked for: they may be private."""
         if self.training_examples:
             super().set_widget_examples(dataset)
 
     def generate_usage_snippet(self) -> str:
-        """Returns sentence-transformers' snippet, with trust_remote_code for a portable model."""
+        """Return sentence-transformers' snippet, with trust_remote_code for a portable model."""
         snippet = super().generate_usage_snippet()
         if self.native:
             return snippet
@@ -82,7 +82,7 @@ class EmbedderCardData(IdentifiedCardData):
         return re.sub(r'(SentenceTransformer\(".*?")\)', with_flag, snippet)
 
     def get_model_specific_metadata(self) -> dict[str, Any]:
-        """Returns the template's variables; draws the figures if the model is being saved."""
+        """Return the template's variables; draws the figures if the model is being saved."""
         model: Any = self.model
         self._set_base_model(model)
         measured = not self.without_forwards
@@ -103,7 +103,7 @@ class EmbedderCardData(IdentifiedCardData):
         }
 
     def _set_base_model(self, model: Any) -> None:
-        """Sets the base if its name is a Hub id: sentence-transformers asks the Hub, or omits it."""
+        """Set the base if its name is a Hub id: sentence-transformers asks the Hub, or omits it."""
         adapter = _adapter(model)
         name = adapter.base_model_name_or_path if adapter else model[0].config._name_or_path
         if not getattr(self, "base_model", None) and name and _REPOSITORY.fullmatch(without_folders(name)):
@@ -148,7 +148,7 @@ class EmbedderCardData(IdentifiedCardData):
 
 @contextmanager
 def card_without_forwards(model: SentenceTransformer) -> Iterator[None]:
-    """Omits figures and everything that needs a forward pass from cards written inside the block.
+    """Omit figures and everything that needs a forward pass from cards written inside the block.
 
     For checkpoints, whose cards nobody reads, and for sharded models.
 
@@ -172,7 +172,7 @@ def write_card(
     license: str | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Regenerates the card of a saved model, with results and facts about its training.
+    """Regenerate the card of a saved model, with results and facts about its training.
 
     Args:
         folder: A saved model with an ``LLMTransformer``.
@@ -210,7 +210,7 @@ def write_card_of(
     given: Mapping[str, Any],
     native: bool = False,
 ) -> Path:
-    """Writes the card of a loaded model into `folder`.
+    """Write the card of a loaded model into `folder`.
 
     Args:
         model: A model with an ``LLMTransformer``.
@@ -239,7 +239,7 @@ def write_card_of(
 
 
 def read_front_matter(file: Path) -> Any:
-    """Returns the ``ModelCardData`` of a card.
+    """Return the ``ModelCardData`` of a card.
 
     Raises:
         DataError: If it is not YAML that a card may have.
@@ -274,7 +274,7 @@ def _read_card(file: Path) -> dict[str, Any]:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Returns the finite scores of an output folder of ``st-llmpool evaluate``, as ``EmbedderCardData.results``.
+    """Return the finite scores of an output folder of ``st-llmpool evaluate``, as ``EmbedderCardData.results``.
 
     Raises:
         DataError: If the folder has no table of scores.
@@ -290,7 +290,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def training_facts(run: Path) -> dict[str, Any]:
-    """Returns fields of :class:`EmbedderCardData` from a run's ``training.json`` and ``recipe.yaml``."""
+    """Return fields of :class:`EmbedderCardData` from a run's ``training.json`` and ``recipe.yaml``."""
     if not (run / "training.json").is_file():
         return {}
     facts = read_json_object(run / "training.json")
@@ -315,7 +315,7 @@ def _facts_of(run: Path, facts: dict[str, Any], recipe: dict[str, Any]) -> dict[
 
 
 def _stage_sets(run: Path) -> list[dict[str, Any]]:
-    """Returns the training sets of earlier stages, in order; their folders are called ``1-mntp`` and so on."""
+    """Return the training sets of earlier stages, in order; their folders are called ``1-mntp`` and so on."""
     reports = sorted(run.glob("stages/*/training.json"), key=lambda file: int(file.parent.name.partition("-")[0]))
     return [
         {**row, "name": f"{row['name']} ({report.parent.name.partition('-')[2]})"}
@@ -325,13 +325,13 @@ def _stage_sets(run: Path) -> list[dict[str, Any]]:
 
 
 def _training_sets(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the training sets that a ``training.json`` names; older versions wrote no licences."""
+    """Return the training sets that a ``training.json`` names; older versions wrote no licences."""
     rows, licenses = facts.get("rows", {}), facts.get("licenses", {})
     return [{"name": name, "rows": rows.get(name), "license": licenses.get(name)} for name in {**rows, **licenses}]
 
 
 def without_folders(value: str) -> str:
-    """Returns the last part of a local path, and any other text, such as a Hub id, unchanged.
+    """Return the last part of a local path, and any other text, such as a Hub id, unchanged.
 
     Example:
         >>> without_folders("/data/secret/pairs.jsonl"), without_folders("org/name")
@@ -348,7 +348,7 @@ def without_folders(value: str) -> str:
 
 
 def _without_local_paths(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Returns the recipe without local folders, which help nobody and may be private."""
+    """Return the recipe without local folders, which help nobody and may be private."""
 
     def shorten(value: Any) -> Any:
         if isinstance(value, dict):
@@ -464,7 +464,7 @@ def _settings(settings: dict[str, Any]) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Returns ``1-4, 8`` for 1, 2, 3, 4, 8."""
+    """Return ``1-4, 8`` for 1, 2, 3, 4, 8."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][1] + 1:

@@ -17,7 +17,7 @@ _BLUE, _PALE, _EDGE = "#2b6cb0", "#e8eef5", "#1a365d"
 
 
 def draw_curve(file: Path, points: Sequence[Sequence[float]], label: str) -> bool:
-    """Draws (step, value) points as a line.
+    """Draw (step, value) points as a line.
 
     Args:
         file: PNG to write.
@@ -39,7 +39,7 @@ def draw_curve(file: Path, points: Sequence[Sequence[float]], label: str) -> boo
 
 
 def draw_layer_use(file: Path, use: LayerUse) -> bool:
-    """Draws the change of the embedding without each layer; returns as :func:`draw_curve`."""
+    """Draw the change of the embedding without each layer; return as :func:`draw_curve`."""
 
     def draw(axes: Axes) -> None:
         axes.bar([str(layer) for layer in use.layers], use.moved, color=_BLUE)
@@ -53,7 +53,7 @@ def draw_layer_use(file: Path, use: LayerUse) -> bool:
 
 
 def draw_layers(file: Path, report: Mapping[str, Any]) -> bool:
-    """Draws the similarity (linear CKA) between layers, the score of each alone, and its use by the pooling.
+    """Draw the similarity (linear CKA) between layers, the score of each alone, and its use by the pooling.
 
     Args:
         file: PNG to write.
@@ -101,7 +101,7 @@ def draw_layers(file: Path, report: Mapping[str, Any]) -> bool:
 
 
 def draw_design(file: Path, *, attention: str, read: str, pooling: str, num_layers: int, layers: Sequence[int]) -> bool:
-    """Draws the model from text to embedding, with the layers that the pooling reads filled.
+    """Draw the model from text to embedding, with the layers that the pooling reads filled.
 
     Args:
         file: PNG to write.

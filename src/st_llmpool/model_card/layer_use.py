@@ -34,8 +34,8 @@ class LayerUse:
 
     Attributes:
         layers: Numbers of the layers, from 1.
-        moved: For each layer, 1 - cos(embedding, embedding with this layer's summary replaced by its mean over the
-            texts), averaged over the texts; 0 if the layer is not used or its contribution does not depend on the text.
+        moved: For each layer, mean over the texts of 1 - cos(embedding, embedding with this layer's summary replaced by
+            its mean over the texts); 0 if the layer is not used or its contribution does not depend on the text.
         total: The same with all layers replaced.
     """
 
@@ -44,7 +44,7 @@ class LayerUse:
     total: float
 
     def to_rich(self) -> Table:
-        """Returns a table for the terminal, with a bar for each layer."""
+        """Return a table for the terminal, with a bar per layer."""
         table = Table(title="Change of the embedding without a layer", title_justify="left")
         for heading in ("layer", "1 - cosine", ""):
             table.add_column(heading, justify="left" if not heading else "right")
@@ -57,7 +57,7 @@ class LayerUse:
 
 @torch.no_grad()
 def layer_use(model: SentenceTransformer, texts: Sequence[str] = SAMPLE_TEXTS) -> LayerUse:
-    """Measures how much the embeddings depend on each layer's summary.
+    """Measure how much the embeddings depend on each layer's summary.
 
     The backbone runs once. Then the pooling runs with one layer's summaries replaced by their mean over the texts,
     which removes the layer's information about the text and keeps its scale.
@@ -112,5 +112,5 @@ def _pool(model: SentenceTransformer, features: dict[str, object], summaries: to
 
 
 def _distance(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Returns the mean of 1 - cosine, with rounding errors set to 0."""
+    """Return the mean of 1 - cosine, with rounding errors set to 0."""
     return round((1 - cosine_similarity(first, second)).clamp(min=0).mean().item(), _DECIMALS)

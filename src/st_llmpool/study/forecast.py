@@ -26,7 +26,7 @@ from ..training.recipe import DEFAULT_LENGTH, TrainingSettings
 from ..utils.parameters import count_weights
 from ..utils.words import counted
 from .records import RunRecord
-from .settings import PlannedRun, Study
+from .settings import PlannedRun, Study, factors
 
 _UTILISATION = 0.4  # fraction of the matrix rate that training of a transformer typically reaches
 
@@ -39,9 +39,9 @@ class Forecast:
         runs: All runs.
         finished: How many of them are finished.
         flops: Run to floating-point operations of its training, an upper bound: texts may be shorter than the limit.
-        seconds: Time for all missing runs one after the other: by the finished runs if there are any, else the training
-            alone by its operations.
-        from_finished: Whether `seconds` goes by finished runs; else by the operations.
+        seconds: Time for all missing runs in sequence, estimated from finished runs, else from operations (training
+            only).
+        from_finished: Whether `seconds` is estimated from finished runs.
         confirmatory: Task type to the power of the pre-registered comparisons.
         exploratory: Task type to the power of all other pairs.
     """
@@ -55,39 +55,33 @@ class Forecast:
     exploratory: dict[str, Plan]
 
     def to_rich(self) -> Group:
-        """Returns tables for `rich.print`."""
+        """Return tables for `rich.print`."""
         plan = Table(title="Runs", title_justify="left")
-        for heading in ("run", "attention and pooling", "option", "FLOPs"):
+        for heading in ("run", "attention · readout · pooling", "option", "FLOPs"):
             plan.add_column(heading, justify="right" if heading == "FLOPs" else "left")
         for run in self.runs:
-            model = run.recipe["model"]
-            own = ", ".join(str(model[key]) for key in ("attention", "pooling") if key in model)
-            plan.add_row(
-                run.id,
-                f"design {model['design']}" if "design" in model else own,
-                run.option,
-                f"{self.flops[run.id]:.1e}",
-            )
+            design = " · ".join(factors(run.recipe["model"]).values())
+            plan.add_row(run.id, design, run.option, f"{self.flops[run.id]:.1e}")
         power = Table(title="Power of each table", title_justify="left")
         for heading in ("task type", "pairs", "power"):
             power.add_column(heading)
         for name, plans in (("pre-registered", self.confirmatory), ("exploratory", self.exploratory)):
             for kind, best in plans.items():
                 power.add_row(kind, name, str(best))
-        how = "by the time of the finished runs" if self.from_finished else "training alone, by its operations"
+        how = "estimated from the finished runs" if self.from_finished else "training only, estimated from FLOPs"
         missing = len(self.runs) - self.finished
-        plan.caption = "FLOPs of the training, at most: texts may be shorter than the limit."
-        time_left = f"{missing} of {counted(len(self.runs), 'run')} to do, {self.seconds / 60:,.0f} minutes one by one"
+        plan.caption = "FLOPs of the training, an upper bound: texts may be shorter than the limit."
+        time_left = f"{missing} of {counted(len(self.runs), 'run')} to do, {self.seconds / 60:,.0f} minutes in sequence"
         return Group(plan, power, Text(f"{time_left} ({how})."))
 
 
 def forecast(study: Study, records: Sequence[RunRecord], *, data_dir: Path | None = None) -> Forecast:
-    """Plans a study without running anything but a matrix product of a tenth of a second.
+    """Forecast a study; runs nothing but matrix products for a tenth of a second.
 
     Args:
         study: The study.
         records: Its finished runs.
-        data_dir: Folder to put in place of ``{data}``; needed where a recipe counts in epochs.
+        data_dir: Folder that replaces ``{data}``; needed if a recipe counts epochs.
 
     Raises:
         ConfigurationError: If `data_dir` is needed and not given.
@@ -121,7 +115,7 @@ def forecast(study: Study, records: Sequence[RunRecord], *, data_dir: Path | Non
 
 
 def _parameters(base: str) -> int:
-    """Counts the weights of a base that multiply, from its config alone."""
+    """Count the weights of a base that take part in matrix products, from its config."""
     config = read_architecture(resolve_base(base))
     with torch.device("meta"):
         model = AutoModel.from_config(config)
@@ -130,7 +124,7 @@ def _parameters(base: str) -> int:
 
 
 def _training_flops(run: PlannedRun, parameters: int, data_dir: Path | None) -> float:
-    """Returns 6 N per token, 4 N where the backbone's weights have no gradient (Kaplan et al. 2020, 2001.08361)."""
+    """Return 6 N per token, or 4 N if the backbone's weights have no gradient (Kaplan et al. 2020, 2001.08361)."""
     recipe = run.to_recipe(data_dir or Path(), Path(run.id))
     steps = recipe.training.max_steps
     if steps is None:
@@ -141,7 +135,7 @@ def _training_flops(run: PlannedRun, parameters: int, data_dir: Path | None) -> 
 
 
 def _steps_of(training: TrainingSettings, data: Sequence[DatasetSettings]) -> int:
-    """Returns the steps of a training that counts in epochs: those of each set, whose last part batch is dropped."""
+    """Return the steps of a training that counts epochs; each set drops its last partial batch."""
     rows = [min(_count_rows(item.source, item.subset, item.split), item.limit or sys.maxsize) for item in data]
     return int(training.num_train_epochs * sum(count // training.batch_size for count in rows))
 
@@ -152,7 +146,7 @@ def _count_rows(source: str, subset: str | None, split: str) -> int:
 
 
 def _matrix_rate() -> float:
-    """Measures this machine's float32 matrix products, in operations a second."""
+    """Measure this machine's float32 matrix products, in operations per second."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = 4096 if device == "cuda" else 1024
     matrix = torch.rand(size, size, device=device)

@@ -20,18 +20,18 @@ from ..training.recipe import DEFAULT_LENGTH, Recipe
 from ..utils.files import write_atomically
 from .records import COST, LAYERS
 
-_PAIRS, _SEARCHES = 300, 150  # of the suite, to probe single layers with
+_PAIRS, _SEARCHES = 300, 150  # of the suite, as probes of single layers
 
 
 def measure_run(model_dir: Path, recipe: Recipe, folder: Path, tasks: Sequence[LocalTask], *, layers: bool) -> None:
-    """Measures cost and layers of a run's model and writes them next to its record; existing files are kept.
+    """Measure cost and layers of a run's model and write them next to its record; existing files are kept.
 
     Args:
         model_dir: The trained model.
         recipe: What it was trained with.
         folder: The run's folder in ``runs``.
         tasks: The suite, whose similarity and search tasks probe single layers.
-        layers: Analyse the layers too.
+        layers: Also analyse the layers.
     """
     wanted = [name for name in (COST, *([LAYERS] if layers else [])) if not (folder / name).is_file()]
     if not wanted:
@@ -41,16 +41,16 @@ def measure_run(model_dir: Path, recipe: Recipe, folder: Path, tasks: Sequence[L
         report = analyze_layers(_untrained(recipe), model, probes=suite_probes(tasks))
         _write(folder / LAYERS, report.to_dict())
     if COST in wanted:
-        model.max_seq_length = None  # the cost of longer texts than it was trained on is asked for too
+        model.max_seq_length = None  # texts longer than in training are measured too
         step = (16, recipe.model.max_seq_length or DEFAULT_LENGTH) if recipe.model.tune == "full" else None
         _write(folder / COST, measure_cost(model, training_batch=step).to_dict())
 
 
 def suite_probes(tasks: Sequence[LocalTask]) -> Probes:
-    """Returns pairs and searches from a suite's tasks; the built-in ones where it has none.
+    """Return pairs and searches from a suite's tasks; the built-in ones if it has none.
 
     Args:
-        tasks: Tasks of type STS and Retrieval are used, each with an equal number of rows.
+        tasks: Tasks, of which STS and Retrieval are used, with an equal number of rows each.
     """
     pairs: list[tuple[str, str, float]] = []
     searches: dict[str, str] = {}  # an answer to its query, so that no document answers two
@@ -100,7 +100,7 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 
 def _rounded(value: Any) -> Any:
-    """Six digits are more than a measurement has, and keep the files small."""
+    """Return values rounded to six digits, to keep the files small."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

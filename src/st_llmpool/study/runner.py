@@ -1,4 +1,4 @@
-"""Runs a study: every planned run once, several at a time, on one or more machines; then the report."""
+"""Run a study: every planned run once, several in parallel, on one or more machines; then the report."""
 
 from __future__ import annotations
 
@@ -56,19 +56,19 @@ class _State:
 class StudyRunner:
     """Runs what is missing of a study.
 
-    Finished runs are skipped, and an interrupted run resumes from its checkpoint, with the same numbers. Several
-    machines, or the processes of ``accelerate launch``, may work on one folder: each run has a lock.
+    Finished runs are skipped, and an interrupted run resumes from its checkpoint with the same results. Several
+    machines, or the processes of ``accelerate launch``, may share one folder: each run has a lock.
 
     Args:
         study: The study.
         output_dir: Output folder. ``study.yaml``, ``results.parquet``, ``summary.md`` and its pictures are worth
             committing; ``runs``, ``report`` and ``mteb`` can be removed when the study is finished.
         work: Folder for checkpoints, models and logs; None is ``work`` in `output_dir`.
-        data_dir: What ``{data}`` in the recipe stands for, and where the suite's folders are.
-        jobs: Runs at a time in this process; GPUs are assigned in turn.
+        data_dir: Folder that replaces ``{data}`` in the recipe, with the suite's folders.
+        jobs: Number of parallel runs of this process; GPUs are assigned in turn.
         reuse_from: Folders of other studies, or their ``results.parquet``; identical runs are reused.
-        report_only: Report on what is finished; needs no data.
-        console: Where progress is shown; None is standard error.
+        report_only: Only report on the finished runs; needs no data.
+        console: Console for the progress; None is standard error.
 
     Raises:
         ConfigurationError: If a recipe does not fit, or `output_dir` holds runs that were made with other settings.
@@ -92,7 +92,7 @@ class StudyRunner:
         console: Console | None = None,
     ) -> None:
         require("train", "accelerate", "datasets", purpose="A study")
-        require("eval", "pyarrow", purpose="The results of a study")
+        require("eval", "mteb", "pyarrow", "scipy", "statsmodels", purpose="A study")
         require_libraries()
         if jobs < 1:
             raise ConfigurationError(f"jobs={jobs} must be at least 1.")
@@ -118,7 +118,7 @@ class StudyRunner:
         return finished(self.runs, self.output_dir)
 
     def run(self) -> list[RunRecord]:
-        """Carries out all runs that are not finished, and returns the records of all.
+        """Carry out all unfinished runs, and return the records of all.
 
         Raises:
             StudyError: If runs failed; the others are finished by then. The message names their logs.
@@ -159,10 +159,7 @@ class StudyRunner:
         return self.records
 
     def measure(self) -> None:
-        """Measures cost and layers of the designs whose models are here, in the first seed, one after the other.
-
-        Another study that finishes in the same folder waits, and finds them measured.
-        """
+        """Measure cost and layers of the first seed's models that are on this machine, in sequence, under a lock."""
         from .measurements import measure_run
 
         with lock_of("measure", self.output_dir).acquire(timeout=-1):
@@ -211,7 +208,7 @@ class StudyRunner:
         write_atomically(path, yaml.safe_dump(self.study.to_dict(), sort_keys=False))
 
     def log(self, run_id: str) -> Path:
-        """Returns where a run's output goes."""
+        """Return the log file of a run."""
         return self.work / run_id / "log.txt"
 
     def _work(self, slot: int, waiting: queue.Queue[PlannedRun], states: dict[str, _State]) -> None:
@@ -261,7 +258,7 @@ class StudyRunner:
                 self._processes.discard(process)
 
     def _watch(self, threads: Sequence[threading.Thread], states: dict[str, _State], began: float) -> None:
-        """Shows the runs until all threads are through: a table on a terminal, lines elsewhere."""
+        """Show the runs until all threads end: a table on a terminal, lines elsewhere."""
         printed: dict[str, str] = {}
         with Live(console=self.console, auto_refresh=False, transient=False) as live:
             while True:
@@ -328,12 +325,12 @@ class StudyRunner:
 
 
 def environment_of_run(slot: int, jobs: int, threads: int | None) -> dict[str, str]:
-    """Returns the environment for a run: its own threads and GPU, and nothing of a launcher's process group.
+    """Return the environment of a run: its own threads and GPU, without a launcher's process group.
 
     Args:
-        slot: Which of the runs at a time it is.
-        jobs: Runs at a time.
-        threads: CPU threads; None divides the cores among concurrent runs.
+        slot: Number of the run among the parallel ones.
+        jobs: Number of parallel runs.
+        threads: CPU threads; None divides the cores among parallel runs.
     """
     launched = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "TORCHELASTIC_")
     environment = {

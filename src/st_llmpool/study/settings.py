@@ -1,4 +1,4 @@
-"""What a study compares: bases, designs, seeds, and their common recipe and suite.
+"""Settings of a study: bases, designs, seeds, and their common recipe and suite.
 
 ```yaml
 description: Does pooling over all layers help on our data?
@@ -63,7 +63,7 @@ class DesignSettings:
 
     @property
     def label(self) -> str:
-        """What tables and contrasts call it."""
+        """Name in tables and contrasts."""
         return label(self.design, self.option)
 
 
@@ -78,7 +78,7 @@ class PlannedRun:
         option: Its option.
         seed: The seed.
         recipe: The recipe's values, with ``{data}`` for the data folder.
-        evaluation: Settings that the scores depend on besides the model.
+        evaluation: Settings other than the model that the scores depend on.
     """
 
     id: str
@@ -91,21 +91,21 @@ class PlannedRun:
 
     @property
     def label(self) -> str:
-        """What tables and contrasts call the design."""
+        """Name of the design in tables and contrasts."""
         return label(self.design, self.option)
 
     @property
     def key(self) -> str:
-        """A hash of all settings that its numbers depend on; where the data lie is not among them."""
+        """A hash of all settings that its results depend on, but not of the data folder."""
         recipe = with_earlier_names(self.recipe)  # so that runs of earlier versions count
         content = json.dumps([_FORMAT, recipe, self.seed, self.evaluation], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def to_recipe(self, data_dir: Path | None, output_dir: Path) -> Recipe:
-        """Returns the recipe to train with.
+        """Return the recipe to train with.
 
         Args:
-            data_dir: Folder to put in place of ``{data}``.
+            data_dir: Folder that replaces ``{data}``.
             output_dir: Folder of the training run.
 
         Raises:
@@ -113,7 +113,7 @@ class PlannedRun:
         """
         text = json.dumps(self.recipe)
         if _DATA in text and data_dir is None:
-            raise ConfigurationError(f"the study reads data from {_DATA}: say where that is (data_dir, or --data DIR).")
+            raise ConfigurationError(f"the study reads data from {_DATA}: name that folder (data_dir, or --data DIR).")
         values = json.loads(text.replace(_DATA, json.dumps(str(data_dir))[1:-1]))
         return Recipe.from_dict({**values, "output_dir": str(output_dir), "seed": self.seed})
 
@@ -123,19 +123,18 @@ class Study:
     """A study as its file describes it.
 
     Attributes:
-        designs: What is compared.
-        recipe: The common recipe of all runs, without ``output_dir``, ``seed``, ``model.base`` and ``model.design``.
-        name: What the report is called.
+        designs: The designs to compare.
+        recipe: Common recipe of all runs, without ``output_dir``, ``seed``, ``model.base`` and ``model.design``.
+        name: Title of the report.
         description: The question, for the report.
         bases: Name to Hub id, folder or ``builtin``.
-        seeds: Each design is trained once with each.
-        contrasts: At most six pairs ``A:B`` that verdicts rest on; None is those of `DEFAULT_CONTRASTS` that the
-            study has designs for.
+        seeds: Seeds; each design is trained once with each.
+        contrasts: At most six pre-registered pairs ``A:B``; None is those of `DEFAULT_CONTRASTS` that the study has.
         suite: A suite of local tasks.
-        limit: The most rows, queries or documents of each task.
+        limit: Largest number of rows, queries or documents per task.
         batch_size: Batch size of the evaluation.
-        threads: CPU threads of a run; None divides the cores among concurrent runs. Sums depend on it in the last
-            digit, so fix it where numbers must not depend on ``--jobs``.
+        threads: CPU threads of a run; None divides the cores among parallel runs. The last digits of sums depend on
+            it, so set it if results must not depend on ``--jobs``.
         layers: Analyse the layers in the runs of the first seed.
         withdrawn: Why the verdicts are withdrawn; the report then has this and no verdicts.
 
@@ -197,7 +196,7 @@ class Study:
 
     @classmethod
     def load(cls, name_or_file: str | Path) -> Study:
-        """Reads a study by the name of a preset or from a YAML file.
+        """Read a study by the name of a preset or from a YAML file.
 
         Raises:
             DataError: If there is no such preset or file.
@@ -218,16 +217,16 @@ class Study:
         return from_mapping(cls, {"name": path.stem, **values} if isinstance(values, dict) else values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns every setting, defaults included."""
+        """Return every setting, including defaults."""
         return asdict(self)
 
     @property
     def labels(self) -> list[str]:
-        """What tables call the designs, in order."""
+        """Names of the designs in tables, in order."""
         return [design.label for design in self.designs]
 
     def runs(self) -> list[PlannedRun]:
-        """Returns all runs, seed by seed, so that a study that is stopped early has complete comparisons.
+        """Return all runs, seed by seed, so that a study that stops early has complete comparisons.
 
         Example:
             >>> Study.load("quick").runs()[0].id
@@ -280,7 +279,7 @@ def _check_model(where: str, recipe: dict[str, Any]) -> None:
 
 
 def presets() -> list[str]:
-    """Returns the names of the studies that come with the package.
+    """Return the names of the studies that come with the package.
 
     Example:
         >>> "quick" in presets()

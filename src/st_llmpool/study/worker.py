@@ -1,7 +1,7 @@
-"""Carries out one run of a study: trains, evaluates, measures, and leaves the run's record.
+"""Carry out one run of a study: train, evaluate, and write the run's record.
 
-Each run is a process of its own, `python -m st_llmpool.study.worker`, so that random state and memory
-are its own, a crash leaves other runs alone, and the system frees the run's lock however the process ends.
+Each run is a separate process, `python -m st_llmpool.study.worker`, so that it has its own random state and memory, a
+crash does not affect other runs, and the operating system frees the run's lock however the process ends.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _OF_THE_PLAN = ("id", "key", "base", "design", "option", "seed", "recipe", "eval
 
 
 class ProgressFile(TrainerCallback):
-    """Writes step and loss to a file that the study's table reads.
+    """Write step and loss to a file for the study's progress table.
 
     Args:
         folder: The run's working folder.
@@ -49,11 +49,11 @@ class ProgressFile(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Notes the loss."""
+        """Record the loss."""
         self._loss = (logs or {}).get("loss", self._loss)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Writes the step."""
+        """Write the step."""
         if state.is_world_process_zero:
             write_progress(self.folder, "training", step=state.global_step, steps=state.max_steps, loss=self._loss)
 
@@ -64,14 +64,14 @@ def write_progress(folder: Path, stage: str, **facts: Any) -> None:
 
 
 def carry_out(study: Study, run: PlannedRun, *, output_dir: Path, work: Path, data_dir: Path | None) -> RunRecord:
-    """Trains and evaluates one run; resumes from its checkpoint if it was stopped.
+    """Train and evaluate one run; resume from its checkpoint if it was stopped.
 
     Args:
         study: The study.
         run: One of its runs.
         output_dir: The study's folder; the record goes to ``runs``, mteb's result files to ``mteb``.
         work: Folder for checkpoints and models.
-        data_dir: Folder to put in place of ``{data}``.
+        data_dir: Folder that replaces ``{data}``.
     """
     from ..evaluation import evaluate
     from ..stats.readers import read_results
@@ -108,9 +108,9 @@ def carry_out(study: Study, run: PlannedRun, *, output_dir: Path, work: Path, da
 
 
 def lock_of(run_id: str, output_dir: Path) -> FileLock:
-    """Returns the lock of a run, to be entered; that raises Timeout if another process is at the run.
+    """Return the lock of a run; entering it raises Timeout if another process holds it.
 
-    It is the system's own lock: it is gone with the process, so a crashed worker's run is free at once.
+    It is a lock of the operating system, which is freed when the process ends, even by a crash.
 
     Args:
         run_id: Name of the run.
@@ -146,7 +146,7 @@ def _digests(recipe: Any) -> dict[str, str]:
 
 
 def _stages(folder: Path) -> list[dict[str, Any]]:
-    """Returns what is worth keeping of the stages before the recipe's own training."""
+    """Return the facts to keep of the stages before the recipe's own training."""
     wanted = ("steps", "wall_seconds", "masked_accuracy", "merge", "losses")
     found = []
     for file in sorted(folder.glob("*/training.json")):
