@@ -4,7 +4,8 @@ import json
 
 from rich.console import Console
 
-from st_llmpool.evaluation.result import EvaluationResult, TaskScore, evaluate
+from st_llmpool.evaluation import evaluate
+from st_llmpool.evaluation.result import EvaluationResult, TaskScore
 
 STS_ONLY = {"name": "TinySts", "type": "STS", "folder": "sts"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,12 @@ from st_llmpool.study.settings import DesignSettings, Study
 from tests.clean import clean_run  # noqa: F401
 
 TOPICS = {"sea": ["the ship sails", "a wave rolls", "the fish swims"], "land": ["a dog runs", "the hill", "dry grass"]}
+
+
+@pytest.fixture(autouse=True)
+def checkpoints_within_a_second(caplog) -> None:
+    """transformers distrusts the times of checkpoints that a tiny run writes within one second."""
+    caplog.set_level(logging.ERROR, "transformers.trainer_utils")
 
 
 @pytest.fixture

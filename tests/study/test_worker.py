@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
+
 import pandas as pd
 import pytest
+import yaml
 
 from st_llmpool.study import worker
 from st_llmpool.study.records import finished, read_scores
@@ -27,12 +33,38 @@ def test_a_stopped_run_goes_on_and_gives_the_numbers_of_one_that_was_not(tiny_st
     assert (tmp_path / "work-2" / run.id / "training" / "checkpoints" / "checkpoint-2").is_dir()
     start()
 
-    folders = [tmp_path / name for name in ("whole", "stopped")]
+    assert_same_results(run, tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_killed_study_in_a_shared_folder_leaves_its_run_to_the_other_with_the_same_results(
+    tiny_study, study_data, tmp_path
+):
+    """Two studies on one output folder: the second is refused the run while the first has it, and resumes it after."""
+    run = tiny_study.runs()[1]
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(tiny_study.to_dict()))
+    folders = {"study": tmp_path / "study.yaml", "out": tmp_path / "out", "work": tmp_path / "work", "data": study_data}
+    arguments = [f"--run={run.id}", *(f"--{name}={value}" for name, value in folders.items())]
+    command = [sys.executable, "-m", "st_llmpool.study.worker", *arguments]
+    with (tmp_path / "log.txt").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as first:
+        checkpoint = tmp_path / "work" / run.id / "training" / "checkpoints" / "checkpoint-2"
+        while not (checkpoint / "trainer_state.json").is_file():
+            assert first.poll() is None, (tmp_path / "log.txt").read_text()
+            time.sleep(0.005)
+        first.send_signal(signal.SIGSTOP)
+        assert worker.main(arguments) == worker.LOCKED
+        first.kill()
+    assert not finished([run], tmp_path / "out")
+    assert worker.main(arguments) == 0
+    carry_out(tiny_study, run, output_dir=tmp_path / "alone", work=tmp_path / "other", data_dir=study_data)
+    assert_same_results(run, tmp_path / "alone", tmp_path / "out")
+
+
+def assert_same_results(run, *folders):
     one, other = (read_scores(finished([run], folder), folder) for folder in folders)
-    pd.testing.assert_frame_equal(one.scores, other.scores, check_exact=True)
-    whole, stopped = (finished([run], folder)[0] for folder in folders)
-    assert whole.training["losses"] == stopped.training["losses"]
-    assert whole.validation == stopped.validation
+    pd.testing.assert_frame_equal(one.table, other.table, check_exact=True)
+    first, second = (finished([run], folder)[0] for folder in folders)
+    assert first.training["losses"] == second.training["losses"]
+    assert first.validation == second.validation
 
 
 def test_designs_see_the_same_texts_in_the_same_order(tiny_study, study_data, tmp_path, monkeypatch):
