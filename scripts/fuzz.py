@@ -224,7 +224,7 @@ def targets() -> dict[str, Target]:
         return read_models(models, [("m", "")] * len(models))
 
     def folder(file: Path) -> object:
-        return list(doctor._check_folder(file.parent))
+        return list(doctor.check_files(file.parent))
 
     def card_text(content: object) -> str:
         return f"---\n{yaml.safe_dump(content)}---\n# Title\n"
@@ -240,7 +240,7 @@ def targets() -> dict[str, Target]:
         "module list": Target("modules.json", MODULES, folder, 5),
         "manifest": Target("st_llmpool.json", MANIFEST, folder, 5),
         "adapter config": Target("adapter_config.json", {"base_model_name_or_path": "./x", "r": 8}, folder, 3),
-        "card": Target("README.md", CARD, card._read_card, 8, card_text),
+        "card": Target("README.md", CARD, card.read_front_matter, 8, card_text),
         "training.json": Target("training.json", TRAINING, lambda file: card.training_facts(file.parent), 4),
         "scores.json": Target("scores.json", SCORES, lambda file: card.read_results(file.parent), 3),
         "run record": Target("run.json", RECORD, record, 10),
@@ -347,7 +347,7 @@ def fuzz(
                 reported = time.monotonic()
                 report(f"{number:,} of {count:,} files, {reported - began:.0f} s")
             content = mutate(chosen[name], rng)
-            kind = _read(chosen[name], places[name] / chosen[name].file, content, outcomes[name])
+            kind = read_one(chosen[name], places[name] / chosen[name].file, content, outcomes[name])
             if kind is not None:
                 report(f"{name}: {kind}")
     except KeyboardInterrupt:
@@ -358,7 +358,7 @@ def fuzz(
     return outcomes
 
 
-def _read(target: Target, file: Path, content: bytes, outcome: Outcome) -> str | None:
+def read_one(target: Target, file: Path, content: bytes, outcome: Outcome) -> str | None:
     """Read one file and count what came of it; return its kind of fault if that is new."""
     began = time.monotonic()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from typer.testing import CliRunner
 from st_llmpool import __version__, build_embedder
 from st_llmpool.cli import app, main
 from st_llmpool.evaluation import shipped_suites
+from st_llmpool.hub.doctor import Diagnosis
+from st_llmpool.hub.seal_checks import Finding
+from st_llmpool.modules.errors import DataError
 from st_llmpool.study.settings import presets
 
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
@@ -116,6 +120,11 @@ class ForeignError(ValueError):
         (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
         (OSError("no file named config.json\nin x"), "OSError: no file named config.json in x"),
         (ConnectionError("Name or service\nnot known"), "ConnectionError: Name or service not known"),
+        (DataError("a \x1b[2Jb"), "DataError: a [2Jb"),
+        (
+            ModuleNotFoundError("No module named 'scikit_posthocs'", name="scikit_posthocs"),
+            'MissingExtraError: This needs scikit_posthocs: pip install "st-llmpool[plots]"',
+        ),
         (ModuleNotFoundError("x: pip install 'st_llmpool[eval]'"), "x: pip install 'st_llmpool[eval]'"),
     ],
     ids=lambda value: type(value).__name__,
@@ -126,6 +135,33 @@ def test_what_a_user_can_mend_is_one_line(monkeypatch, capsys, error, line):
 
     monkeypatch.setattr("st_llmpool.hub.doctor.doctor", fail)
     assert run_main(monkeypatch, capsys, "doctor", "x") == (1, line)
+
+
+@pytest.mark.parametrize("command", [["layers", "x", "--texts"], ["submission", "x", "--out", "y", "--citation"]])
+def test_a_text_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, capsys, command):
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    os.mkfifo(tmp_path / "pipe")
+    for name, reason in {"latin": "is not UTF-8", "pipe": "is a pipe or device"}.items():
+        code, line = run_main(monkeypatch, capsys, *command, tmp_path / name)
+        assert (code, "\n" in line) == (1, False)
+        assert line.startswith("DataError") and reason in line
+
+
+def test_a_plot_without_the_library_that_draws_is_refused_at_once(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    line = 'MissingExtraError: --plot needs matplotlib: pip install "st-llmpool[plots]"'
+    assert run_main(monkeypatch, capsys, "layers", "x", "--plot", "x.png") == (1, line)
+
+
+def test_escape_sequences_of_a_model_do_not_reach_the_terminal(monkeypatch, capsys):
+    finding = Finding("prompts", "failed", "query: \x1b]0;title\x07\x9b2Jsearch")
+    monkeypatch.setattr("st_llmpool.hub.doctor.doctor", lambda *args, **kwargs: Diagnosis("x", (finding,)))
+    monkeypatch.setattr(sys, "argv", ["st-llmpool", "doctor", "x"])
+    with pytest.raises(SystemExit):
+        main()
+    printed = capsys.readouterr().out
+    assert "query: ]0;title2Jsearch" in printed
+    assert not {"\x1b", "\x07", "\x9b"} & set(printed)
 
 
 def test_what_is_ours_to_mend_keeps_its_traceback(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,15 @@ def test_an_adapter_is_continued_and_trains(tiny_llm, tmp_path):
     with pytest.raises(ConfigurationError, match=r"adapter with r=4, .*but r=16.*is asked for.*--merge"):
         build_embedder(folder, peft_config="paper")
     assert read_architecture(folder).model_type == "llama"
+
+
+@pytest.mark.parametrize("changes", [{"num_attention_heads": 0}, {"num_attention_heads": "x"}, {"vocab_size": 10**10}])
+def test_a_config_with_impossible_sizes_is_one_error_that_names_the_base(tiny_llm, tmp_path, changes):
+    base = shutil.copytree(tiny_llm, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ConfigurationError, match=r"base' cannot be (read|loaded)"):
+        build_embedder(str(base), verify=False)
 
 
 def test_code_of_its_folder_never_runs_unasked(own, tmp_path):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .modules.errors import __version__
+from .utils.words import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,7 +90,10 @@ def main() -> None:
 
 def _message(error: Exception) -> str | None:
     """Return the line to print for an error that the user can fix; None for a bug of ours."""
-    words = " ".join(str(error).split())
+    from .utils.extras import missing_extra
+
+    error = missing_extra(error) or error
+    words = printable(" ".join(str(error).split()))
     if getattr(error, "is_st_llmpool_error", False):  # also from a shared model's own copy of our code
         return f"{type(error).__name__}: {words}"
     if isinstance(error, OSError) and error.strerror:
@@ -105,11 +109,24 @@ def _console() -> Console:
     Progress bars of loading and saving then appear only after some seconds.
     """
     from rich.console import Console
+    from rich.segment import Segment
 
     bars: Any = sys.modules.get("transformers.utils.logging")
     if hasattr(bars, "set_tqdm_hook"):  # not in transformers 5.11
         bars.set_tqdm_hook(lambda make, args, kwargs: make(*args, **{"delay": _BAR_DELAY, **kwargs}))
-    return Console()
+
+    class Printable(Console):
+        """A model or result file may hold escape sequences, which would run in the user's terminal."""
+
+        def render(self, *args: Any, **kwargs: Any) -> Iterator[Segment]:
+            for text, style, control in super().render(*args, **kwargs):
+                yield Segment(text if control else printable(text), style, control)
+
+    return Printable()
+
+
+def _say(line: str) -> None:
+    typer.echo(printable(line))
 
 
 @app.callback(invoke_without_command=True)
@@ -289,10 +306,11 @@ def study(
         Path | None, typer.Option(help="Folder for checkpoints and models; work in the output folder by default.")
     ] = None,
     jobs: Annotated[int, typer.Option(help="Number of parallel runs.", min=1)] = 1,
-    take_from: Annotated[
+    reuse_from: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Output folder or results.parquet of a study whose identical runs are reused; may be repeated."
+            "--take-from",
+            help="Output folder or results.parquet of a study whose identical runs are reused; may be repeated.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -314,7 +332,7 @@ def study(
 
     folder = out or Path("runs") / plan.name
     runner = StudyRunner(
-        plan, folder, work=work, data_dir=data, jobs=jobs, reuse_from=take_from or (), report_only=report_only
+        plan, folder, work=work, data_dir=data, jobs=jobs, reuse_from=reuse_from or (), report_only=report_only
     )
     console = _console()
     if int(os.environ.get("RANK", 0)) == 0 and not report_only:
@@ -368,11 +386,12 @@ def compare(
     results = read_results(paths, task_types=types, models=model)  # before imports that take seconds
     from .stats import compare as run
     from .stats.tables import to_json, to_rich, write
+    from .utils.files import write_atomically
 
     comparison = run(results, contrast or (), metric=metric, allow_mixed_revisions=allow_mixed_revisions)
     _console().print(to_rich(comparison))
     if json_file:
-        json_file.write_text(to_json(comparison), encoding="utf-8")
+        write_atomically(json_file, to_json(comparison))
     written = [json_file] if json_file else []
     if out:
         written += write(comparison, out)
@@ -464,19 +483,23 @@ def layers(
     """Score each layer of MODEL alone, compare the layers, and show which ones the pooling uses."""
     import json
 
-    from .utils.files import check_model_path
+    from .utils.extras import require
+    from .utils.files import check_model_path, write_atomically
+    from .utils.reading import read_lines
 
     check_model_path(model)  # before imports that take seconds
+    if plot is not None:
+        require("plots", "matplotlib", purpose="--plot")
     from .analysis.layers import analyze_layers
     from .hub.loading import load_model
     from .model_card.figures import draw_layers
 
     console = _console()
-    lines = None if texts is None else [line for line in texts.read_text(encoding="utf-8").splitlines() if line]
+    lines = None if texts is None else [line for line in read_lines(texts) if line]
     report = analyze_layers(None, load_model(model, trust_remote_code=trust_remote_code), lines)
     console.print(report.to_rich())
     if json_file is not None:
-        json_file.write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
+        write_atomically(json_file, json.dumps(report.to_dict(), indent=1))
         typer.echo(f"Written: {json_file}")
     if plot is not None and draw_layers(plot, report.to_dict()):
         typer.echo(f"Written: {plot}")
@@ -565,7 +588,7 @@ def push(
         check=not no_check,
         trust_remote_code=trust_remote_code,
         commit_message=message,
-        progress=typer.echo,
+        progress=_say,
     )
     if pushed.removed:
         typer.echo(f"Deleted {len(pushed.removed)} files of an earlier push: {', '.join(pushed.removed)}")
@@ -634,6 +657,7 @@ def submission(
     """Write the files for a submission to the MTEB leaderboard: results, description, mock run, instructions."""
     from .hub.submission import Authorship
     from .hub.submission import submission as run
+    from .utils.reading import read_text
 
     authorship = Authorship(
         license=license,
@@ -642,7 +666,7 @@ def submission(
         adapted_from=adapted_from,
         public_training_code=training_code,
         public_training_data=training_data,
-        citation=citation.read_text(encoding="utf-8") if citation else None,
+        citation=read_text(citation) if citation else None,
         contacts=contact or (),
         release_date=release_date,
     )
@@ -656,6 +680,6 @@ def submission(
         benchmark=benchmark,
         authorship=authorship,
         trust_remote_code=trust_remote_code,
-        progress=typer.echo,
+        progress=_say,
     )
     typer.echo(f"Written: {folder}; see README.md there for missing results and the next steps")

@@ -268,14 +268,17 @@ def _backbone(
     base: str, settings: Mapping[str, Any], hub: dict[str, Any], loading: Mapping[str, dict[str, Any]]
 ) -> LLMTransformer:
     _check_settings(base, settings, hub, loading)
-    return LLMTransformer(
-        base,
-        **{key: value for key, value in settings.items() if value is not None},
-        verify=False,  # the full proof follows
-        model_kwargs=hub | loading["model_kwargs"],
-        processor_kwargs=hub | loading["processor_kwargs"],
-        config_kwargs=dict(hub),
-    )
+    try:
+        return LLMTransformer(
+            base,
+            **{key: value for key, value in settings.items() if value is not None},
+            verify=False,  # the full proof follows
+            model_kwargs=hub | loading["model_kwargs"],
+            processor_kwargs=hub | loading["processor_kwargs"],
+            config_kwargs=dict(hub),
+        )
+    except (RuntimeError, ArithmeticError, MemoryError) as error:  # of torch, over sizes in the config
+        raise ConfigurationError(f"The base {base!r} cannot be loaded: {error}") from error
 
 
 def _check_settings(

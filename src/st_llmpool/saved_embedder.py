@@ -60,7 +60,7 @@ def read_architecture(base: str, **hub: Any) -> PreTrainedConfig:
                 base = json.load(file)["base_model_name_or_path"]
             hub.pop("revision", None)  # the adapter's
         return AutoConfig.from_pretrained(base, **hub)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever transformers raises over the values of a config
         raise ConfigurationError(f"The base {base!r} cannot be read: {error}") from error
 
 

@@ -65,6 +65,7 @@ def test_ranges_and_parts_side_by_side_divide_the_table(parts):
         (SEARCH, {"corpus": {"title": {"starts": [1]}}}, "expected a list of words"),
         (SEARCH, {"corpus": {"text": {"length": [0.5, 0.5]}}}, "expected two numbers from 0 to 1, the smaller first"),
         (SEARCH, {"corpus": {"text": {"part": "3/2"}}}, "expected k/n"),
+        (SEARCH, {"corpus": {"text": {"part": "1/" + "9" * 5000}}}, "expected k/n"),
         (CANDIDATES, {"test": {"positive": {"in": ["a"]}}}, "does not fit a column of kind 'texts'"),
     ],
 )

@@ -140,7 +140,7 @@ def test_a_broken_json_file_is_one_line(saved, file, content):
 def test_a_pipe_in_the_folder_is_named_and_not_opened(saved):
     (saved / "config.json").unlink()
     os.mkfifo(saved / "config.json")
-    assert "config.json is a pipe" in failed(doctor(saved))["files"]
+    assert "config.json' is a pipe" in failed(doctor(saved))["files"]
 
 
 def test_a_damaged_config_and_missing_tensors_are_named(saved):

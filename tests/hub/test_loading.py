@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -85,6 +86,15 @@ def test_what_is_nowhere_is_one_line(name):
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(DataError, match="is not a saved model"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["config_sentence_transformers.json", "st_llmpool.json", "README.md"])
+def test_a_pipe_in_the_folder_is_named_and_not_opened(saved, file):
+    (saved / file).unlink()
+    os.mkfifo(saved / file)
+    for trust in (False, True):
+        with pytest.raises(DataError, match=rf"{file}' is a pipe or device"):
+            load_model(saved, trust_remote_code=trust)
 
 
 def test_damage_is_one_line_of_ours(saved):

@@ -30,7 +30,7 @@ def test_mutated_files_are_read_or_refused_by_errors_of_ours(script, tmp_path):
 
 def read(script, target, folder: Path, content: str) -> Counter[str]:
     outcome = script.Outcome()
-    script._read(target, folder / target.file, content.encode(), outcome)
+    script.read_one(target, folder / target.file, content.encode(), outcome)
     return outcome.counts
 
 

@@ -12,11 +12,11 @@ import threading
 import pytest
 
 from st_llmpool.modules.errors import ConfigurationError
+from st_llmpool.utils import files
 from st_llmpool.utils.files import (
     WriteError,
     atomic_file,
     atomic_folder,
-    refuse_existing,
     reraise_as_write_error,
     slug,
     write_atomically,
@@ -276,9 +276,35 @@ def test_other_errors_stay_as_they_are(tmp_path, error):
 
 
 def test_what_exists_is_refused_by_name(tmp_path):
-    refuse_existing(tmp_path / "new")
-    with pytest.raises(ConfigurationError, match="exists; choose another folder"):
-        refuse_existing(tmp_path)
+    files.check_new_folder(tmp_path / "new")
+    (tmp_path / "link").symlink_to("nowhere")
+    for there in (tmp_path, tmp_path / "link"):
+        with pytest.raises(ConfigurationError, match="exists; choose another folder"):
+            files.check_new_folder(there)
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("a file/x/y", "file is not a folder"),
+        ("model/merged", "would lie in the saved model"),
+        ("x" * 300, "is no name for"),
+        ("zero\0byte", "is no name for"),
+    ],
+)
+def test_a_folder_that_cannot_be_created_or_would_change_a_model_is_refused(tmp_path, place, reason):
+    (tmp_path / "a file").touch()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "modules.json").touch()
+    with pytest.raises(ConfigurationError, match=reason):
+        files.check_new_folder(tmp_path / place)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_place_is_refused_before_anything_is_computed(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(files.WriteError, match="is read-only"):
+        files.check_new_folder(tmp_path / "new")
 
 
 def test_a_slug_has_only_what_file_and_repository_names_can_hold():

@@ -127,7 +127,7 @@ def _is_range(argument: Any) -> bool:
 
 
 def _is_part(argument: object) -> bool:
-    found = re.fullmatch(r"(\d+)/(\d+)", argument) if isinstance(argument, str) else None
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", argument) if isinstance(argument, str) else None
     return found is not None and 1 <= int(found[1]) <= int(found[2])
 
 

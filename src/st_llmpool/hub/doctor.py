@@ -27,11 +27,10 @@ from ..fast_inference import optimized_inference
 from ..modules.errors import StLlmpoolError
 from ..modules.seal import UNFINISHED
 from ..utils.parameters import count_parameters
-from ..utils.reading import is_folder, read_json, read_json_object
-from .finding import Finding, Status
+from ..utils.reading import check_no_pipes, is_folder, read_json, read_json_object
 from .folder_code import find_code
 from .loading import load_model
-from .seal_checks import SEAL_CHECKS, probe_finding, replacing_seal, seal_findings
+from .seal_checks import SEAL_CHECKS, Finding, Status, probe_finding, replacing_seal, seal_findings
 
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 _UNSAFE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
@@ -106,18 +105,15 @@ def doctor(
     """
     if isinstance(model, SentenceTransformer):
         return Diagnosis("loaded model", tuple(_check_loaded(model)))
+    is_local = Path(model).is_dir()
     try:
-        folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(str(model), token=token))
+        folder = Path(model) if is_local else Path(snapshot_download(str(model), token=token))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         missing = f"no such folder, and the Hub says: {error}"
         return Diagnosis(str(model), (Finding("files", "failed", missing),))
-    findings = list(_check_folder(folder))
-    if seal:
-        if not Path(model).is_dir():
-            return Diagnosis(
-                str(model), (Finding("seal", "failed", f"{model} is not a local folder: download it first."),)
-            )
-        findings = [finding for finding in findings if finding.check not in SEAL_CHECKS]
+    if seal and not is_local:
+        return Diagnosis(str(model), (Finding("seal", "failed", f"{model} is not a local folder: download it first."),))
+    findings = [finding for finding in check_files(folder) if not (seal and finding.check in SEAL_CHECKS)]
     findings.append(_check_code(folder, trusted=trust_remote_code))
     found = Diagnosis(str(model), tuple(findings))
     if found.failed or not found.complete:
@@ -138,14 +134,14 @@ def doctor(
     return Diagnosis(str(model), tuple(findings))
 
 
-def _check_folder(folder: Path) -> Iterator[Finding]:
-    """Checks the files only. An unreadable file is a finding, and a pipe is never opened."""
-    odd = [file for file in folder.rglob("*") if not (file.is_file() or file.is_dir())]
-    if odd:
-        detail = f"{odd[0].relative_to(folder)} is a pipe, a device or a broken link. Save or download the model again."
-        yield Finding("files", "failed", detail)
-        return
+def check_files(folder: Path) -> Iterator[Finding]:
+    """Yields the findings on a folder's files, without running any; an unreadable file is one too.
+
+    Args:
+        folder: A saved model.
+    """
     try:
+        check_no_pipes(folder)
         yield from _check_files(folder)
     except StLlmpoolError as error:
         yield Finding("files", "failed", f"{error} Save or download the model again.")
@@ -183,24 +179,20 @@ def _module_list(folder: Path) -> Finding:
             raise TypeError("a type is not text")
     except (ValueError, KeyError, TypeError) as error:
         return Finding("modules.json", "failed", f"{file} cannot be read ({error!r}). Save the model again.")
-    if UNFINISHED in types:
-        return Finding("modules.json", "failed", "the model was saved incompletely. Save it again.")
+    faults = ["the model was saved incompletely. Save it again."] if UNFINISHED in types else []
     for path, reference in zip(paths, types, strict=True):
-        if path.is_absolute() or ".." in path.parts:
-            return Finding(
-                "modules.json", "failed", f"path {str(path)!r} points outside the folder: do not load this model."
-            )
-        # A Normalize without settings has an empty folder, which git does not keep.
-        if not is_folder(folder / path) and not reference.endswith(".Normalize"):
-            return Finding("modules.json", "failed", f"folder {str(path)!r} is missing. Copy the complete folder.")
-    for reference in types:
-        if not all(part.isidentifier() for part in reference.split(".")):
-            return Finding(
-                "modules.json", "failed", f"{reference!r} does not name a class of this folder: do not load this model."
-            )
         source = folder / f"{reference.split('.')[0]}.py"
-        if not reference.startswith("sentence_transformers.") and not _defines(source, reference.rpartition(".")[2]):
-            return Finding("modules.json", "failed", f"{reference} is not defined in {source.name}. Save again.")
+        if path.is_absolute() or ".." in path.parts:
+            faults.append(f"path {str(path)!r} points outside the folder: do not load this model.")
+        # A Normalize without settings has an empty folder, which git does not keep.
+        elif not is_folder(folder / path) and not reference.endswith(".Normalize"):
+            faults.append(f"folder {str(path)!r} is missing. Copy the complete folder.")
+        elif not all(part.isidentifier() for part in reference.split(".")):
+            faults.append(f"{reference!r} does not name a class of this folder: do not load this model.")
+        elif not reference.startswith("sentence_transformers.") and not _defines(source, reference.rpartition(".")[2]):
+            faults.append(f"{reference} is not defined in {source.name}. Save again.")
+    if faults:
+        return Finding("modules.json", "failed", faults[0])
     native = all(reference.startswith("sentence_transformers.") for reference in types)
     kind = (
         "native: loads without trust_remote_code" if native else "portable: loads anywhere with trust_remote_code=True"
@@ -246,7 +238,7 @@ def _weights_of_config(folder: Path, *, trusted: bool) -> Finding:
 
 
 def _adapter_base(file: Path) -> Finding:
-    base = str(_read(file).get("base_model_name_or_path") or "")
+    base = str(read_json_object(file).get("base_model_name_or_path") or "")
     if not base:
         return Finding(
             "adapter base", "failed", f"{file.name} does not name a base model. Save or download the model again."
@@ -273,19 +265,10 @@ def _check_code(folder: Path, *, trusted: bool) -> Finding:
     if not code.to_trust:
         same = f"{len(code.same)} files, identical to the installed st_llmpool's" if code.same else "none"
         return Finding("code", "ok", same + idle)
-    names = "; ".join(code.to_trust)
+    differs = f"differs from the installed st_llmpool: {'; '.join(code.to_trust)}{idle}"
     if trusted:
-        return Finding("code", "warning", f"trusted by you, differs from the installed st_llmpool: {names}{idle}")
-    return Finding(
-        "code",
-        "skipped",
-        f"not loaded, since this differs from the installed st_llmpool: {names}{idle}. Review it, then use "
-        f"--trust-remote-code.",
-    )
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return read_json_object(file) if file.is_file() else {}
+        return Finding("code", "warning", f"trusted by you, {differs}")
+    return Finding("code", "skipped", f"not loaded: {differs}. Review it, then use --trust-remote-code.")
 
 
 def _check_loaded(model: SentenceTransformer) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from ..adapters import merge_adapter
 from ..model_card.card import write_card_of
 from ..modules.errors import ConfigurationError, InputError
 from ..modules.seal import times_of_files, write_seal
-from ..utils.files import atomic_folder, refuse_existing
+from ..utils.files import atomic_folder, check_new_folder
 from ..utils.reading import read_json, read_json_object
 from .folder_code import find_code
 from .fresh_process import PROBES, embed_in_fresh_process
@@ -62,7 +62,7 @@ def export(
         PosixPath('merged')
     """
     source, target = Path(model), Path(output_dir)
-    refuse_existing(target)
+    check_new_folder(target)
     has_adapter = (source / "adapter_config.json").is_file()
     embedder = load_model(source, trust_remote_code=trust_remote_code, device="cpu")
     if merge and not has_adapter:
@@ -149,11 +149,7 @@ def _edit_json(file: Path, **changes: object) -> None:
 
 
 def _vectors(model: SentenceTransformer) -> dict[str, np.ndarray]:
-    return {prompt: model.encode(list(PROBES), prompt=prompt or None) for prompt in ("", *_prompts(model))}
-
-
-def _prompts(model: SentenceTransformer) -> list[str]:
-    return sorted({prompt for prompt in model.prompts.values() if prompt})
+    return {prompt: model.encode(list(PROBES), prompt=prompt or None) for prompt in {"", *model.prompts.values()}}
 
 
 def _compare(folder: Path, expected: dict[str, np.ndarray], *, tolerance: float, native: bool) -> None:

@@ -14,6 +14,7 @@ from sentence_transformers.util import ORIGINAL_TRANSFORMER_MODELS, import_from_
 
 from ..modules.errors import ConfigurationError, DataError, StLlmpoolError
 from ..modules.seal import check_seal
+from ..utils.reading import check_no_pipes
 from .folder_code import FolderCode, find_code
 
 #: huggingface_hub 2 raises it offline for a cached folder that may lack files; earlier versions return the folder.
@@ -54,6 +55,8 @@ def load_model(
     """
     name = str(model)
     options: dict[str, Any] = {"token": token, "device": device, **kwargs}
+    if os.path.isdir(name):
+        check_no_pipes(Path(name))
     if trust_remote_code:
         with checked_code(name, None):
             return SentenceTransformer._load_with_module_classes(

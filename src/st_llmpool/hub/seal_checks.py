@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -21,7 +22,8 @@ from ..modules.seal import (
     read_manifest,
     write_seal,
 )
-from .finding import Finding
+
+Status = Literal["ok", "warning", "failed", "skipped"]
 
 #: The checks of :func:`seal_findings`.
 SEAL_CHECKS = ("seal", "files added", "code added")
@@ -33,6 +35,21 @@ _READ_BY_LOADERS = (
     *("chat_template*", "*.jinja"),
 )
 _WAY_OUT = "Save or download the model again; if the change is intended, seal it with `st-llmpool doctor --seal`."
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check, a row of the doctor's table.
+
+    Attributes:
+        check: Name of the check.
+        status: ``"ok"``, ``"warning"``, ``"failed"`` or ``"skipped"``.
+        detail: What was found and, if it is not ok, what to do.
+    """
+
+    check: str
+    status: Status
+    detail: str
 
 
 def seal_findings(folder: Path) -> Iterator[Finding]:

@@ -35,7 +35,7 @@ from ..evaluation.tasks import MTEB_TASKS
 from ..model_card.card import read_front_matter
 from ..modules.errors import ConfigurationError, DataError, InputError, nearest
 from ..modules.portable import fingerprint
-from ..utils.files import atomic_folder, refuse_existing
+from ..utils.files import atomic_folder, check_new_folder
 from ..utils.parameters import count_weights
 from ..utils.random_state import preserve_rng_state
 from .loading import load_model
@@ -139,7 +139,7 @@ def submission(
         PosixPath('submission')
     """
     out = Path(output_dir)
-    refuse_existing(out)
+    check_new_folder(out)
     authorship = authorship or Authorship()
     with preserve_rng_state(), atomic_folder(out) as folder:
         tasks = find_benchmark(benchmark).tasks

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..utils.files import atomic_file
 from .layer_use import LayerUse
 
 if TYPE_CHECKING:
@@ -163,5 +164,6 @@ def _draw_figure(file: Path, size: tuple[float, float], draw: Callable[[Any], No
     figure = Figure(figsize=size, layout="constrained")
     draw(figure)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
+    with atomic_file(file) as partial:
+        figure.savefig(partial, format="png", dpi=120)
     return True

@@ -132,6 +132,8 @@ def write_manifest(root: Path, manifest: Mapping[str, Any]) -> None:
 
 def read_manifest(root: Path) -> dict[str, Any]:
     """Return the manifest in `root`; empty unless it is as it was written. Those of older versions list code only."""
+    if not (root / MANIFEST).is_file():  # a pipe would never end
+        return {}
     try:
         text = (root / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..utils.extras import require
+from ..utils.files import atomic_file
 from ..utils.words import counted
 from .comparison import TypeComparison
 
@@ -33,7 +34,8 @@ def require_libraries() -> None:
 def save_figure(figure: Figure, path: Path) -> None:
     """Save a figure as PNG, and make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, bbox_inches="tight", facecolor="white")
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=DPI, bbox_inches="tight", facecolor="white")
 
 
 def draw_ranks(kind: TypeComparison, path: Path) -> None:

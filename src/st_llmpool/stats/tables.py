@@ -17,7 +17,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..utils.files import slug
+from ..utils.files import reraise_as_write_error, slug, write_atomically
 from ..utils.words import counted, markdown
 from .comparison import Comparison, Family, Pair, TypeComparison
 from .plots import draw, require_libraries
@@ -183,10 +183,11 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
         >>> write(compare(read_results(["results.parquet"])), Path("out"))  # doctest: +SKIP
     """
     require_libraries()
-    folder.mkdir(parents=True, exist_ok=True)
+    with reraise_as_write_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "comparison.md", folder / "pairs.csv", folder / "scores.csv"]
-    written[0].write_text(to_markdown(comparison), encoding="utf-8")
-    to_frame(comparison).to_csv(written[1], index=False)
+    write_atomically(written[0], to_markdown(comparison))
+    write_atomically(written[1], to_frame(comparison).to_csv(index=False))
     scores = [
         kind.scores.rename_axis("task")
         .reset_index()
@@ -195,7 +196,8 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
         .assign(base=kind.base, task_type=kind.task_type)
         for kind in comparison.types
     ]
-    pd.concat(scores)[["base", "task_type", "task", "model", "score"]].to_csv(written[2], index=False)
+    columns = ["base", "task_type", "task", "model", "score"]
+    write_atomically(written[2], pd.concat(scores)[columns].to_csv(index=False))
     for kind in comparison.types:
         written += draw(kind, folder, slug(kind.title))
     return written

@@ -21,7 +21,7 @@ from ..model_card.card import EmbedderCardData
 from ..modules.attention import set_attention
 from ..modules.errors import ConfigurationError
 from ..training.held_out import held_out_evaluator
-from ..utils.files import atomic_folder, refuse_existing
+from ..utils.files import atomic_folder, check_new_folder
 from ..utils.random_state import preserve_rng_state
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def soup(
         >>> soup(["runs/seed-0/model", "runs/seed-1/model"], "runs/soup")  # doctest: +SKIP
     """
     out = Path(output_dir)
-    refuse_existing(out)
+    check_new_folder(out)
     names = [str(model) for model in models]
     if len(names) < 2 or len(set(names)) < len(names):
         raise ConfigurationError(f"models={names}: a soup needs at least two different models.")

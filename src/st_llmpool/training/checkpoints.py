@@ -67,7 +67,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     Args:
         folder: The trainer's output folder.
     """
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     checkpoints.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for checkpoint in checkpoints:
         fault = fault_of(checkpoint)

@@ -139,7 +139,7 @@ def _remove_checkpoints_after(resumed: Path | None, folder: Path) -> None:
     last = -1 if resumed is None else int(resumed.name.rpartition("-")[2])
     for checkpoint in folder.glob("checkpoint-*"):
         number = checkpoint.name.rpartition("-")[2]
-        if number.isdigit() and int(number) > last:
+        if number.isdecimal() and int(number) > last:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +38,24 @@ def require(extra: str, *modules: str, purpose: str = "This") -> None:
         raise _missing(purpose, ", ".join(missing), extra)
 
 
+def missing_extra(error: BaseException) -> MissingExtraError | None:
+    """Returns the error that names the extra of a library that was not found; None if it is of no extra.
+
+    Example:
+        >>> print(missing_extra(ModuleNotFoundError(name="peft")))
+        This needs peft: pip install "st-llmpool[train]"
+        >>> missing_extra(ModuleNotFoundError(name="nothing"))
+    """
+    if not isinstance(error, ModuleNotFoundError):
+        return None
+    library = _library(error).partition(".")[0]
+    for line in importlib.metadata.requires("st-llmpool") or ():
+        found = re.match(r"([\w.-]+).*extra == ['\"](\w+)", line)
+        if found and found[2] != "all" and found[1].replace("-", "_").lower() == library.lower():
+            return _missing("This", library, found[2])
+    return None
+
+
 @contextmanager
 def needs(extra: str, purpose: str) -> Iterator[None]:
     """Re-raises a failed import in its block as a `MissingExtraError`.
@@ -52,10 +72,7 @@ def needs(extra: str, purpose: str) -> Iterator[None]:
     except MissingExtraError:
         raise
     except ModuleNotFoundError as error:
-        first: Any = error
-        while first.name is None and isinstance(first.__cause__, ImportError):  # transformers raises its own from it
-            first = first.__cause__
-        raise _missing(purpose, str(first.name), extra) from error
+        raise _missing(purpose, _library(error), extra) from error
 
 
 @contextmanager
@@ -65,6 +82,13 @@ def importing_mteb() -> Iterator[None]:
 
     with needs("eval", "Evaluation"), preserve_rng_state():
         yield
+
+
+def _library(error: Any) -> str:
+    """Returns the name of the module that was not found; transformers raises its own error from that."""
+    while error.name is None and isinstance(error.__cause__, ImportError):
+        error = error.__cause__
+    return str(error.name)
 
 
 def _missing(purpose: str, what: str, extra: str) -> MissingExtraError:

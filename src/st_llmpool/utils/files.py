@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..modules.errors import ConfigurationError, DataError, StLlmpoolError
+from .reading import shown
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _SUFFIX = ".partial"
@@ -35,14 +36,38 @@ def slug(title: str) -> str:
     return re.sub(r"[^\w.-]+", "-", title).strip("-.")
 
 
-def refuse_existing(target: Path) -> None:
-    """Refuses an existing output folder; to be called before anything is computed.
+def is_there(path: Path) -> bool:
+    """Returns whether anything has this path, even a link that leads nowhere.
 
     Raises:
-        ConfigurationError: If it does.
+        ConfigurationError: If no file can have it: it is too long, or holds a zero byte.
     """
-    if target.exists():
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return False
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{shown(str(path))} is no name for a file or folder.") from error
+    return True
+
+
+def check_new_folder(target: Path) -> None:
+    """Checks that `target` can be created; to be called before anything is computed.
+
+    Raises:
+        ConfigurationError: If it exists, or would lie in a file or in a saved model.
+        WriteError: If the folder that it would lie in is read-only.
+    """
+    if is_there(target):
         raise ConfigurationError(f"{target} exists; choose another folder, or remove it.")
+    parent = next(folder for folder in target.absolute().parents if is_there(folder))
+    if not parent.is_dir():
+        raise ConfigurationError(f"{target} cannot be created, as {parent} is not a folder; choose another place.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise WriteError(f"{target} cannot be created, as {parent} is read-only; choose another place.")
+    for folder in target.resolve().parents:
+        if (folder / "modules.json").is_file():
+            raise ConfigurationError(f"{target} would lie in the saved model {folder}; choose another place.")
 
 
 def check_model_path(model: str) -> None:
@@ -198,7 +223,7 @@ def _remove_partials_of_the_dead(path: Path) -> None:
     for left in path.parent.iterdir() if path.parent.is_dir() else ():
         if left.name.startswith(start) and left.name.endswith(_SUFFIX):
             pid, started, host, *_ = (*left.name[len(start) : -len(_SUFFIX)].split("-"), "", "")
-            if host not in ("", _host()) or not pid.isdigit() or is_alive(int(pid), started):
+            if host not in ("", _host()) or not pid.isdecimal() or is_alive(int(pid), started):
                 continue
             if left.name.endswith(_OLD) and not path.exists():
                 left.rename(path)  # killed between the two renames of a replacement

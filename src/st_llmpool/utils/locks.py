@@ -11,8 +11,7 @@ from pathlib import Path
 from filelock import SoftFileLock, Timeout
 
 from ..modules.errors import ConfigurationError
-from .files import is_alive, reraise_as_write_error
-from .reading import shown
+from .files import is_alive, is_there, reraise_as_write_error
 
 _FILE = ".lock"
 _PATIENCE = 0.5  # seconds; taking over the lock of a dead process needs a second attempt
@@ -40,14 +39,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
         ...
         st_llmpool.modules.errors.ConfigurationError: 'run' is in use by process ...
     """
-    try:
-        folder.lstat()
-        there = True
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        there = False
-    except (OSError, ValueError) as error:  # too long, or with a zero byte
-        raise ConfigurationError(f"{shown(str(folder))} is no name for a folder.") from error
-    if there and not folder.is_dir():
+    if is_there(folder) and not folder.is_dir():
         what = "a link that leads nowhere" if folder.is_symlink() else "a file"
         raise ConfigurationError(f"{str(folder)!r} is {what}; name a folder.")
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]

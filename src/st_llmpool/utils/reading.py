@@ -81,6 +81,17 @@ def check_file(path: str | Path, kind: type[StLlmpoolError] = DataError) -> Path
     return Path(path)
 
 
+def check_no_pipes(folder: Path) -> None:
+    """Checks that no file of a model is a pipe or device, on which every library would wait for ever.
+
+    Raises:
+        DataError: With the first that is.
+    """
+    for file in folder.rglob("*"):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise DataError(f"{str(file)!r} is a pipe or device.")
+
+
 def read_text(path: str | Path, kind: type[StLlmpoolError] = DataError, *, limit: int = MAX_JSON) -> str:
     """Reads a UTF-8 file, with or without a byte order mark.
 

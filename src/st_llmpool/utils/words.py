@@ -16,6 +16,16 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def printable(text: str) -> str:
+    r"""Return `text` without control characters other than tabs and line ends.
+
+    Example:
+        >>> printable("a\x1b[31mb\n")
+        'a[31mb\n'
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
+
+
 def listed(values: Iterable[object], most: int = 10) -> str:
     """Return the different values, with the number of those beyond the first few.
 
