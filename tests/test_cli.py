@@ -144,7 +144,8 @@ def test_a_text_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, caps
     for name, reason in {"latin": "is not UTF-8", "pipe": "is a pipe or device"}.items():
         code, line = run_main(monkeypatch, capsys, *command, tmp_path / name)
         assert (code, "\n" in line) == (1, False)
-        assert line.startswith("DataError") and reason in line
+        assert line.startswith("DataError")
+        assert reason in line
 
 
 def test_a_plot_without_the_library_that_draws_is_refused_at_once(monkeypatch, capsys):
