@@ -149,18 +149,10 @@ def _try_training_forward(model: SentenceTransformer) -> None:
 
 
 def misfit(asked: str, architecture: str, error: Exception) -> ConfigurationError:
-    """Returns the error for an adapter that does not fit a model, with the library's message.
-
-    Args:
-        asked: The requested config, such as ``"peft_config {'use_dora': True}"``.
-        architecture: The backbone's class.
-        error: The library's error.
-    """
+    """Returns the error for an adapter, as it was asked for, that does not fit a model, with the library's message."""
     words = " ".join(str(error).split()).rstrip(".")
-    hint = (
-        " Use target_modules='all-linear', or names of its linear layers." if "target module" in words.lower() else ""
-    )
-    return ConfigurationError(f"{asked} does not work on this {architecture}: {words}.{hint}")
+    hint = "Use target_modules='all-linear', or names of its linear layers." if "target module" in words.lower() else ""
+    return ConfigurationError(f"{asked} does not work on this {architecture}: {words}. {hint}".rstrip())
 
 
 def has_adapter(model: SentenceTransformer) -> bool:
@@ -282,13 +274,7 @@ def start_at_quantization_error(backbone: nn.Module) -> None:
 
 
 def load_again(backbone: nn.Module, base: str, **kwargs: Any) -> Any:
-    """Loads a base again, with the class and from the commit of `backbone`.
-
-    Args:
-        backbone: A model loaded from `base`, with or without an adapter.
-        base: Hub id or folder.
-        **kwargs: Passed to ``from_pretrained``.
-    """
+    """Loads a base again, with the class and from the commit of `backbone`, with or without an adapter."""
     loaded: Any = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone  # type: ignore[operator]
     return type(loaded).from_pretrained(base, revision=getattr(loaded.config, "_commit_hash", None), **kwargs)
 

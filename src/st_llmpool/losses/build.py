@@ -94,11 +94,7 @@ def scaled_cosine(first: Tensor, second: Tensor, *, scale: float) -> Tensor:
 def teacher_scores(pairs: Dataset, teacher: SentenceTransformer, *, scale: float, batch_size: int) -> Dataset:
     """Adds the teacher's scaled cosine similarities of each query to its documents as the column ``label``.
 
-    Args:
-        pairs: Columns ``query``, ``positive`` and at least one of negatives.
-        teacher: Encodes queries and documents with its own prompts.
-        scale: Inverse temperature.
-        batch_size: Batch size.
+    `pairs` has the columns ``query``, ``positive`` and negatives; the teacher reads them with its own prompts.
     """
     options: dict[str, Any] = {"batch_size": batch_size, "convert_to_tensor": True, "show_progress_bar": False}
     labels: list[list[float]] = []
@@ -137,12 +133,7 @@ LOSSES: dict[str, LossSpec] = {
 
 
 def build_loss(model: SentenceTransformer, settings: LossSettings, parts: LossParts | None = None) -> nn.Module:
-    """Builds the loss that `settings` describe.
-
-    Args:
-        model: The model.
-        settings: The loss.
-        parts: Its other inputs, if any.
+    """Builds the loss that `settings` describe, with its other inputs, if any.
 
     Raises:
         ConfigurationError: If the model has fewer dimensions than ``matryoshka_dims`` ask for.

@@ -32,7 +32,7 @@ _RAN_OUT = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: 
 #: The optimizer's state is there from the first step's end on, so the second is the one that counts.
 STEPS = 2
 GIB = 2**30
-#: Seconds between two looks at a process's memory.
+#: Seconds between two readings of a process's memory.
 _INTERVAL = 0.05
 
 

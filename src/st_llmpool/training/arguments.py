@@ -19,14 +19,7 @@ T = TypeVar("T", bound=TrainingArguments)
 
 
 def shared_arguments(training: TrainingSettings, folder: Path, *, learning_rate: float, seed: int) -> dict[str, Any]:
-    """Returns keyword arguments of a ``TrainingArguments``.
-
-    Args:
-        training: The recipe's settings.
-        folder: The run's folder.
-        learning_rate: Learning rate of the adapter or the backbone.
-        seed: Seed of weights, data and dropout.
-    """
+    """Returns keyword arguments of a ``TrainingArguments`` for a run in `folder`."""
     precision = precision_of(training.precision)
     return {
         "output_dir": str(folder / "checkpoints"),

@@ -5,26 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from torch import nn
 
 from ..adapters import has_adapter
 from ..modules.errors import InputError
 from ..modules.seal import MANIFEST, differences, read_manifest, record_of, write_manifest
 from ..utils.reading import read_json
 
+logger = logging.getLogger(__name__)
+
 
 def seal_checkpoint(checkpoint: Path) -> None:
-    """Adds what the trainer wrote to the seal that the model's own save left in a checkpoint.
-
-    Args:
-        checkpoint: Written to its end by every process.
-    """
+    """Adds what the trainer wrote, on every process, to the seal that the model's save left in a checkpoint."""
     manifest = read_manifest(checkpoint)
     ignored = {MANIFEST, "README.md", *manifest.get("files", ())}
     state = [file for file in sorted(checkpoint.iterdir()) if file.is_file() and file.name not in ignored]
@@ -56,16 +54,10 @@ def fault_of(checkpoint: Path) -> str | None:
     return "; ".join(map(str, found)) or None
 
 
-logger = logging.getLogger(__name__)
-
-
 def last_checkpoint(folder: Path) -> Path | None:
-    """Returns the newest checkpoint that is complete and undamaged, or None; logs which it skips and why.
+    """Returns the newest checkpoint in a folder that is complete and undamaged, or None; logs which it skips and why.
 
     A run that is killed while it writes leaves half a checkpoint.
-
-    Args:
-        folder: The trainer's output folder.
     """
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     checkpoints.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
@@ -83,32 +75,17 @@ def load_trained_weights(model: SentenceTransformer, checkpoint: Path) -> None:
     The backbone itself stays as it is, quantised or not: a checkpoint does not hold it, and reading the base a second
     time would give other shapes if it is quantised.
 
-    Args:
-        model: Changed in place.
-        checkpoint: Folder of the checkpoint.
-
     Raises:
         InputError: If the checkpoint is of another model.
     """
     if has_adapter(model):
         _load_adapter(model[0].model, checkpoint)
-    load_poolings(model, checkpoint)
-
-
-def load_poolings(model: SentenceTransformer, checkpoint: Path) -> None:
-    """Loads the modules after the backbone.
-
-    Args:
-        model: Changed in place.
-        checkpoint: Folder of a saved model.
-
-    Raises:
-        InputError: If the checkpoint is of another model.
-    """
     for entry in read_json(checkpoint / "modules.json")[1:]:
         module = model[entry["idx"]]
         if any(True for _ in module.parameters()):
-            _load_state(module, load_file(checkpoint / entry["path"] / "model.safetensors"), checkpoint)
+            weights = load_file(checkpoint / entry["path"] / "model.safetensors")
+            _check_fit(module.state_dict(), weights, checkpoint)
+            module.load_state_dict(weights)
 
 
 def processes_of(checkpoint: Path) -> int:
@@ -124,21 +101,13 @@ def _load_adapter(backbone: Any, checkpoint: Path) -> None:
     # peft's in-memory name of a DoRA magnitude; files have the full name.
     weights = {name.replace("magnitude_vector.weight", "magnitude_vector"): weights[name] for name in weights}
     expected = get_peft_model_state_dict(backbone, adapter_name=backbone.active_adapters()[0])
-    _check_fit({name: tensor.shape for name, tensor in expected.items()}, weights, checkpoint)
+    _check_fit(expected, weights, checkpoint)
     set_peft_model_state_dict(backbone, weights, adapter_name=backbone.active_adapters()[0])
 
 
-def _load_state(module: nn.Module, weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
-    _check_fit({name: tensor.shape for name, tensor in module.state_dict().items()}, weights, checkpoint)
-    module.load_state_dict(weights)
-
-
-def _check_fit(expected: dict[str, torch.Size], found: dict[str, torch.Tensor], checkpoint: Path) -> None:
-    different = sorted(
-        name
-        for name in expected.keys() | found.keys()
-        if name not in expected or name not in found or expected[name] != found[name].shape
-    )
+def _check_fit(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], checkpoint: Path) -> None:
+    shapes = [{name: tensor.shape for name, tensor in weights.items()} for weights in (expected, found)]
+    different = sorted(name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name))
     if different:
         raise InputError(
             f"The checkpoint {str(checkpoint)!r} is of another model: {len(different)} weights are missing, new or of "

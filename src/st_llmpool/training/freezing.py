@@ -44,11 +44,7 @@ def freeze_lowest_layers(backbone: nn.Module, count: int) -> None:
 
 
 def check_freezing(count: int, layers: int) -> None:
-    """Checks that at least one layer is left to train.
-
-    Args:
-        count: How many are to be frozen.
-        layers: How many there are.
+    """Checks that freezing `count` of `layers` layers leaves one to train.
 
     Raises:
         ConfigurationError: With the number of layers.

@@ -68,12 +68,9 @@ class GuardedTrainer:
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def restore_finished(self: Any, checkpoint: Path) -> bool:
-        """Loads the weights and the log of a run that had made its last step; returns False if it had not.
+        """Loads weights and log of a run that had made its last step, after which ``train`` would make one more.
 
-        ``train`` would make one step more before it noticed.
-
-        Args:
-            checkpoint: The last one of the run.
+        Returns False, and loads nothing, if `checkpoint` is not of the last step.
         """
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if state.global_step < state.max_steps:

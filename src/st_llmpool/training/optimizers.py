@@ -97,12 +97,13 @@ def check_optimization(arguments: TrainingArguments, steps: int) -> None:
         >>> check_optimization(TrainingArguments("run", **options), steps=5)
     """
     with preserve_rng_state():
-        layer = nn.Linear(64, 64, device=arguments.device)  # bitsandbytes has other code for fewer weights
+        layer: Any = nn.Linear(64, 64, device=arguments.device)  # bitsandbytes has other code for fewer weights
     layer(torch.ones(1, 64, device=arguments.device)).sum().backward()
     with refused_by_name("training.optim", arguments.optim):
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, layer)
         if {"params", "model", "optimizer_dict"}.isdisjoint(options):
             kind(layer.parameters(), **options).step()
+    schedule_options: Any = arguments.lr_scheduler_kwargs
     optimizer, warmup = (
         torch.optim.SGD(layer.parameters(), lr=arguments.learning_rate),
         arguments.get_warmup_steps(steps),
@@ -114,7 +115,7 @@ def check_optimization(arguments: TrainingArguments, steps: int) -> None:
             optimizer,
             num_warmup_steps=warmup,
             num_training_steps=steps,
-            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=schedule_options,
         )
         if not hasattr(schedule, "lr_lambdas"):
             raise ValueError("it follows the loss of an evaluation, and evaluations here measure rankings. Use linear")

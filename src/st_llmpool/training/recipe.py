@@ -522,10 +522,10 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         )
     if not recipe.data:
         yield "data is empty: name at least one training set, such as data: [{source: pairs.jsonl}]."
-    for place, sets in [("data", recipe.data), ("evaluation.data", evaluation.data)]:
+    for where, sets in [("data", recipe.data), ("evaluation.data", evaluation.data)]:
         labels = Counter(item.label for item in sets)
         for name in (name for name, count in labels.items() if count > 1):
-            yield f"{place} has two sets that are called {name!r}: give each its own name."
+            yield f"{where} has two sets that are called {name!r}: give each its own name."
     unweighted = [item.label for item in recipe.data if item.weight is None]
     if 0 < len(unweighted) < len(recipe.data):
         yield f"data: {unweighted[0]!r} has no weight, but others have: give all a weight, or none."

@@ -152,11 +152,7 @@ def updated_importance(
 
 
 def check_number_of_layers(settings: SparseTuningSettings, found: int) -> None:
-    """Refuses to choose more layers than there are.
-
-    Args:
-        settings: How many layers train at a time.
-        found: How many layers have a trainable adapter.
+    """Refuses to choose more layers than the `found` ones that have a trainable adapter.
 
     Raises:
         ConfigurationError: With the number of layers.

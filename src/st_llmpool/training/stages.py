@@ -29,12 +29,7 @@ Train = Callable[[Recipe, Path | None, StageSettings], Any]
 def run_stages(recipe: Recipe, check: Callable[[Recipe, StageSettings], Any], train: Train) -> Path:
     """Runs the stages of `recipe` in order; finished ones are skipped, an interrupted one is resumed.
 
-    All stages are checked before the first one starts.
-
-    Args:
-        recipe: The recipe.
-        check: Validates a ``simcse`` or ``contrastive`` stage.
-        train: Trains one.
+    All stages are checked before the first one starts; `check` and `train` do it for ``simcse`` and ``contrastive``.
 
     Returns:
         The folder that the last stage left, for the recipe's own training.

@@ -135,12 +135,7 @@ def stored_dtype(recipe: AdaptRecipe, base: str) -> torch.dtype:
 
 
 def load_language_model(recipe: AdaptRecipe, base: str, *, dtype: torch.dtype) -> PreTrainedModel:
-    """Returns the base with its head.
-
-    Args:
-        recipe: How to load it.
-        base: Hub id or folder.
-        dtype: Of the weights.
+    """Returns the base with its head, in `dtype`.
 
     Raises:
         ConfigurationError: If it cannot be read, is an encoder, or has no trained head.
