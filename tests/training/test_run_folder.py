@@ -133,7 +133,7 @@ def test_a_run_of_two_processes_goes_on_with_one_and_says_what_differs(make_reci
     shutil.copy(Path(recipe.output_dir) / "recipe.yaml", folder)
     as_of_two_processes(folder / "checkpoints/checkpoint-2")
     resumed = train(changed_output(recipe, folder), resume=True)
-    assert "is of 2 processes and goes on with 1: batches stay the same, dropout differs" in caplog.text
+    assert "is of 2 processes and continues with 1: batches stay the same, dropout differs" in caplog.text
     assert resumed.report["losses"] == expected.report["losses"]
     assert_same_weights(resumed.model, expected.model)
     assert json.loads((folder / "checkpoints/checkpoint-4/trainer_state.json").read_text())["global_step"] == 4

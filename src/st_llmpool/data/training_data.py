@@ -101,6 +101,9 @@ def load_pairs(settings: DatasetSettings, num_negatives: int | None = None) -> D
         ...     load_pairs(DatasetSettings(file.name, columns={"query": "question"})).column_names
         ['query', 'positive']
     """
+    import pyarrow as pa
+    from datasets import Dataset
+
     rows = read_rows(settings)
     if settings.limit is not None:
         rows = rows.select(range(min(settings.limit, len(rows))))
@@ -113,7 +116,7 @@ def load_pairs(settings: DatasetSettings, num_negatives: int | None = None) -> D
     texts |= _keep_negatives(settings, negatives, num_negatives)
     for name, column in texts.items():
         check_texts(settings, name, column)
-    return _as_dataset(texts)
+    return Dataset(pa.table(texts))
 
 
 def read_rows(settings: DatasetSettings) -> Dataset:
@@ -178,18 +181,15 @@ def _read_file(settings: DatasetSettings, path: Path) -> Dataset:
         logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)  # it logs what it raises
         # The name says what the file holds: a cached copy is found by name, place, size and time alone.
         files = glob.escape(str(path.resolve()))  # a name with a bracket or a star is no pattern
-        return load_dataset(FORMATS[path.suffix], _digest(path), data_files=files, split="train", **options)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return load_dataset(FORMATS[path.suffix], digest, data_files=files, split="train", **options)
     except DataError:
         raise
     except Exception as error:  # the readers raise many kinds: of datasets, pandas and pyarrow
         if any(words in _innermost(error) for words in ("corresponds to no data", "No columns to parse")):
             raise DataError(f"{settings.source!r} holds no rows.") from error
         raise DataError(f"{settings.source!r} cannot be read as {path.suffix}: {_innermost(error)}") from error
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _has_no_rows(path: Path) -> bool:
@@ -312,10 +312,3 @@ def check_texts(settings: DatasetSettings, name: str, column: Any) -> None:
     if count:
         row = pc.index(blank, True).as_py()
         raise DataError(f"{settings.source!r}: the {name} of row {row + 1} is blank ({count} such rows). Drop them.")
-
-
-def _as_dataset(texts: dict[str, Any]) -> Dataset:
-    import pyarrow as pa
-    from datasets import Dataset
-
-    return Dataset(pa.table(texts))

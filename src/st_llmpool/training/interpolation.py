@@ -55,13 +55,19 @@ def merge_with_base(
     if list(alphas) == [1]:
         return alphas[0], {}
     tuned = {name: weight for name, weight in model.named_parameters() if name in base}
-    _check_shapes(tuned, base)
+    if not tuned:
+        raise ConfigurationError("The model has no weight that its base has too, so there is nothing to merge.")
+    for name, weight in tuned.items():
+        if weight.shape != base[name].shape:
+            raise ConfigurationError(
+                f"The weight {name!r} is {tuple(weight.shape)} in the model and {tuple(base[name].shape)} in its base: "
+                f"they cannot be merged. Leave merge out."
+            )
     if len(alphas) == 1:
         _interpolate_all(tuned, base, tuned, alphas[0])
         return alphas[0], {}
-    kept = {
-        name: weight.detach().to("cpu", copy=True) for name, weight in tuned.items()
-    }  # a GPU may have no space for a second copy
+    # On the CPU: a GPU may have no space for a second copy.
+    kept = {name: weight.detach().to("cpu", copy=True) for name, weight in tuned.items()}
     scores: dict[float, float] = {}
     for alpha in sorted(alphas):
         _interpolate_all(tuned, base, kept, alpha)
@@ -76,14 +82,3 @@ def _interpolate_all(
 ) -> None:
     for name, weight in weights.items():
         weight.copy_(interpolate(base[name], tuned[name].to(weight.device), alpha))
-
-
-def _check_shapes(tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
-    if not tuned:
-        raise ConfigurationError("The model has no weight that its base has too, so there is nothing to merge.")
-    for name, weight in tuned.items():
-        if weight.shape != base[name].shape:
-            raise ConfigurationError(
-                f"The weight {name!r} is {tuple(weight.shape)} in the model and {tuple(base[name].shape)} in its base: "
-                f"they cannot be merged. Leave merge out."
-            )

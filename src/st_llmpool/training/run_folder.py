@@ -100,7 +100,7 @@ def train_in_folder(
         folder: The run's folder, which gets the recipe.
         recipe: The recipe of the run.
         trainer: A :class:`GuardedTrainer`.
-        check_reload: Called on the first process before the first step of a model that is whole on it.
+        check_reload: Called on the first process before the first step of a model that is not sharded.
         resume: Whether to look for a checkpoint; later ones, half or damaged, are removed.
     """
     is_first, checkpoint = trainer.args.process_index == 0, None
@@ -128,7 +128,7 @@ def _checkpoint_of(folder: Path, world_size: int) -> Path | None:
         logger.warning("No checkpoint in %s is complete (%s): step 1 is next.", folder.parent, ", ".join(left))
     if checkpoint is not None and processes_of(checkpoint) != world_size:
         logger.warning(
-            "%s is of %d processes and goes on with %d: batches stay the same, dropout differs.",
+            "%s is of %d processes and continues with %d: batches stay the same, dropout differs.",
             *(checkpoint, processes_of(checkpoint), world_size),
         )
     return checkpoint

@@ -113,7 +113,7 @@ def masked_score(
 
 
 def most_frequent_token(pieces: Dataset) -> int:
-    """Returns the token that is most frequent in `pieces`, special ones aside; of equally frequent ones the first.
+    """Returns the token that is most frequent in `pieces`, without special ones; of equally frequent ones the first.
 
     Args:
         pieces: Columns ``input_ids`` and ``special``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from ...utils.random_state import preserve_rng_state
 from ..guarded_trainer import GuardedTrainer
-from .masked_next_token import MaskedScore, masked_logits, masked_loss, masked_score
+from .masked_next_token import masked_logits, masked_loss, masked_score
 
 
 class MaskedTokenTrainer(GuardedTrainer, Trainer):
@@ -39,18 +39,13 @@ class MaskedTokenTrainer(GuardedTrainer, Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measures on the evaluation set; what is drawn afterwards is as if it had not happened."""
+        model, examples = cast("Any", self.model), cast("Any", self.eval_dataset)
         with preserve_rng_state():
-            score = self.measure()
+            score = masked_score(model, examples, batch_size=self.args.per_device_eval_batch_size)
         metrics = {"eval_masked_accuracy": score.accuracy, "eval_masked_loss": score.loss}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def measure(self) -> MaskedScore:
-        """Returns the score of the model as it is now."""
-        model: Any = self.model
-        examples: Any = self.eval_dataset
-        return masked_score(model, examples, batch_size=self.args.per_device_eval_batch_size)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler:
         # The data are in a random order already, one that does not depend on any generator's state.
