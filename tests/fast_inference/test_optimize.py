@@ -202,8 +202,8 @@ def test_the_overhead_of_a_forward_is_a_constant_on_a_cpu_and_measured_elsewhere
     before = encode(model)
     measured = []
 
-    def measure(run):
-        measured.extend([run(1, 8), run(3, 1000)])
+    def measure(forward):
+        measured.extend([forward(1, 8)(), forward(3, 1000)()])
         return 64
 
     monkeypatch.setattr(optimize, "measure_forward_cost", measure)

@@ -35,23 +35,24 @@ class NotApplicable(StLlmpoolError):
 CPU_FORWARD_COST = 96
 
 
-def measure_forward_cost(run: Callable[[int, int], object]) -> int:
+def measure_forward_cost(forward: Callable[[int, int], Callable[[], object]]) -> int:
     """Measure the fixed overhead of one forward pass, in token-equivalents, rounded up to a power of two.
 
     A short text is timed, then batches twice as large each until one takes four times as long.
 
     Args:
-        run: Runs a backbone on `B` texts of `T` tokens and waits for the result.
+        forward: Prepares `B` texts of `T` tokens; what it returns runs the backbone on them and waits for the result.
 
     Example:
         >>> import time
-        >>> measure_forward_cost(lambda texts, tokens: time.sleep(0.01 + 0.0001 * texts * tokens))
+        >>> measure_forward_cost(lambda texts, tokens: lambda: time.sleep(0.01 + 0.0001 * texts * tokens))
         128
     """
 
     def seconds(texts: int, tokens: int) -> float:
-        run(texts, tokens)  # compiles and loads what it needs
-        return min(timeit.repeat(lambda: run(texts, tokens), number=1, repeat=3))
+        run = forward(texts, tokens)
+        run()  # compiles and loads what it needs
+        return min(timeit.repeat(run, number=1, repeat=3))
 
     short = seconds(1, 8)
     for texts in (4, 8, 16, 32, 64, 128, 256, 512, 1024):

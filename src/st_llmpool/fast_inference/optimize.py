@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -196,15 +196,16 @@ def _compare(module: Any, backbone: Any) -> FastInference:
                 reasons[way] = f"vectors of {type(backbone).__name__} differ by {difference:.1e} with it"
     unused = {way: reasons[way] for way in _WAYS if way in reasons}
     measures = backbone.device.type != "cpu" and unused.keys() != set(_WAYS)
-    cost = measure_forward_cost(partial(_run, module, backbone)) if measures else CPU_FORWARD_COST
+    cost = measure_forward_cost(partial(_forward, module, backbone)) if measures else CPU_FORWARD_COST
     return FastInference(unused, longest, differences, cost)
 
 
-def _run(module: Any, backbone: Any, texts: int, tokens: int) -> float:
-    """Run texts of equal length the plain way, and wait for the result."""
+def _forward(module: Any, backbone: Any, texts: int, tokens: int) -> Callable[[], float]:
+    """Return a forward of texts of equal length, the plain way, that waits for the result."""
     lengths = [min(tokens, module.max_seq_length or tokens)] * texts
     features = _probe(module, backbone, lengths, "right", torch.Generator().manual_seed(0))
-    return module.run(features, TokenSpans.of(features))["token_embeddings"][0, 0, 0].item()
+    spans = TokenSpans.of(features)
+    return lambda: module.run(dict(features), spans)["token_embeddings"][0, 0, 0].item()
 
 
 def _reasons(module: Any, backbone: Any) -> dict[str, str]:
