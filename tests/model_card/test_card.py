@@ -66,6 +66,12 @@ def test_the_plain_save_writes_the_card(tiny_llm, tmp_path):
     assert (tmp_path / "assets" / "design.png").is_file()
 
 
+def test_the_card_of_an_untrained_pooling_says_so_in_place_of_a_table_of_zeros(tiny_llm, tmp_path):
+    build_embedder(tiny_llm, verify=False).save_pretrained(str(tmp_path))
+    section = (tmp_path / "README.md").read_text().partition("## Layer use\n")[2].partition("\n## ")[0]
+    assert section.strip() == "The embedding does not depend on any layer's summary yet: the pooling is untrained."
+
+
 def test_the_front_matter_carries_results_and_licence(run):
     data = ModelCard.load(run / "model" / "README.md").data
     found = {(result.dataset_name, result.metric_type): result.metric_value for result in data.eval_results}

@@ -40,7 +40,7 @@ _SERVING = {
 
 @dataclass
 class EmbedderCardData(IdentifiedCardData):
-    """Content of a design's card; `build_embedder` sets it on its models, so every plain save writes the card.
+    """Content of a model's card; `build_embedder` sets it on its models, so every plain save writes the card.
 
     Attributes:
         training: Content of ``training.json``.
@@ -99,7 +99,11 @@ class EmbedderCardData(IdentifiedCardData):
             "prompts": {name: prompt for name, prompt in model.prompts.items() if prompt},
             "layer_use": None if use is None else {**asdict(use), "texts": len(SAMPLE_TEXTS)},
             "figures": figures,
-            **({"model-index": self._model_index(), "metrics": self._metrics()} if self.results else {}),
+            **(
+                {"model-index": self._model_index(), "metrics": list({row["metric"]: None for row in self.results})}
+                if self.results
+                else {}
+            ),
         }
 
     def _set_base_model(self, model: Any) -> None:
@@ -142,15 +146,12 @@ class EmbedderCardData(IdentifiedCardData):
         ]
         return eval_results_to_model_index(name, rows)
 
-    def _metrics(self) -> list[str]:
-        return list(dict.fromkeys(row["metric"] for row in self.results))
-
 
 @contextmanager
 def card_without_forwards(model: SentenceTransformer) -> Iterator[None]:
     """Omit figures and everything that needs a forward pass from cards written inside the block.
 
-    For checkpoints, whose cards nobody reads, and for sharded models.
+    For checkpoints and sharded models.
 
     Args:
         model: A model with any card data.
@@ -374,7 +375,7 @@ def _adapter(model: Any) -> Any:
 
 def _pooling_name(model: Any) -> str:
     name = type(model[1]).__name__
-    return {"Pooling": f"{getattr(model[1], 'pooling_mode', '')}"}.get(name, name)
+    return str(getattr(model[1], "pooling_mode", "")) if name == "Pooling" else name
 
 
 def _design(model: Any, base_title: str | None, *, native: bool, measured: bool) -> dict[str, Any]:
@@ -387,12 +388,12 @@ def _design(model: Any, base_title: str | None, *, native: bool, measured: bool)
     rows = [
         ("base", f"{base} ({type(backbone.model).__name__})"),
         ("attention", backbone.attention),
-        ("causal by design", f"layers {_ranges(backbone.causal_layers)}" if backbone.causal_layers else "none"),
+        *([("layers that stay causal", _ranges(backbone.causal_layers))] if backbone.causal_layers else []),
         ("layers read", layers),
-        ("summary of a layer", {"eos": "last token", "mean": "mean of the tokens"}[backbone.layer_readout]),
+        ("layer readout", {"eos": "last token", "mean": "mean of the tokens"}[backbone.layer_readout]),
         ("pooling", f"{_pooling_name(model)} {_settings(settings)}"),
         ("EOS token appended", "yes" if backbone.add_eos_token else "no"),
-        ("prompt pooled", "yes" if backbone.include_prompt else "no"),
+        ("prompt included in pooling", "yes" if backbone.include_prompt else "no"),
         ("maximum length", f"{model.max_seq_length} tokens"),
     ]
     if adapter:

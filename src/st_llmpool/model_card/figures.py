@@ -40,15 +40,14 @@ def draw_curve(file: Path, points: Sequence[Sequence[float]], label: str) -> boo
 
 
 def draw_layer_use(file: Path, use: LayerUse) -> bool:
-    """Draw the change of the embedding without each layer; return as :func:`draw_curve`."""
+    """Draw the change of the embedding without each layer; return whether there is one and it was drawn."""
+    if not any(use.moved):
+        return False
 
     def draw(axes: Axes) -> None:
         axes.bar([str(layer) for layer in use.layers], use.moved, color=_BLUE)
         axes.set(xlabel="layer", ylabel="1 - cosine", title="Change without one layer")
-        axes.set_ylim(0, None if any(use.moved) else 1)
         axes.grid(axis="y", alpha=0.3)
-        if not any(use.moved):
-            _note(axes, _UNMOVED)
 
     return _draw(file, (max(4.0, 0.3 * len(use.layers)), 3.2), draw)
 

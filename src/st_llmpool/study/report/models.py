@@ -79,13 +79,14 @@ def write_convergence(document: Document, records: Sequence[RunRecord]) -> None:
     )
     document.table(Sheet.of("Stages before the training", _stages(records), below))
     for base, own in _by_base(records).items():
+        designs = list(dict.fromkeys(label(record.design, record.option) for record in own))
         for name, (words, curve, meaning) in _CURVES.items():
             curves: dict[str, list[Curve]] = {}
             for record in own:
                 if curve(record):
                     curves.setdefault(label(record.design, record.option), []).append(curve(record))
             if curves:
-                _draw_curves(document, curves, name + (f"_{base}" if base else ""), words, meaning)
+                _draw_curves(document, curves, designs, name + (f"_{base}" if base else ""), words, meaning)
 
 
 def _by_base(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
@@ -110,14 +111,18 @@ def _stages(records: Sequence[RunRecord]) -> Iterator[dict[str, str]]:
             }
 
 
-def _draw_curves(document: Document, curves: dict[str, list[Curve]], name: str, words: str, meaning: str) -> None:
+def _draw_curves(
+    document: Document, curves: dict[str, list[Curve]], designs: Sequence[str], name: str, words: str, meaning: str
+) -> None:
+    """Draw the curves of each design; its colour is the same in all figures."""
     import matplotlib
     from matplotlib.figure import Figure
 
     colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
     figure = Figure(figsize=(8, 3.6 + 0.18 * max(0, len(curves) - 12)), layout="constrained")
     axes = figure.add_subplot()
-    for place, (design, runs) in enumerate(curves.items()):
+    for design, runs in curves.items():
+        place = designs.index(design)
         style = {"color": colours[place % len(colours)], "linestyle": _LINES[place // len(colours) % len(_LINES)]}
         for run in runs:
             axes.plot(*zip(*run, strict=True), linewidth=0.6, alpha=0.35, **style)
@@ -127,13 +132,15 @@ def _draw_curves(document: Document, curves: dict[str, list[Curve]], name: str, 
         axes.axhline(NEGLIGIBLE, color="0.3", linestyle=":", linewidth=1)
     axes.set(xlabel="step", ylabel=words)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    if len(curves) > 1:
+        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    whose = "by design" if len(curves) > 1 else f"of {next(iter(curves))}"
     last = ", ".join(f"{design} {np.mean([run[-1][1] for run in runs]):.3g}" for design, runs in curves.items())
     document.draw(
         figure,
         name,
         alt=f"Curves of the {words} over steps by design. At the end: {last}.",
-        caption=f"{words[0].upper()}{words[1:]} by design: thick the mean over seeds, thin each seed; {meaning}.",
+        caption=f"{words[0].upper()}{words[1:]} {whose}: thick the mean over seeds, thin each seed; {meaning}.",
     )
 
 
