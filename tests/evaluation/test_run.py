@@ -121,6 +121,12 @@ def test_wrong_arguments_are_refused_before_a_model_is_loaded(tmp_path, forbid_l
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_place_that_cannot_be_used_is_refused_first(tmp_path, forbid_loading):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match="file is not a folder"):
+        evaluate("some/model", output_dir=tmp_path / "file" / "out", suite="squad")
+
+
 def test_unknown_benchmark_is_refused_with_the_hint_of_mteb(tmp_path, forbid_loading, monkeypatch):
     def unknown(name):  # as the real one, which takes seconds to build its registry
         raise KeyError(f"'{name}' not found. Did you mean: MTEB(eng, v2)?")

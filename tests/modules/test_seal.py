@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import hashlib
 import json
 import logging
@@ -82,6 +83,17 @@ def test_a_save_changes_neither_random_state_nor_modes(model, tmp_path):
     assert torch.equal(torch.get_rng_state(), before[0])
     assert {name: module.training for name, module in model.named_modules()} == before[1]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_full_disk_leaves_the_earlier_file_and_nothing_else(tmp_path, monkeypatch):
+    def fail(self, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    (tmp_path / "modules.json").write_text("before")
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        seal.write_text(tmp_path / "modules.json", "after")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("modules.json", "before")]
 
 
 def test_an_untouched_model_loads_without_a_word(saved, caplog):

@@ -13,7 +13,7 @@ from ..fast_inference import optimized_inference
 from ..hub.loading import load_model
 from ..modules.errors import ConfigurationError, nearest
 from ..utils.extras import importing_mteb
-from ..utils.files import write_atomically
+from ..utils.files import check_writable, write_atomically
 from ..utils.random_state import preserve_rng_state
 from .encoder import FiniteEncoder
 from .identity import identify
@@ -81,6 +81,7 @@ def evaluate(
             )
     if batch_size < 1:
         raise ConfigurationError(f"batch_size={batch_size} must be at least 1.")
+    check_writable(Path(output_dir))
     with preserve_rng_state():
         chosen = _choose(suite or "builtin", data_dir, benchmark, tasks, limit)
         source = None if isinstance(model, SentenceTransformer) else str(model)

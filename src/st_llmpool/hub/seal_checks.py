@@ -22,6 +22,7 @@ from ..modules.seal import (
     read_manifest,
     write_seal,
 )
+from ..utils.files import reraise_as_write_error
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 
@@ -127,11 +128,13 @@ def replacing_seal(folder: Path) -> Iterator[Callable[[SentenceTransformer], Fin
     if files and (found := [*differences(folder, files), *added]):
         changes = "; ".join(map(str, found))
     old, aside = folder / MANIFEST, folder / f".{MANIFEST}.old"
-    if old.exists():
-        old.rename(aside)
+    with reraise_as_write_error(old):
+        if old.exists():
+            old.rename(aside)
 
     def seal(model: SentenceTransformer) -> Finding:
-        write_seal(folder, model, files_to_seal(folder))
+        with reraise_as_write_error(old):
+            write_seal(folder, model, files_to_seal(folder))
         return Finding("seal", "ok", f"sealed; since the last seal: {changes}")
 
     try:

@@ -230,5 +230,9 @@ def _with_own_hash(manifest: Mapping[str, Any]) -> str:
 def write_text(file: Path, text: str) -> None:
     """Write atomically: to a temporary sibling, then rename."""
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    finally:
+        with suppress(OSError):  # renamed, or on a read-only disk
+            partial.unlink()

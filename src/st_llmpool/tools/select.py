@@ -26,7 +26,7 @@ from ..designs import build_embedder, resolve_base
 from ..fast_inference import optimize_inference
 from ..hub.loading import load_model
 from ..modules.errors import ConfigurationError, DataError, InputError, StLlmpoolError, nearest
-from ..utils.files import atomic_file, write_atomically
+from ..utils.files import atomic_file, check_writable, write_atomically
 from ..utils.reading import shown
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def select(
     for file in (out, out.with_suffix(".json")):
         if file.exists():
             raise ConfigurationError(f"{file} exists; name another file as out, or remove it.")
+    check_writable(out.parent)
     sources = {str(source): read_rows(DatasetSettings(str(source))) for source in pool}
     targets = read_rows(DatasetSettings(str(target)))
     if len(targets) == 0:

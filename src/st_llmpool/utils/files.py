@@ -51,6 +51,20 @@ def is_there(path: Path) -> bool:
     return True
 
 
+def check_writable(target: Path) -> None:
+    """Checks that files can be created in `target`, a folder which need not exist yet.
+
+    Raises:
+        ConfigurationError: If it, or a folder above it, is a file.
+        WriteError: If it is read-only.
+    """
+    place = next(folder for folder in (target.absolute(), *target.absolute().parents) if is_there(folder))
+    if not place.is_dir():
+        raise ConfigurationError(f"{target} cannot be used for output, as {place} is not a folder.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise WriteError(f"{target} cannot be written, as {place} is read-only; choose another place.")
+
+
 def check_new_folder(target: Path) -> None:
     """Checks that `target` can be created; to be called before anything is computed.
 
@@ -60,11 +74,7 @@ def check_new_folder(target: Path) -> None:
     """
     if is_there(target):
         raise ConfigurationError(f"{target} exists; choose another folder, or remove it.")
-    parent = next(folder for folder in target.absolute().parents if is_there(folder))
-    if not parent.is_dir():
-        raise ConfigurationError(f"{target} cannot be created, as {parent} is not a folder; choose another place.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise WriteError(f"{target} cannot be created, as {parent} is read-only; choose another place.")
+    check_writable(target)
     for folder in target.resolve().parents:
         if (folder / "modules.json").is_file():
             raise ConfigurationError(f"{target} would lie in the saved model {folder}; choose another place.")
