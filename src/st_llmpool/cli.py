@@ -54,6 +54,11 @@ def _shipped(folder: str) -> str:
     return ", ".join(sorted(file.stem for file in (Path(__file__).parent / folder).glob("*.yaml")))
 
 
+def _option(text: str, *names: str, **settings: Any) -> Any:
+    """Returns an option with its help text."""
+    return typer.Option(*names, help=text, **settings)
+
+
 _Model = Annotated[str, typer.Argument(help="Folder or Hub id of a model.", metavar="MODEL")]
 _SavedModel = Annotated[
     Path, typer.Argument(help="Folder of a saved model.", metavar="MODEL", exists=True, file_okay=False)
@@ -63,13 +68,13 @@ _Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Changes to the recipe, such as training.learning_rate=1e-4.", metavar="[KEY=VALUE]..."),
 ]
-_NewFolder = Annotated[Path, typer.Option(help="Output folder, which must not exist yet.")]
-_SuiteData = Annotated[Path | None, typer.Option(help="Folder of the suite's data sets.")]
-_BatchSize = Annotated[int, typer.Option(help="Batch size.", min=1)]
-_Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint of this run.")]
-_JsonFile = Annotated[Path | None, typer.Option("--json", help="JSON file for all numbers.")]
+_NewFolder = Annotated[Path, _option("Output folder, which must not exist yet.")]
+_SuiteData = Annotated[Path | None, _option("Folder of the suite's data sets.")]
+_BatchSize = Annotated[int, _option("Batch size.", min=1)]
+_Resume = Annotated[bool, _option("Continue from the last checkpoint of this run.", "--resume")]
+_JsonFile = Annotated[Path | None, _option("JSON file for all numbers.", "--json")]
 _TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code of the model that is not st_llmpool's own.")
+    bool, _option("Run code of the model that is not st_llmpool's own.", "--trust-remote-code")
 ]
 
 
@@ -131,7 +136,7 @@ def _say(line: str) -> None:
 
 @app.callback(invoke_without_command=True)
 def _version(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    version: Annotated[bool, _option("Print the version and exit.", "--version", is_eager=True)] = False,
 ) -> None:
     if version:
         typer.echo(__version__)
@@ -143,7 +148,7 @@ def _version(
 
 @app.command(rich_help_panel=_BUILD)
 def quickstart(
-    out: Annotated[Path, typer.Option(help="Output folder for the model and its results.")] = Path("runs/quickstart"),
+    out: Annotated[Path, _option("Output folder for the model and its results.")] = Path("runs/quickstart"),
 ) -> None:
     """Train the built-in backbone on this machine's docstrings, offline, and search with the result.
 
@@ -155,11 +160,7 @@ def quickstart(
 
 
 @app.command(rich_help_panel=_BUILD)
-def train(
-    recipe: _Recipe,
-    overrides: _Overrides = None,
-    resume: _Resume = False,
-) -> None:
+def train(recipe: _Recipe, overrides: _Overrides = None, resume: _Resume = False) -> None:
     """Train an embedding model from RECIPE. On several processes: accelerate launch -m st_llmpool train RECIPE."""
     from .training import Recipe
     from .training import train as run
@@ -175,10 +176,9 @@ def batch_size(
     recipe: _Recipe,
     overrides: _Overrides = None,
     memory: Annotated[
-        float | None,
-        typer.Option(help="Memory limit in GiB; by default the free memory of the GPU or of this machine."),
+        float | None, _option("Memory limit in GiB; by default the free memory of the GPU or of this machine.")
     ] = None,
-    at_most: Annotated[int, typer.Option(help="Largest batch size to try.", min=2)] = 4096,
+    at_most: Annotated[int, _option("Largest batch size to try.", min=2)] = 4096,
 ) -> None:
     """Find the largest batch size of RECIPE that fits in memory, with two training steps per trial."""
     from .tools.batch_size import batch_table, free_memory, largest_batch
@@ -203,28 +203,23 @@ def adapt(
         str, typer.Argument(help="Folder or Hub id of a causal language model, or builtin.", metavar="BASE")
     ],
     data: Annotated[
-        list[str],
-        typer.Option(help="Texts: a Parquet, JSONL, CSV or TXT file, a Hub dataset, or docstrings; may be repeated."),
+        list[str], _option("Texts: a Parquet, JSONL, CSV or TXT file, a Hub dataset, or docstrings; may be repeated.")
     ],
-    out: Annotated[Path, typer.Option(help="Output folder; the adapted base is in its subfolder model.")],
+    out: Annotated[Path, _option("Output folder; the adapted base is in its subfolder model.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Other settings of an AdaptRecipe, such as max_seq_length=128.", metavar="[KEY=VALUE]..."),
     ] = None,
-    column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
-    attention: Annotated[str, typer.Option(help="bidirectional or causal.")] = "bidirectional",
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; one pass over the data by default.")] = None,
+    column: Annotated[str, _option("Column of the texts.")] = "text",
+    attention: Annotated[str, _option("bidirectional or causal.")] = "bidirectional",
+    max_steps: Annotated[int | None, _option("Optimizer steps; one pass over the data by default.")] = None,
     batch_size: _BatchSize = 64,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="By default 2e-4 for an adapter, 2e-5 for the full model.")
-    ] = None,
-    mlm_probability: Annotated[float, typer.Option(help="Fraction of tokens to mask.")] = 0.2,
-    tune: Annotated[str, typer.Option(help="lora (merged at the end) or full.")] = "lora",
+    learning_rate: Annotated[float | None, _option("By default 2e-4 for an adapter, 2e-5 for the full model.")] = None,
+    mlm_probability: Annotated[float, _option("Fraction of tokens to mask.")] = 0.2,
+    tune: Annotated[str, _option("lora (merged at the end) or full.")] = "lora",
     merge: Annotated[
         list[float] | None,
-        typer.Option(
-            help="Interpolation weight of the trained model against the base, 0 to 1; the best one if repeated."
-        ),
+        _option("Interpolation weight of the trained model against the base, 0 to 1; the best one if repeated."),
     ] = None,
     resume: _Resume = False,
 ) -> None:
@@ -255,16 +250,15 @@ def adapt(
 @app.command(rich_help_panel=_EVALUATE)
 def evaluate(
     model: _Model,
-    out: Annotated[Path, typer.Option(help="Output folder for mteb's result files and the scores.")],
+    out: Annotated[Path, _option("Output folder for mteb's result files and the scores.")],
     suite: Annotated[
-        str | None,
-        typer.Option(help=f"{_shipped('evaluation/suites')}, or a YAML file; builtin without a benchmark or task."),
+        str | None, _option(f"{_shipped('evaluation/suites')}, or a YAML file; builtin without a benchmark or task.")
     ] = None,
     data: _SuiteData = None,
-    benchmark: Annotated[str | None, typer.Option(help='An mteb benchmark, such as "MTEB(eng, v2)".')] = None,
-    task: Annotated[list[str] | None, typer.Option(help="Name of an mteb task; may be repeated.")] = None,
+    benchmark: Annotated[str | None, _option('An mteb benchmark, such as "MTEB(eng, v2)".')] = None,
+    task: Annotated[list[str] | None, _option("Name of an mteb task; may be repeated.")] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Largest number of rows, queries or documents per task of the suite.", min=1)
+        int | None, _option("Largest number of rows, queries or documents per task of the suite.", min=1)
     ] = None,
     batch_size: _BatchSize = 32,
     trust_remote_code: _TrustRemoteCode = False,
@@ -295,28 +289,23 @@ def evaluate(
 @app.command(rich_help_panel=_EVALUATE)
 def study(
     study_file: Annotated[
-        str,
-        typer.Argument(help=f"YAML file, or a preset: {_shipped('study/presets')}.", metavar="STUDY"),
+        str, typer.Argument(help=f"YAML file, or a preset: {_shipped('study/presets')}.", metavar="STUDY")
     ],
-    out: Annotated[
-        Path | None, typer.Option(help="Output folder for results and report; runs/<study> by default.")
-    ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder that replaces {data} in the study.")] = None,
+    out: Annotated[Path | None, _option("Output folder for results and report; runs/<study> by default.")] = None,
+    data: Annotated[Path | None, _option("Folder that replaces {data} in the study.")] = None,
     work: Annotated[
-        Path | None, typer.Option(help="Folder for checkpoints and models; work in the output folder by default.")
+        Path | None, _option("Folder for checkpoints and models; work in the output folder by default.")
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Number of parallel runs.", min=1)] = 1,
+    jobs: Annotated[int, _option("Number of parallel runs.", min=1)] = 1,
     reuse_from: Annotated[
         list[Path] | None,
-        typer.Option(
+        _option(
+            "Output folder or results.parquet of a study whose identical runs are reused; may be repeated.",
             "--take-from",
-            help="Output folder or results.parquet of a study whose identical runs are reused; may be repeated.",
         ),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print runs, cost and statistical power, and exit.")
-    ] = False,
-    report_only: Annotated[bool, typer.Option("--report", help="Report on the finished runs only.")] = False,
+    dry_run: Annotated[bool, _option("Print runs, cost and statistical power, and exit.", "--dry-run")] = False,
+    report_only: Annotated[bool, _option("Report on the finished runs only.", "--report")] = False,
 ) -> None:
     """Train and evaluate several designs under equal conditions, and report paired tests. Resumes when run again.
 
@@ -358,26 +347,22 @@ def compare(
         ),
     ],
     contrast: Annotated[
-        list[str] | None,
-        typer.Option(help="A pre-registered comparison A:B, up to six; all other pairs are exploratory."),
+        list[str] | None, _option("A pre-registered comparison A:B, up to six; all other pairs are exploratory.")
     ] = None,
-    model: Annotated[list[str] | None, typer.Option(help="Compare only this model; may be repeated.")] = None,
-    metric: Annotated[str, typer.Option(help="Score to compare, such as ndcg_at_10.")] = "main_score",
+    model: Annotated[list[str] | None, _option("Compare only this model; may be repeated.")] = None,
+    metric: Annotated[str, _option("Score to compare, such as ndcg_at_10.")] = "main_score",
     allow_mixed_revisions: Annotated[
         bool,
-        typer.Option(
+        _option(
+            "Allow scores of different dataset revisions or mteb versions; a note names them.",
             "--allow-mixed-revisions",
-            help="Allow scores of different dataset revisions or mteb versions; a note names them.",
         ),
     ] = False,
     task_types: Annotated[
-        Path | None,
-        typer.Option(help="YAML with the types of tasks unknown to mteb: a suite file, or TASK: TYPE lines."),
+        Path | None, _option("YAML with the types of tasks unknown to mteb: a suite file, or TASK: TYPE lines.")
     ] = None,
     json_file: _JsonFile = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Output folder for tables (CSV, Markdown) and figures (PNG).")
-    ] = None,
+    out: Annotated[Path | None, _option("Output folder for tables (CSV, Markdown) and figures (PNG).")] = None,
 ) -> None:
     """Compare models on mteb results: paired tests over tasks, corrected for multiplicity, with their power."""
     from .stats import read_results, read_task_types
@@ -404,27 +389,25 @@ def select(
     pool: Annotated[
         list[str], typer.Argument(help="Parquet, JSONL, CSV or TSV file, folder or Hub dataset.", metavar="POOL...")
     ],
-    target: Annotated[str, typer.Option(help="Dataset to be similar to, given as POOL.", metavar="SET")],
-    k: Annotated[int, typer.Option("--k", help="Number of rows to select.", min=1)],
+    target: Annotated[str, _option("Dataset to be similar to, given as POOL.", metavar="SET")],
+    k: Annotated[int, _option("Number of rows to select.", "--k", min=1)],
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="A new .parquet file, with a report in a .json file of the same name; by default "
+        _option(
+            "A new .parquet file, with a report in a .json file of the same name; by default "
             "<POOL>_selected.parquet, after the first POOL.",
             metavar="FILE",
         ),
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="Folder or Hub id of the model that embeds the rows, or builtin.")
-    ] = "builtin",
+    model: Annotated[str, _option("Folder or Hub id of the model that embeds the rows, or builtin.")] = "builtin",
     column: Annotated[
-        list[str] | None, typer.Option(help="Text column of POOL; may be repeated; text or query by default.")
+        list[str] | None, _option("Text column of POOL; may be repeated; text or query by default.")
     ] = None,
     target_column: Annotated[
-        list[str] | None, typer.Option(help="Text column of SET; may be repeated; as for POOL by default.")
+        list[str] | None, _option("Text column of SET; may be repeated; as for POOL by default.")
     ] = None,
-    by: Annotated[str | None, typer.Option(help="Column of POOL by which the selected rows are counted too.")] = None,
-    max_length: Annotated[int, typer.Option(help="Maximum length of a text in tokens.", min=1)] = 512,
+    by: Annotated[str | None, _option("Column of POOL by which the selected rows are counted too.")] = None,
+    max_length: Annotated[int, _option("Maximum length of a text in tokens.", min=1)] = 512,
     batch_size: _BatchSize = 32,
     trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
@@ -454,9 +437,7 @@ def select(
 def doctor(
     model: _Model,
     trust_remote_code: _TrustRemoteCode = False,
-    seal: Annotated[
-        bool, typer.Option("--seal", help="Seal the folder's current files if all other checks pass.")
-    ] = False,
+    seal: Annotated[bool, _option("Seal the folder's current files if all other checks pass.", "--seal")] = False,
 ) -> None:
     """Check MODEL: seal, measured attention, EOS, padding, weights. Exit code 1 if a check fails.
 
@@ -473,10 +454,8 @@ def doctor(
 @app.command(rich_help_panel=_EVALUATE)
 def layers(
     model: _Model,
-    texts: Annotated[
-        Path | None, typer.Option(help="Text file with one text per line; a few built-in texts by default.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file for the figure.")] = None,
+    texts: Annotated[Path | None, _option("Text file with one text per line; a few built-in texts by default.")] = None,
+    plot: Annotated[Path | None, _option("PNG file for the figure.")] = None,
     json_file: _JsonFile = None,
     trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
@@ -508,12 +487,10 @@ def layers(
 @app.command(rich_help_panel=_SHARE)
 def card(
     model: _SavedModel,
-    results: Annotated[Path | None, typer.Option(help="Output folder of st-llmpool evaluate.")] = None,
-    run: Annotated[
-        Path | None, typer.Option(help="Folder of the training run; by default the parent of MODEL.")
-    ] = None,
-    model_id: Annotated[str | None, typer.Option(help="Hub id that the model will have.")] = None,
-    license: Annotated[str | None, typer.Option(help="Licence of the model, such as apache-2.0.")] = None,
+    results: Annotated[Path | None, _option("Output folder of st-llmpool evaluate.")] = None,
+    run: Annotated[Path | None, _option("Folder of the training run; by default the parent of MODEL.")] = None,
+    model_id: Annotated[str | None, _option("Hub id that the model will have.")] = None,
+    license: Annotated[str | None, _option("Licence of the model, such as apache-2.0.")] = None,
     trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
     """Regenerate the model card of MODEL: design, attention, cost, layer use, training, results."""
@@ -537,12 +514,12 @@ def export(
     out: _NewFolder,
     native: Annotated[
         bool,
-        typer.Option(
+        _option(
+            "Use only sentence-transformers' own modules, which load without a flag; refused if vectors differ.",
             "--native",
-            help="Use only sentence-transformers' own modules, which load without a flag; refused if vectors differ.",
         ),
     ] = False,
-    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the backbone.")] = False,
+    merge: Annotated[bool, _option("Merge the adapter into the backbone.", "--merge")] = False,
     trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
     """Copy MODEL, merged or in native form, if a fresh process computes the same vectors from the copy."""
@@ -560,17 +537,17 @@ def push(
     repo_id: Annotated[
         str | None, typer.Argument(help="user/name, or a name in your namespace; the folder's name by default.")
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
+    private: Annotated[bool, _option("Create the repository as private.", "--private")] = False,
     revision: Annotated[
-        str | None, typer.Option(help="Branch, created if it does not exist, or refs/pr/N; main by default.")
+        str | None, _option("Branch, created if it does not exist, or refs/pr/N; main by default.")
     ] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
-    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the backbone first.")] = False,
+    create_pr: Annotated[bool, _option("Open a pull request.", "--create-pr")] = False,
+    merge: Annotated[bool, _option("Merge the adapter into the backbone first.", "--merge")] = False,
     native: Annotated[
-        bool | None, typer.Option("--native/--portable", help="Form; by default native if the design has this form.")
+        bool | None, _option("Form; by default native if the design has this form.", "--native/--portable")
     ] = None,
-    no_check: Annotated[bool, typer.Option("--no-check", help="Push even if a check of the doctor fails.")] = False,
-    message: Annotated[str | None, typer.Option(help="Title of the commit or pull request.")] = None,
+    no_check: Annotated[bool, _option("Push even if a check of the doctor fails.", "--no-check")] = False,
+    message: Annotated[str | None, _option("Title of the commit or pull request.")] = None,
     trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
     """Check MODEL and upload it to the Hub in one commit, with the token of `hf auth login` or HF_TOKEN."""
@@ -601,9 +578,7 @@ def soup(
     out: _NewFolder,
     greedy: Annotated[
         str | None,
-        typer.Option(
-            help="Keep only models that raise the score on a file of validation pairs or a suite (name or YAML)."
-        ),
+        _option("Keep only models that raise the score on a file of validation pairs or a suite (name or YAML)."),
     ] = None,
     data: _SuiteData = None,
     trust_remote_code: _TrustRemoteCode = False,
@@ -633,25 +608,21 @@ def soup(
 def submission(
     model: Annotated[str, typer.Argument(help="Hub id, or the folder that was pushed.", metavar="MODEL")],
     out: _NewFolder,
-    results: Annotated[
-        Path | None, typer.Option(help="Output folder of st-llmpool evaluate; mteb's cache by default.")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Hub id of MODEL if that is a folder.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit on the Hub; by default the newest of a Hub id.")] = None,
-    benchmark: Annotated[str, typer.Option(help="Benchmark that the results should cover.")] = "MTEB(eng, v2)",
-    license: Annotated[str | None, typer.Option(help="Licence; the model card's by default.")] = None,
-    language: Annotated[
-        list[str] | None, typer.Option(help="Language and script; may be repeated; eng-Latn by default.")
-    ] = None,
+    results: Annotated[Path | None, _option("Output folder of st-llmpool evaluate; mteb's cache by default.")] = None,
+    name: Annotated[str | None, _option("Hub id of MODEL if that is a folder.")] = None,
+    revision: Annotated[str | None, _option("Commit on the Hub; by default the newest of a Hub id.")] = None,
+    benchmark: Annotated[str, _option("Benchmark that the results should cover.")] = "MTEB(eng, v2)",
+    license: Annotated[str | None, _option("Licence; the model card's by default.")] = None,
+    language: Annotated[list[str] | None, _option("Language and script; may be repeated; eng-Latn by default.")] = None,
     training_dataset: Annotated[
-        list[str] | None, typer.Option(help="mteb task whose data were trained on; may be repeated; 'none' if none.")
+        list[str] | None, _option("mteb task whose data were trained on; may be repeated; 'none' if none.")
     ] = None,
-    training_code: Annotated[str | None, typer.Option(help="URL of the training code.")] = None,
-    training_data: Annotated[str | None, typer.Option(help="URL of the training data.")] = None,
-    adapted_from: Annotated[str | None, typer.Option(help="Hub id of the base; the card's by default.")] = None,
-    citation: Annotated[Path | None, typer.Option(help="BibTeX file.", exists=True, dir_okay=False)] = None,
-    contact: Annotated[list[str] | None, typer.Option(help="GitHub name of a contact; may be repeated.")] = None,
-    release_date: Annotated[str | None, typer.Option(help="YYYY-MM-DD; today by default.")] = None,
+    training_code: Annotated[str | None, _option("URL of the training code.")] = None,
+    training_data: Annotated[str | None, _option("URL of the training data.")] = None,
+    adapted_from: Annotated[str | None, _option("Hub id of the base; the card's by default.")] = None,
+    citation: Annotated[Path | None, _option("BibTeX file.", exists=True, dir_okay=False)] = None,
+    contact: Annotated[list[str] | None, _option("GitHub name of a contact; may be repeated.")] = None,
+    release_date: Annotated[str | None, _option("YYYY-MM-DD; today by default.")] = None,
     trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
     """Write the files for a submission to the MTEB leaderboard: results, description, mock run, instructions."""
