@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import pandas as pd
 import pytest
 from rich.console import Console
 
@@ -48,6 +49,16 @@ def test_screen_fits_eighty_columns(study):
     text = console.export_text()
     assert "…" not in text
     assert "mean-bidirectional" in text
+
+
+def test_names_are_shown_beside_the_means_of_four_types_on_eighty_columns(study):
+    kinds = ("Classification", "Retrieval", "Clustering", "STS")
+    table = pd.concat([study.assign(task_type=kind, task=kind + study["task"]) for kind in kinds])
+    console = Console(record=True, width=80, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(to_rich(compare(table)))
+    means = console.export_text().partition("exploratory")[0].splitlines()
+    assert sum(line.split()[0] in DESIGNS for line in means if line.strip()) == len(DESIGNS)
+    assert "12 tasks" in " ".join(means)
 
 
 def test_frame_has_a_row_for_every_pair(study):

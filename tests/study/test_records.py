@@ -55,7 +55,7 @@ def test_results_file_is_a_table_that_anyone_can_compare(kept):
 
 def test_a_clone_with_the_results_alone_has_nothing_left_to_run(kept, monkeypatch):
     runner = StudyRunner(STUDY, kept[1], report_only=True, console=Console(quiet=True))
-    monkeypatch.setattr(runner, "_carry_out", None)  # would fail if it were called
+    monkeypatch.setattr(runner, "run_worker", None)  # would fail if it were called
     assert len(runner.run()) == len(STUDY.runs())
 
 

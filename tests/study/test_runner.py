@@ -49,7 +49,7 @@ def test_a_study_is_run_once_and_compared(tiny_study, study_data, tmp_path):
         log = (out / "work" / record.id / "log.txt").read_text()
         assert not re.search(r"\bWARNING\b|Warning:|Padding is computed", log)
     again = runner_of(tiny_study, study_data, out)
-    again._carry_out = None  # would fail if it were called
+    again.run_worker = None  # would fail if it were called
     assert again.run() == records
     rows = pd.read_parquet(again.write_results())
     assert set(rows["task_type"]) == {"Clustering", "STS"}
@@ -70,7 +70,7 @@ def test_a_run_that_another_process_has_is_left_to_it(tiny_study, study_data, tm
         "work": runner.work,
     }
     with FileLock(lock_of(run.id, runner.output_dir).lock_file):
-        assert runner._carry_out(run, slot=0) == LOCKED
+        assert runner.run_worker(run, slot=0) == LOCKED
         assert worker.main([f"--{name}={value}" for name, value in arguments.items()]) == LOCKED
     assert not runner.work.exists()
 
@@ -90,7 +90,7 @@ def test_another_study_in_the_same_folder_leaves_the_runs_of_this_one_alone(
 
     monkeypatch.setattr("st_llmpool.study.runner.subprocess.Popen", Started)
     run = tiny_study.runs()[0]
-    runner_of(tiny_study, study_data, tmp_path / "out")._carry_out(run, slot=0)
+    runner_of(tiny_study, study_data, tmp_path / "out").run_worker(run, slot=0)
     other = dataclasses.replace(tiny_study, seeds=[7])
     with pytest.raises(StudyError):
         runner_of(other, study_data, tmp_path / "out").run()
@@ -106,7 +106,7 @@ def test_a_failed_run_is_named_with_the_end_of_its_log(tiny_study, study_data, t
         runner.log(run.id).write_text("ValueError: what went wrong")
         return 1
 
-    runner._carry_out = fail
+    runner.run_worker = fail
     with pytest.raises(StudyError, match=r"(?s)2 of 2 runs failed: tiny_mean.*what went wrong"):
         runner.run()
 

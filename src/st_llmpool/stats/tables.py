@@ -234,7 +234,7 @@ def record(pair: Pair) -> dict[str, Any]:
 def _means(comparison: Comparison) -> Sheet:
     """Return mean scores of all models; each type over the tasks that all of its models have."""
     complete = {kind.title: kind.scores.dropna() for kind in comparison.types}
-    means = {f"{title}, {counted(len(table), 'task')}": table.mean() for title, table in complete.items()}
+    means = {f"{title}\n{counted(len(table), 'task')}": table.mean() for title, table in complete.items()}
     models = dict.fromkeys(str(model) for kind in comparison.types for model in kind.scores)
     rows = ({"Model": model} | {name: number(mean.get(model)) for name, mean in means.items()} for model in models)
     what = "Mean score" if comparison.metric == MAIN_SCORE else f"Mean {comparison.metric}"

@@ -220,7 +220,7 @@ class StudyRunner:
                 return
             state = states[run.id]
             state.stage, state.started = "starting", time.monotonic()
-            returned = self._carry_out(run, slot)
+            returned = self.run_worker(run, slot)
             state.seconds = time.monotonic() - state.started
             if returned == LOCKED:
                 state.stage, state.started = "elsewhere", None
@@ -233,7 +233,13 @@ class StudyRunner:
                 elif not self._stop.is_set():
                     state.stage = "failed"
 
-    def _carry_out(self, run: PlannedRun, slot: int) -> int:
+    def run_worker(self, run: PlannedRun, slot: int) -> int:
+        """Carry out a run in a process of its own, and return its exit code, `LOCKED` if another process has the run.
+
+        Args:
+            run: The run.
+            slot: Its number among the parallel runs.
+        """
         try:
             with lock_of(run.id, self.output_dir):  # asked here too, since a worker needs seconds to start
                 if read_record(self.output_dir / "runs" / run.id) is not None:
