@@ -17,7 +17,9 @@ from harness import Row, alternate, arguments, compare, finish
 from torch import Tensor
 from torch.nn import functional as F
 
-from st_llmpool.modules.cross_attention import CrossAttention, Sizes
+from st_llmpool.designs import PRESETS
+from st_llmpool.modules.cross_attention import CrossAttention
+from st_llmpool.modules.latent_attention_pooling import LatentAttentionPooling
 
 REQUIRED_RATIO = 15.0
 
@@ -46,7 +48,7 @@ def kept_bytes(block: CrossAttention) -> int:
 
 def measure(preset: str, args: Namespace) -> Row:
     """Returns the ratio for one preset."""
-    block = CrossAttention(args.hidden, Sizes.resolve(args.hidden, preset)).to(args.device).eval()
+    block = LatentAttentionPooling(args.hidden, **PRESETS[preset]).cross_attention.to(args.device).eval()
     inputs = torch.randn(args.texts, args.layers, args.hidden, device=args.device)
     plain, folded = (torch.inference_mode()(partial(run, inputs)) for run in (partial(paper_arithmetic, block), block))
     difference = (plain() - folded()).abs().max().item()

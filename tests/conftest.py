@@ -43,6 +43,15 @@ def tiny_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **special_tokens)
 
 
+def unseal(folder: Path) -> None:
+    """Leave `folder` as a version without seals would have saved it."""
+    (folder / "st_llmpool.json").unlink()
+    file = folder / "config_sentence_transformers.json"
+    config = json.loads(file.read_text())
+    del config["sealed"]
+    file.write_text(json.dumps(config))
+
+
 def save_tiny_llm(
     folder: Path, config: PreTrainedConfig = TINY_CONFIG, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> str:

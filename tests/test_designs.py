@@ -15,6 +15,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import BertConfig, Gemma3Config, PreTrainedConfig, Qwen2VLConfig, Qwen3NextConfig, T5Config
 
 from st_llmpool import DESIGNS, POOLINGS, build_embedder, verify_attention
+from st_llmpool.designs import PRESETS
 from st_llmpool.modules import LLMTransformer, MultiLayerPooling
 from st_llmpool.modules.errors import AttentionError, ConfigurationError, StLlmpoolError
 
@@ -35,9 +36,16 @@ def test_the_papers_designs_use_its_sizes_and_no_skip():
         options = dict(DESIGNS[name].pooling_kwargs)
         sizes = {"num_layers": 2} if spec.reads == "layers" else {}
         with torch.device("meta"):
-            module = spec.module(embedding_dimension=64, **sizes, **options)
+            module = spec.module(embedding_dimension=64, **sizes, **spec.resolved(options))
         assert (module.num_latents, module.num_heads, module.head_dim, module.mlp_ratio) == (768, 32, 2048, 4)
         assert not module.readout_skip
+
+
+def test_given_sizes_win_over_the_preset():
+    assert POOLINGS["multi_layer"].resolved({"preset": "paper", "num_latents": 2}) == PRESETS["paper"] | {
+        "num_latents": 2
+    }
+    assert POOLINGS["multi_layer"].resolved({"preset": "compact"}) == {}
 
 
 def test_modules_put_together_by_hand_give_the_same_model(tiny_llm):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import reprlib
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
 from torch import nn
@@ -30,6 +32,7 @@ _STARTS = ("gaussian", "orthogonal", "mica")
 #: options import other libraries.
 PEFT_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, ImportError, LookupError, re.error)
 
+_MAGNITUDE = "lora_magnitude_vector"  # of DoRA
 #: Fields of a peft config that an error shows.
 _SHOWN = ("target_modules", "modules_to_save", "trainable_token_indices", "use_dora")
 #: Fields of a peft config that do not affect what the adapter computes.
@@ -286,6 +289,25 @@ def is_in_4_bits(model: nn.Module) -> bool:
 
 def _is_in_4_bits(module: nn.Module) -> bool:
     return type(module).__name__ == "Linear4bit"
+
+
+def tidy_adapter(folder: Path) -> None:
+    """Sort names that peft keeps in sets, and name DoRA's magnitudes as transformers expects, with ``.weight``.
+
+    The module code of a saved model calls this after a save, by name, wherever the package is installed.
+    """
+    file, adapter = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), list):
+            config[key].sort()
+    file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    weights = load_file(adapter)
+    if any(name.endswith(_MAGNITUDE) for name in weights):
+        full = {f"{name}.weight" if name.endswith(_MAGNITUDE) else name: weight for name, weight in weights.items()}
+        renamed = adapter.with_suffix(".partial")  # a sibling: what was loaded is still read from the file
+        save_file(full, renamed, metadata={"format": "pt"})
+        renamed.replace(adapter)
 
 
 def merge_adapter(model: SentenceTransformer, source: Path) -> None:

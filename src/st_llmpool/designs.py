@@ -18,6 +18,7 @@ from .adapters import add_adapter, continue_adapter, has_adapter
 from .attention_proof import verify_attention
 from .data.builtin_backbone import builtin_backbone
 from .model_card.card import EmbedderCardData
+from .modules.cross_attention import CrossAttentionPooling
 from .modules.errors import ConfigurationError, check_choice
 from .modules.latent_attention_pooling import LatentAttentionPooling
 from .modules.llm_transformer import LLMTransformer, check_length, resolve_layers
@@ -30,6 +31,13 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+
+#: Sizes of the poolings on :class:`CrossAttention` by name; those of ``"compact"`` are the class's own defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "compact": {},
+    "paper": {"num_latents": 768, "num_heads": 32, "head_dim": 2048, "mlp_ratio": 4},
+}
 
 
 @dataclass(frozen=True)
@@ -63,9 +71,22 @@ class PoolingSpec:
         if self.reads_with(pooling_kwargs) == "layers":
             sizes["num_layers"] = len(backbone.layers)
         try:
-            return self.module(**sizes, **self.options, **pooling_kwargs)
+            return self.module(**sizes, **self.resolved(pooling_kwargs))
         except TypeError as error:
             raise ConfigurationError(f"pooling_kwargs={dict(pooling_kwargs)} do not fit: {error}.") from error
+
+    def resolved(self, pooling_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the options that ``module`` is called with: the fixed ones, then the preset's, then those given.
+
+        Raises:
+            ConfigurationError: If the preset is unknown.
+        """
+        given, sizes = dict(pooling_kwargs), dict[str, Any]()
+        if "preset" in given and isinstance(self.module, type) and issubclass(self.module, CrossAttentionPooling):
+            preset = given.pop("preset")
+            check_choice("preset", preset, tuple(PRESETS))
+            sizes = PRESETS[preset]
+        return {**self.options, **sizes, **given}
 
 
 #: Pooling name -> spec, including sentence-transformers' own mode names.
@@ -222,7 +243,7 @@ def build_embedder(
     saved = SavedEmbedder.read(base, **hub) if is_saved_embedder(base, revision=revision, token=token) else None
     if saved is not None and pooling_init is None:
         if pooling is not None or pooling_kwargs:
-            saved.check_pooling(pooling, spec.module, {**spec.options, **(pooling_kwargs or {})}, bool(pooling_kwargs))
+            saved.check_pooling(pooling, spec.module, spec.resolved(pooling_kwargs or {}), bool(pooling_kwargs))
         model = saved.load(settings, keep=True, prompts=prompts, device=device, **loading)
     else:
         reads_layers = spec.reads_with(pooling_kwargs or {}) == "layers"

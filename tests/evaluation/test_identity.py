@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from st_llmpool.evaluation.identity import identify
-from st_llmpool.modules.portable import fingerprint
+from st_llmpool.model_card.identity import fingerprint
 
 
 def test_names_are_local_and_hold_the_folder_or_the_card_name(tmp_path, model):

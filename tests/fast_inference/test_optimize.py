@@ -20,8 +20,8 @@ from st_llmpool.attention_proof import PACKED_SDPA
 from st_llmpool.fast_inference import optimize, optimized_inference
 from st_llmpool.fast_inference.length_groups import CPU_FORWARD_COST
 from st_llmpool.fast_inference.optimize import FastInference
+from st_llmpool.model_card.identity import fingerprint
 from st_llmpool.modules.layer_readout import TokenSpans
-from st_llmpool.modules.portable import fingerprint
 from tests.fast_inference.test_shared_start import SIZES
 from tests.modules.token_batches import computed_tokens
 
@@ -103,8 +103,10 @@ def test_training_and_gradients_of_an_optimised_model_are_those_of_the_plain_one
 
 def test_the_mode_of_the_model_stays_as_it_was(model):
     model.train()
+    model[0].model.eval()  # frozen, for instance
+    modes = {module: module.training for module in model.modules()}
     optimize_inference(model)
-    assert all(module.training for module in model.modules())
+    assert {module: module.training for module in model.modules()} == modes
 
 
 def test_a_block_restores_what_was_there(model):

@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 
 from st_llmpool import build_embedder, set_attention
 from st_llmpool.hub.doctor import Diagnosis, doctor
+from tests.conftest import unseal
 
 
 @pytest.fixture
@@ -23,15 +24,6 @@ def saved(tiny_llm: str, tmp_path: Path) -> Path:
 
 def failed(diagnosis: Diagnosis) -> dict[str, str]:
     return {finding.check: finding.detail for finding in diagnosis.findings if finding.status == "failed"}
-
-
-def unseal(folder: Path) -> None:
-    """Leaves `folder` as a save of a version without seals."""
-    (folder / "st_llmpool.json").unlink()
-    file = folder / "config_sentence_transformers.json"
-    config = json.loads(file.read_text())
-    del config["sealed"]
-    file.write_text(json.dumps(config))
 
 
 def rename_class(folder: Path, reference: str) -> None:

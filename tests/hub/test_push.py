@@ -20,8 +20,8 @@ from st_llmpool.cli import app
 from st_llmpool.hub.push import PushError, push
 from st_llmpool.modules.errors import ConfigurationError, InputError
 from st_llmpool.training import Recipe, train
+from tests.conftest import unseal
 from tests.hub.hub_server import File, HubServer
-from tests.hub.test_doctor import unseal
 
 TEXTS = ["fox", "the quick brown fox jumps over the lazy dog"]
 

@@ -17,7 +17,7 @@ from st_llmpool import build_embedder
 from st_llmpool.cli import app
 from st_llmpool.hub.doctor import doctor
 from st_llmpool.hub.push import push
-from st_llmpool.hub.seal_checks import seal_findings
+from st_llmpool.hub.seal_checks import PROBES, probe_vectors, seal_findings
 from st_llmpool.modules.errors import DataError
 from st_llmpool.modules.seal import check_seal, read_manifest, write_manifest
 
@@ -43,6 +43,13 @@ def test_a_sound_model_has_its_files_and_probe_vectors(saved):
     found = {finding.check: finding for finding in doctor(saved).findings}
     assert (found["seal"].status, found["probe vectors"].status) == ("ok", "ok")
     assert "files added" not in found
+
+
+def test_the_probe_vectors_are_projections_of_the_embeddings(tiny_llm):
+    model = build_embedder(tiny_llm, pooling="scalar_mix", verify=False)
+    vectors = model.encode([*PROBES, *PROBES], batch_size=1, convert_to_tensor=True).double()
+    angles = torch.outer(torch.arange(1, 33).double(), torch.arange(1, 33).double()) * 2.399963
+    torch.testing.assert_close(probe_vectors(model), vectors @ angles.cos() / 4, atol=1e-6, rtol=0)
 
 
 def test_an_edited_setting_is_named_with_its_field(saved):
@@ -108,6 +115,8 @@ def test_a_model_that_fails_otherwise_keeps_its_old_seal(saved):
 def test_a_lost_manifest_is_not_taken_for_an_old_model(saved):
     (saved / "st_llmpool.json").unlink()
     assert "st_llmpool.json" in failed(saved)["seal"]
+    assert doctor(saved, seal=True).ok
+    SentenceTransformer(str(saved), trust_remote_code=True)
 
 
 def test_a_plain_model_of_sentence_transformers_can_be_sealed(tiny_llm, tmp_path):

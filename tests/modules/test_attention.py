@@ -313,5 +313,5 @@ def test_a_model_without_a_language_model_is_refused():
 def test_a_model_whose_layers_cannot_be_found_is_refused():
     model = build("llama", "sdpa")
     model.config.num_hidden_layers = 7
-    with pytest.raises(ConfigurationError, match="no list of 7 layers"):
+    with pytest.raises(ConfigurationError, match="No list of 7 layers"):
         decoder_layers(model)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from st_llmpool.designs import PRESETS
 from st_llmpool.modules.cross_attention import CrossAttention, Sizes
 from st_llmpool.modules.errors import ConfigurationError
 from st_llmpool.modules.latent_attention_pooling import LatentAttentionPooling
@@ -187,7 +188,7 @@ def test_folded_constants_never_cost_more_than_the_plain_arithmetic(queries, num
 
 def test_a_small_batch_in_training_does_not_pay_for_the_projection_of_the_papers_latents():
     with torch.device("meta"):
-        block = CrossAttention(896, Sizes.resolve(896, "paper"))
+        block = CrossAttention(896, Sizes(**PRESETS["paper"]))
         inputs = torch.empty(2, 24, 896)
     projection = block.latents.shape[0] * block.to_query.weight.numel()
     assert multiply_adds(lambda: block(inputs)) < projection
@@ -195,10 +196,10 @@ def test_a_small_batch_in_training_does_not_pay_for_the_projection_of_the_papers
 
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("num_texts", [1, 4, 64])
-@pytest.mark.parametrize("preset", ["compact", "paper"])
-def test_training_never_costs_more_than_the_plain_arithmetic(queries, num_texts, preset):
+@pytest.mark.parametrize("sizes", [Sizes(8, 8, 112, 1), Sizes(**PRESETS["paper"])], ids=["compact", "paper"])
+def test_training_never_costs_more_than_the_plain_arithmetic(queries, num_texts, sizes):
     with torch.device("meta"):
-        block = CrossAttention(896, Sizes.resolve(896, preset), queries=queries)
+        block = CrossAttention(896, sizes, queries=queries)
         inputs = torch.empty(num_texts, 24, 896)
     assert multiply_adds(lambda: block(inputs)) <= multiply_adds(lambda: plain(block, inputs))
 
@@ -206,7 +207,7 @@ def test_training_never_costs_more_than_the_plain_arithmetic(queries, num_texts,
 @pytest.mark.parametrize(("dimension", "limit"), [(896, 200 * 2**20), (4096, 400 * 2**20), (8192, 800 * 2**20)])
 def test_folded_constants_of_the_papers_size_stay_small(dimension, limit):
     with torch.device("meta"):
-        block = CrossAttention(dimension, Sizes.resolve(dimension, "paper")).eval()
+        block = CrossAttention(dimension, Sizes(**PRESETS["paper"])).eval()
         inputs = torch.empty(1, 32, dimension)
     with torch.no_grad():
         block(inputs)
@@ -345,23 +346,15 @@ def test_compiles_to_one_graph(queries):
     assert_same(compiled, plain(block, inputs).detach())
 
 
-def test_presets_are_those_of_the_design():
-    assert Sizes.resolve(896, "compact") == Sizes(8, 8, 112, 1)
-    assert Sizes.resolve(896, "paper") == Sizes(768, 32, 2048, 4)
-
-
 @pytest.mark.parametrize(("dimension", "head_dim"), [(1, 1), (7, 1), (30, 3), (4096, 512)])
-def test_compact_fits_every_hidden_size(dimension, head_dim):
-    assert Sizes.resolve(dimension, "compact").head_dim == head_dim
-    LatentAttentionPooling(dimension if dimension < 100 else 8)
+def test_the_default_sizes_fit_every_hidden_size(dimension, head_dim):
+    with torch.device("meta"):
+        pooling = LatentAttentionPooling(dimension)
+    assert pooling.cross_attention.sizes == Sizes(8, 8, head_dim, 1)
 
 
-def test_given_sizes_win_over_the_preset():
-    assert Sizes.resolve(64, "paper", num_latents=2, mlp_ratio=0.5) == Sizes(2, 32, 2048, 0.5)
-
-
-def test_heads_of_the_compact_size_share_the_hidden_size():
-    assert Sizes.resolve(64, "compact", num_heads=4).head_dim == 16
+def test_heads_share_the_hidden_size():
+    assert LatentAttentionPooling(64, num_heads=4).head_dim == 16
 
 
 def test_config_holds_the_resolved_sizes_and_rebuilds_the_pooling():
@@ -381,7 +374,6 @@ def test_config_holds_the_resolved_sizes_and_rebuilds_the_pooling():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"preset": "papre"}, "preset='papre' is unknown.*Did you mean 'paper'"),
         ({"queries": "latent"}, "queries='latent' is unknown.*Did you mean 'latents'"),
         ({"num_latents": 0}, "num_latents=0 must be a positive integer"),
         ({"num_heads": 0}, "num_heads=0 must be a positive integer"),
@@ -389,7 +381,6 @@ def test_config_holds_the_resolved_sizes_and_rebuilds_the_pooling():
         ({"mlp_ratio": 0}, "mlp_ratio=0 must be a number from 0.001 to 1000"),
         ({"mlp_ratio": "4"}, "mlp_ratio='4' must be a number"),
         ({"num_heads": 2**16, "head_dim": 2**16}, "num_heads=65536 x head_dim=65536: a matrix may hold 4,294,967,296"),
-        ({"preset": None, "num_latents": 3}, r"preset=None needs all sizes, \['num_heads', 'mlp_ratio'\] too"),
     ],
 )
 def test_bad_settings_are_refused_by_name(arguments, message):

@@ -27,8 +27,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers import AutoModel, BertConfig, DataCollatorWithFlattening, LlamaConfig
 
+from st_llmpool import optimize_inference
 from st_llmpool.modules.attention import decoder_layers
-from st_llmpool.modules.errors import ConfigurationError
+from st_llmpool.modules.errors import ConfigurationError, InputError
 from st_llmpool.modules.layer_readout import _ACTIVE, TokenSpans, capture_layers, hook_layers, unflatten
 from st_llmpool.modules.llm_transformer import LLMTransformer
 from tests.modules.token_batches import computed_tokens, id_batch
@@ -285,17 +286,41 @@ def test_a_text_has_the_same_summaries_under_every_padding(load, readout):
         torch.testing.assert_close(batch, alone, rtol=1e-5, atol=1e-5)
 
 
+def separated(features: dict[str, Any], *, causal: bool) -> dict[str, Any]:
+    """Flat features with a mask (1, 1, N, N) that keeps the texts apart, as FlashAttention does by their offsets."""
+    text = torch.repeat_interleave(features["cu_seq_lens_q"].diff().long())
+    allowed = text[:, None] == text[None, :]
+    return features | {"attention_mask": (allowed.tril() if causal else allowed)[None, None]}
+
+
 @pytest.mark.parametrize("prompt_length", [0, 3])
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 @pytest.mark.parametrize("readout", ["eos", "mean"])
 @torch.no_grad()
-def test_flat_input_has_the_summaries_of_padded_input(load, readout, prompt_length):
-    # Causal, because only a causal mask separates packed texts without FlashAttention.
-    backbone = load(attention="causal", layer_readout=readout, include_prompt=False)
+def test_flat_input_has_the_summaries_of_padded_input(load, readout, attention, prompt_length):
+    backbone = load(attention=attention, layer_readout=readout, include_prompt=False)
     rows = [backbone.tokenizer(text)["input_ids"] for text in TEXTS]
-    result = backbone({**flat(rows), "prompt_length": prompt_length})
+    result = backbone({**separated(flat(rows), causal=attention == "causal"), "prompt_length": prompt_length})
     expected = reference(backbone, padded(backbone, TEXTS, "right"), prompt_length)
     torch.testing.assert_close(result["layer_summaries"], expected, rtol=1e-5, atol=1e-5)
     assert result["token_embeddings"].shape[1] == sum(max(len(row) - prompt_length, 1) for row in rows)
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("way", ["sdpa", "eager", "no positions", "fast inference"])
+@torch.no_grad()
+def test_flat_texts_that_the_attention_would_mix_are_refused(tiny_llm, attention, way):
+    """Without positions even a mask does not help: the second text would start at the position after the first."""
+    loading = {"attn_implementation": "eager"} if way == "eager" else {}
+    backbone = LLMTransformer(tiny_llm, attention=attention, model_kwargs=loading).eval()
+    features = flat([backbone.tokenizer(text)["input_ids"] for text in TEXTS])
+    if way == "no positions":
+        features = separated(features, causal=attention == "causal")
+        del features["position_ids"]
+    if way == "fast inference":
+        optimize_inference(backbone)
+    with pytest.raises(InputError, match=rf"Flat input of {len(TEXTS)} texts.*Pad them"):
+        backbone(features)
 
 
 @pytest.mark.parametrize("readout", ["eos", "mean"])

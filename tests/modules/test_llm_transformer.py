@@ -142,7 +142,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_the_name_of_a_weight(tiny_ll
     damage(weights)
     save_file(weights, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     write_seal(tmp_path, model, times_of_files(tmp_path))
-    with pytest.raises(ValueError, match=r"does not fit its LlamaModel in \d weights? \(layers.*lora_A"):
+    with pytest.raises(ValueError, match=r"does not fit its LlamaModel in \d weights: layers.*lora_A"):
         SentenceTransformer(str(tmp_path), trust_remote_code=True)
 
 
@@ -254,7 +254,7 @@ def test_a_config_with_a_million_layers_is_refused_before_they_are_built(tiny_ll
     shutil.copytree(tiny_llm, tmp_path / "llm")
     config = json.loads((tmp_path / "llm" / "config.json").read_text())
     (tmp_path / "llm" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**6}))
-    with pytest.raises(ConfigurationError, match=r"asks for 1,000,000 layers in its config\.json; the limit is 2,000"):
+    with pytest.raises(ConfigurationError, match=r"asks for 1,000,000 layers; at most 2,000 fit"):
         LLMTransformer(str(tmp_path / "llm"))
 
 
@@ -457,7 +457,7 @@ def test_weights_that_the_base_of_an_adapter_lacks_are_never_drawn_at_random(mak
     LLMTransformer.load(str(tmp_path))
     weights = load_file(base / "model.safetensors")
     save_file({name: weights[name] for name in weights if "layers.1.mlp" not in name}, base / "model.safetensors")
-    with pytest.raises(ValueError, match=r"does not fit its LlamaModel in 3 weights \(layers\.1\.mlp.*: none"):
+    with pytest.raises(ValueError, match=r"does not fit its LlamaModel in 3 weights: layers\.1\.mlp.*: none"):
         LLMTransformer.load(str(tmp_path))
 
 
@@ -494,7 +494,7 @@ def test_an_eos_readout_needs_an_eos_token(make_llm):
     folder = make_llm(tokenizer=tiny_tokenizer(pad_token="<pad>"))
     with pytest.raises(ConfigurationError, match=r"add_eos_token=True, but .* has no EOS token"):
         LLMTransformer(folder, attention="causal")
-    with pytest.raises(ConfigurationError, match=r"layer_readout='eos' reads the EOS token.*Use layer_readout='mean'"):
+    with pytest.raises(ConfigurationError, match=r"layer_readout='eos', but the tokenizer has no EOS.*use 'mean'"):
         LLMTransformer(folder, attention="causal", add_eos_token=False)
     assert LLMTransformer(folder, layer_readout="mean", add_eos_token=False).layer_readout == "mean"
 

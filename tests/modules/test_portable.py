@@ -33,6 +33,7 @@ from st_llmpool.modules.llm_transformer import LLMTransformer
 from st_llmpool.modules.multi_layer_pooling import MultiLayerPooling
 from st_llmpool.modules.portable import PortableModule
 from st_llmpool.modules.scalar_mix_pooling import ScalarMixPooling
+from tests.conftest import unseal
 
 PACKAGE = Path(portable.__file__).parents[1]
 SOURCES = (PACKAGE / "modules", PACKAGE / "poolings")
@@ -194,7 +195,7 @@ def misshape_first(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("folder", ["", "1_ScalarMixPooling"])
 def test_weights_that_are_missing_or_misshapen_are_named_and_never_random(saved, tmp_path, folder, damage):
     model = shutil.copytree(saved[0], tmp_path / "model")
-    (model / "st_llmpool.json").unlink()  # a seal would refuse the file before it is read
+    unseal(model)  # a seal would refuse the file before it is read
     file = model / folder / "model.safetensors"
     tensors = load_file(file)
     name = min(tensors)
@@ -209,7 +210,7 @@ def test_weights_that_are_missing_or_misshapen_are_named_and_never_random(saved,
 @pytest.mark.parametrize("size", [0, 100, -100], ids=["empty", "start only", "end missing"])
 def test_a_truncated_weight_file_without_a_seal_is_named(saved, tmp_path, file, size):
     model = shutil.copytree(saved[0], tmp_path / "model")
-    (model / "st_llmpool.json").unlink()
+    unseal(model)
     (model / file).write_bytes((model / file).read_bytes()[:size])
     with pytest.raises(ValueError, match=f"{model}.*cannot be used"):
         SentenceTransformer(str(model), trust_remote_code=True)
@@ -298,13 +299,9 @@ def test_a_saved_design_5_carries_at_most_ten_files():
     assert len(code_of("scalar_mix")) < len(names)
 
 
-@pytest.mark.xfail(reason="not there yet: 1,932 lines", strict=True)
 def test_a_saved_design_5_carries_at_most_1700_lines():
-    assert lines_of("scalar_mix") < lines_of("multi_layer") <= 1700
-
-
-def test_the_code_of_a_saved_design_5_does_not_grow_again():
-    assert lines_of("scalar_mix") < lines_of("multi_layer") <= 1940
+    """Each saved file has one more, its header."""
+    assert lines_of("scalar_mix") < lines_of("multi_layer") <= 1700 - len(code_of("multi_layer"))
 
 
 def test_the_card_counts_the_code(tiny_llm, tmp_path):
@@ -378,7 +375,7 @@ def test_a_class_of_a_script_or_notebook_is_saved_without_code_and_with_a_warnin
         ScalePooling().save(str(tmp_path / "1_ScalePooling"))
     assert not list(tmp_path.glob("*.py"))
     assert "ScalePooling" in caplog.text
-    assert "into a file of its own" in caplog.text
+    assert "Move it into a file" in caplog.text
 
 
 # --- where st_llmpool is not installed ------------------------------------------------------------------------------

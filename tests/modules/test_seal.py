@@ -10,6 +10,8 @@ import json
 import logging
 import pickle
 import shutil
+import sys
+import timeit
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from sentence_transformers import SentenceTransformer
 from st_llmpool import build_embedder
 from st_llmpool.modules import seal
 from st_llmpool.modules.errors import ConfigurationError, DataError
-from tests.conftest import save_tiny_llm
+from tests.conftest import save_tiny_llm, unseal
 
 TEXTS = ["the quick fox", "a lazy dog sleeps near tall trees"]
 
@@ -50,6 +52,19 @@ def edit(file: Path, **fields: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | fields, indent=2))
 
 
+def test_the_seal_is_checked_in_20_ms(saved):
+    best = min(timeit.repeat(lambda: seal.check_seal(str(saved)), number=1, repeat=5))
+    assert best < 0.02
+
+
+def test_a_save_where_the_package_is_not_installed_records_hashes_alone(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "st_llmpool.hub.seal_checks", None)  # its import fails
+    model.save_pretrained(str(tmp_path), create_model_card=False)
+    assert manifest_of(tmp_path)["probes"] == {"skipped": "saved without st_llmpool"}
+    assert "model.safetensors" in manifest_of(tmp_path)["files"]
+    seal.check_seal(str(tmp_path))
+
+
 def test_every_file_but_the_card_is_recorded_with_size_and_hash(saved):
     files = {path.relative_to(saved).as_posix(): path for path in saved.rglob("*") if path.is_file()}
     due = {name for name in files if not name.startswith(("README", "assets/", "st_llmpool.json"))}
@@ -66,13 +81,6 @@ def test_a_save_without_card_and_a_save_of_a_copy_are_sealed(model, tmp_path):
     pickle.loads(pickle.dumps(model)).save_pretrained(str(tmp_path / "pickled"))
     files = [manifest_of(tmp_path / name)["files"] for name in ("no card", "copied", "pickled")]
     assert files[0] == files[1] == files[2]
-
-
-def test_the_probe_vectors_are_projections_of_the_embeddings(model):
-    vectors = model.encode([*seal.PROBES, *seal.PROBES], batch_size=1, convert_to_tensor=True).double()
-    angles = torch.outer(torch.arange(1, 33).double(), torch.arange(1, 33).double()) * 2.399963
-    expected = vectors @ angles.cos() / 4
-    torch.testing.assert_close(seal.probe_vectors(model), expected, atol=1e-6, rtol=0)
 
 
 def test_a_save_changes_neither_random_state_nor_modes(model, tmp_path):
@@ -142,9 +150,17 @@ def test_weights_are_hashed_at_load_only_when_asked(saved):
         SentenceTransformer(str(saved), trust_remote_code=True, model_kwargs={"verify_weights": True})
 
 
-def test_a_model_without_a_seal_loads_and_cannot_be_verified(saved):
+def test_a_model_that_lost_its_seal_is_refused_by_name(saved):
     (saved / "st_llmpool.json").unlink()
-    seal.check_seal(str(saved))
+    with pytest.raises(DataError, match=r"st_llmpool\.json is missing.*doctor --seal"):
+        seal.check_seal(str(saved))
+    with pytest.raises(ValueError, match=r"st_llmpool\.json is missing"):
+        SentenceTransformer(str(saved), trust_remote_code=True)
+
+
+def test_a_model_of_a_version_without_seals_loads_and_cannot_be_verified(saved):
+    unseal(saved)
+    SentenceTransformer(str(saved), trust_remote_code=True)
     with pytest.raises(DataError, match="no seal"):
         seal.check_seal(str(saved), verify_weights=True)
 

@@ -134,7 +134,9 @@ class MeanPooling(SetPooling):
 def test_a_projection_of_another_size_stays_without_the_skip():
     class Twice(MeanPooling):
         def __init__(self) -> None:
-            super().__init__(3, readout_skip=False, pooled_dimension=6)
+            super().__init__(3, readout_skip=False)
+
+            self.project_from(6)
 
         def pool_set(self, vectors: Tensor, mask: Tensor) -> Tensor:
             return super().pool_set(vectors, mask).repeat(1, 2)

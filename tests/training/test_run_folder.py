@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
+from st_llmpool.model_card.identity import fingerprint
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.modules.portable import fingerprint
 from st_llmpool.training import Recipe, train
 from st_llmpool.training.checkpoints import seal_checkpoint
 from st_llmpool.training.mntp.adaptation import adapt

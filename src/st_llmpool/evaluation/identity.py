@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 
-from ..modules.portable import fingerprint
+from ..model_card.identity import fingerprint
 from ..utils.files import slug
 
 _IN_EVERY_RUN = re.compile(r"model|training|checkpoints|checkpoint-\d+")

@@ -1,8 +1,7 @@
-"""Runs a padded batch in groups of texts of like length, so that less of what is computed is padding.
+"""Run a padded batch in groups of texts of similar length, to compute less padding.
 
-sentence-transformers sorts texts by their characters and pads each batch to its longest text, so tokens of padding are
-left in every batch. More forwards on narrower groups compute fewer of them, but each forward has a fixed overhead.
-The groups here make the sum of both the least.
+sentence-transformers sorts texts by characters and pads each batch to its longest text. More forwards on narrower
+groups compute less padding, but each has a fixed overhead: the groups minimise the sum of both.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ OUTPUTS = {"token_embeddings", "readout", "layer_summaries"}
 
 
 class NotApplicable(StLlmpoolError):
-    """A fast path does not apply to this backbone; the message says why. Raised and caught while it is compared."""
+    """A fast path does not apply to this backbone, for the reason in the message; caught during the comparison."""
 
 
 #: Fixed overhead of one forward pass on a CPU, in token-equivalents; a constant, so that equal runs group equally.
@@ -63,17 +62,9 @@ def measure_forward_cost(forward: Callable[[int, int], Callable[[], object]]) ->
 
 
 def length_groups(lengths: Sequence[int], cost: int) -> list[list[int]]:
-    """Divide texts into groups that minimise padded tokens plus `cost` per group.
+    """Divide texts into groups that minimise padded tokens plus `cost` per group: indices by group, short texts first.
 
-    The best groups are runs of the sorted lengths, so the best ones up to each length follow from the best ones up to
-    the shorter lengths: for K different lengths K² / 2 sums.
-
-    Args:
-        lengths: Tokens of each text.
-        cost: Overhead of a group, in tokens.
-
-    Returns:
-        Indices into `lengths`, group by group, short texts first.
+    Groups are runs of the sorted lengths, so dynamic programming finds them, in K² / 2 sums for K different lengths.
 
     Example:
         >>> length_groups([3, 90, 100, 4], cost=20)
@@ -97,17 +88,10 @@ def length_groups(lengths: Sequence[int], cost: int) -> list[list[int]]:
 def run_in_groups(
     features: dict[str, Any], spans: TokenSpans, run: Run, *, cost: int, shared: int = 0
 ) -> dict[str, Any]:
-    """Run each group of texts of like length and return the outputs in the order of the batch.
+    """Run each group by `run` and return the outputs in the order of the batch, zero for padding that was not computed.
 
-    Args:
-        features: Padded on the right or on the left; a batch with padding on both sides is run as it is.
-        spans: Of the batch.
-        run: Runs one batch.
-        cost: Overhead of a forward, in tokens.
-        shared: Leading tokens that `run` does not compute for each text.
-
-    Returns:
-        The features with the outputs of `run`; padding that was not computed is zero in ``token_embeddings``.
+    A batch with padding on both sides is run as it is. `cost` is the overhead of a forward in tokens, and `shared` the
+    number of leading tokens that `run` does not compute for each text.
     """
     mask = features["attention_mask"]
     starts_padded, ends_padded = (bool((mask[:, column] == 0).any()) for column in (0, -1))

@@ -1,4 +1,4 @@
-"""Switches the faster ways of one model on and off, after comparing each with the plain way on probe batches."""
+"""Switch the fast paths of one model on, after comparing each with the plain forward on probe batches, and off."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..attention_proof import PACKED_SDPA, attention_of
 from ..modules.attention import decoder_layers, find_backbone, random_ids, why_no_forward
 from ..modules.layer_readout import TokenSpans
+from ..utils.random_state import preserve_modes
 from .length_groups import CPU_FORWARD_COST, OUTPUTS, NotApplicable, measure_forward_cost, run_in_groups
 from .packing import run_packed, why_not_packed
 from .shared_start import run_shared, shared_start, why_not_shared
@@ -24,29 +25,28 @@ logger = logging.getLogger(__name__)
 Features = dict[str, Any]
 _WAYS = ("shared start", "packing", "length groups")
 _SHARED = 4
-# Longest probe text: a few seconds of a model of some hundred million parameters on a CPU.
-_LONGEST_PROBE = {"cpu": 1024}
+_LONGEST_PROBE = {"cpu": 1024}  # tokens: seconds for some hundred million parameters
 _LONGEST_PROBE_ELSEWHERE = 8192 + 64
 
 
 def optimize_inference(model: nn.Module, on: bool = True) -> FastInference:
-    """Switch the faster ways to encode on or off for one model; switching on compares each with the plain way.
+    """Switch the fast paths of one model on or off; switching on compares each with the plain forward.
 
-    The shared start of a batch (an instruction) is computed once under causal attention, padded batches run as one row
-    of real tokens, or in groups of like length. Vectors stay the same up to rounding. Only inference is affected:
-    training and gradients run plainly, and nothing of it is saved. While it is on, hooks on layers may see other
-    shapes, and ``config._attn_implementation`` names the packed attention.
+    A start that all texts of a batch share (an instruction) is computed once under causal attention, and padded batches
+    run as one row of real tokens, or in groups of similar length. Vectors are the same up to rounding. Training and
+    gradients run plainly, and nothing is saved. While it is on, hooks on layers may see other shapes, and
+    ``config._attn_implementation`` names the packed attention.
 
-    The comparison runs three or four small batches each way: texts of mixed lengths padded on the right and on the
-    left, with a shared start, and texts longer than the backbone's attention windows. What differs by more than
-    rounding is not used. Call it again to compare again, after weights have changed for instance.
+    The comparison runs small batches: texts of mixed lengths, padded on the right and on the left, with a shared start,
+    and texts longer than the attention windows. A path that differs by more than rounding is not used. Call it again
+    after weights have changed.
 
     Args:
-        model: A SentenceTransformer on an ``LLMTransformer``. Any other model runs plainly, as the result says.
-        on: False restores the plain way.
+        model: A SentenceTransformer on an ``LLMTransformer``; any other model runs plainly, as the result says.
+        on: False restores the plain forward.
 
     Returns:
-        What is used, and why the rest is not; ``str`` gives one line.
+        The paths in use and why the others are not; ``str`` gives one line.
 
     Example:
         >>> from st_llmpool import build_embedder
@@ -66,13 +66,8 @@ def optimize_inference(model: nn.Module, on: bool = True) -> FastInference:
         backbone.set_attn_implementation("sdpa")
     if not on:
         return FastInference(dict.fromkeys(_WAYS, "switched off"))
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.inference_mode():
-            found = _compare(module, backbone)
-    finally:
-        module.train(was_training)
+    with preserve_modes(module), torch.inference_mode():
+        found = _compare(module, backbone)
     if found.uses("packing"):
         backbone.set_attn_implementation(PACKED_SDPA)  # which is sdpa for every batch that is not packed
     if any(map(found.uses, _WAYS)):
@@ -83,11 +78,7 @@ def optimize_inference(model: nn.Module, on: bool = True) -> FastInference:
 
 @contextmanager
 def optimized_inference(model: nn.Module) -> Iterator[FastInference]:
-    """Optimise a model inside a ``with`` block; a model that is optimised already stays as it is.
-
-    Yields:
-        What :func:`optimize_inference` returns.
-    """
+    """Optimise a model inside a ``with`` block, if it is not yet; yields what :func:`optimize_inference` returns."""
     module = model[0] if isinstance(model, nn.Sequential) and len(model) else model
     earlier = getattr(module, "batch_runner", None)
     try:
@@ -99,13 +90,13 @@ def optimized_inference(model: nn.Module) -> Iterator[FastInference]:
 
 @dataclass(frozen=True)
 class FastInference:
-    """The ways that one model's batches may be run; the ``batch_runner`` of an ``LLMTransformer``.
+    """The fast paths of one model; the ``batch_runner`` of an ``LLMTransformer``.
 
     Attributes:
-        reasons: Way -> why it is not used; absent for those that are.
-        longest: Tokens of the longest text that the comparison covers; batches with longer ones run plainly. None is
-            no limit: no attention window is longer than the probe.
-        differences: Way -> largest relative difference from the plain way over all probes, texts and layers.
+        reasons: Path -> why it is not used; absent for those that are.
+        longest: Longest text, in tokens, that the comparison covers; batches with longer ones run plainly. None is no
+            limit: no attention window is longer than the probe.
+        differences: Path -> largest relative difference from the plain forward over all probes, texts and layers.
         forward_cost: Fixed overhead of one forward, in tokens: a constant on a CPU, measured elsewhere.
     """
 
@@ -115,11 +106,11 @@ class FastInference:
     forward_cost: int = CPU_FORWARD_COST
 
     def uses(self, way: str) -> bool:
-        """Return whether a way ("shared start", "packing", "length groups") is used."""
+        """Return whether a path ("shared start", "packing", "length groups") is used."""
         return way not in self.reasons
 
     def __str__(self) -> str:
-        """Return one line: the ways that are used, and why the others are not."""
+        """Return one line: the paths in use, and why the others are not."""
         used = [way for way in _WAYS if self.uses(way)]
         if not used:
             return f"plain inference: {'; '.join(dict.fromkeys(self.reasons.values()))}"
@@ -136,11 +127,10 @@ class FastInference:
         mask = features["attention_mask"]
         cost = self.forward_cost
         padding = int((mask == 0).sum())
-        # Whoever replaced or switched the attention since then has the last word.
+        # An attention that was replaced or switched since then is respected.
         packs = padding and self.uses("packing") and module.model.config._attn_implementation == PACKED_SDPA
         if self.uses("shared start") and mask.numel() > cost and attention_of(module.model) == "causal":
             length = shared_start(features, mask)
-            # The rest of texts after a shared start has keys that are no tokens of its own, so it is not packed.
             if (len(mask) - 1) * length > cost + (padding if packs else 0):
                 return run_shared(module, features, spans, length, cost=cost, run_rest=self._padded)
         if packs:
@@ -148,15 +138,12 @@ class FastInference:
         return self._padded(features, spans, module.run, cost=cost)
 
     def _applies(self, module: Any, features: Features, spans: TokenSpans) -> bool:
-        if torch.compiler.is_compiling() or spans.is_flat:
-            return False
-        if "position_ids" in features:  # the caller's own, which need not have an entry for each token
+        if torch.compiler.is_compiling() or spans.is_flat or "position_ids" in features:
             return False
         if self.longest is not None and spans.mask.shape[1] > self.longest:
             return False
-        return not getattr(module.config, "output_hidden_states", False) and not why_no_forward(
-            module.model, _samples(module.model)
-        )
+        wants_states = getattr(module.config, "output_hidden_states", False)
+        return not wants_states and not why_no_forward(module.model, _samples(module.model))
 
     def _padded(self, features: Features, spans: TokenSpans, run: Any, *, cost: int, shared: int = 0) -> Features:
         if not self.uses("length groups") or spans.mask.numel() <= cost:  # all that it could save
@@ -209,7 +196,7 @@ def _forward(module: Any, backbone: Any, texts: int, tokens: int) -> Callable[[]
 
 
 def _reasons(module: Any, backbone: Any) -> dict[str, str]:
-    """Return what is known before anything is run."""
+    """Return why paths cannot be used, as far as it shows without a forward."""
     spread = why_no_forward(module.model, _samples(module.model))
     if spread:
         return dict.fromkeys(_WAYS, f"the model is {spread}")
@@ -221,7 +208,7 @@ def _reasons(module: Any, backbone: Any) -> dict[str, str]:
 
 
 def _samples(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that show how a model is spread; to look at all takes as long as a layer."""
+    """Return parameters that show how a model is distributed; a look at all takes as long as a layer."""
     return [next(part.parameters()) for part in (model, decoder_layers(model)[0])]
 
 
@@ -233,10 +220,9 @@ def _batch_sets_positions(backbone: Any) -> bool:
 
 
 def _windows(module: Any, backbone: Any) -> tuple[int, int | None]:
-    """Return the longest attention window (chunk, sparse selection) that a probe can exceed, and the limit if not all.
+    """Return the longest attention window (chunk, sparse selection) that a probe exceeds, and the first that none does.
 
-    The limit is the shortest window that is too long to probe, beyond which nothing was compared; None if there is
-    none within the model's own longest text.
+    The second limits the comparison; None if there is no such window within the model's longest text.
     """
     config = backbone.config.get_text_config(decoder=True).to_dict()
     named = ("window", "chunk", "local", "topk", "top_k")
@@ -245,8 +231,7 @@ def _windows(module: Any, backbone: Any) -> tuple[int, int | None]:
     sizes = sorted(size for size in sizes if 1 < size < limit)
     most = _LONGEST_PROBE.get(backbone.device.type, _LONGEST_PROBE_ELSEWHERE) - 32
     within = [size for size in sizes if size <= most]
-    beyond = [size for size in sizes if size > most]
-    return (within or [0])[-1], beyond[0] if beyond else None
+    return max(within, default=0), min((size for size in sizes if size > most), default=None)
 
 
 def _probes(module: Any, backbone: Any, reach: int) -> Iterator[Features]:
@@ -267,10 +252,8 @@ def _probe(module: Any, backbone: Any, lengths: list[int], side: str, generator:
     mask = (count < width).long()
     ids = torch.where(mask.bool(), ids, module.tokenizer.pad_token_id)
     if side == "left":
-        ids, mask = (
-            torch.stack([row.roll(max(lengths) - length) for row, length in zip(part, lengths, strict=True)])
-            for part in (ids, mask)
-        )
+        columns = (count + width) % max(lengths)
+        ids, mask = ids.gather(1, columns), mask.gather(1, columns)
     device = module.model.get_input_embeddings().weight.device
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "prompt_length": 2}
 
@@ -287,8 +270,8 @@ def _difference(plain: Features, other: Features, spans: TokenSpans) -> float:
 
 
 def _rounding(tokens: Tensor) -> float:
-    """Return the relative difference that other orders of the same sums may explain; autocast rounds more."""
+    """Return the relative difference that rounding may explain; autocast rounds more."""
     kind = tokens.device.type
     low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
-    # In bfloat16 correct ways were up to 0.056 apart in 24 layers, wrong ones from 0.1 on.
+    # In bfloat16 correct paths differed by up to 0.056 in 24 layers, wrong ones by 0.1 or more.
     return max(1e-4, 8 * torch.finfo(low).eps, 8 * torch.finfo(tokens.dtype).eps)

@@ -1,17 +1,15 @@
-"""Runs a padded batch as one row of its real tokens, so that no layer computes padding.
+"""Run a padded batch as one row of its real tokens, so that no layer computes padding.
 
-Attention alone has to know where texts begin and end: on a GPU in half precision it is torch's variable-length kernel,
-which comes with torch, on a CPU ``sdpa`` text by text, put in place of ``sdpa`` through transformers' attention
-interface. Everything else sees one text of N tokens and the position of each in its own text. FlashAttention as a
-package does the same; sentence-transformers sees to that.
+Only attention depends on where texts begin and end: on a GPU in half precision it is torch's variable-length kernel, on
+a CPU ``sdpa`` text by text, registered in transformers' attention interface in place of ``sdpa``. With the
+flash-attn package sentence-transformers does the same by itself.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -32,15 +31,10 @@ from .shared_start import other_state
 
 @dataclass(frozen=True)
 class Texts:
-    """Where the texts of a packed forward lie.
+    """Where the texts of a packed forward lie."""
 
-    Attributes:
-        offsets: (B + 1,) int32, the first token of each text, and the number of all.
-        longest: Tokens of the longest text.
-    """
-
-    offsets: Tensor
-    longest: int
+    offsets: Tensor  # (B + 1,) int32: the first token of each text, and the number of all
+    longest: int  # tokens of the longest text
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Texts, tuple[int, int], float | None], Tensor]
@@ -50,14 +44,7 @@ _ACTIVE: ContextVar[Texts | None] = ContextVar(f"{PACKED_SDPA}_texts", default=N
 
 
 def why_not_packed(model: nn.Module, device: str) -> str | None:
-    """Return why a backbone cannot run packed input on a type of device; None if it can.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaModel
-        >>> sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2, vocab_size=9)
-        >>> why_not_packed(LlamaModel(LlamaConfig(**sizes)), "cuda")  # in float32
-        'there is no kernel for texts of different lengths in torch.float32'
-    """
+    """Return why a backbone cannot run packed input on a type of device; None if it can."""
     backbone = find_backbone(model)
     if device not in KERNELS:
         return f"there is no kernel for texts of different lengths on {device}"
@@ -77,18 +64,9 @@ def why_not_packed(model: nn.Module, device: str) -> str | None:
 
 
 def run_packed(module: Any, features: dict[str, Any], spans: TokenSpans) -> dict[str, Any]:
-    """Run a padded batch as one row of its real tokens.
+    """Run a batch, padded anywhere, as one row of its real tokens; outputs are padded as it was, with zeros.
 
-    Args:
-        module: The ``LLMTransformer``, whose attention is ``PACKED_SDPA``.
-        features: Padded anywhere.
-        spans: Of the batch.
-
-    Returns:
-        The features with the outputs, padded as the batch was, zero where it is padding.
-
-    Raises:
-        NotApplicable: If attention depends on something that the kernel does not know.
+    The attention of `module`, an ``LLMTransformer``, is ``PACKED_SDPA``; NotApplicable if the kernel cannot stand in.
     """
     mask = features["attention_mask"]
     kept = mask.bool()
@@ -98,8 +76,11 @@ def run_packed(module: Any, features: dict[str, Any], spans: TokenSpans) -> dict
     del flat["attention_mask"]
     first_position = module._infer_flatten_position_offset()  # RoBERTa counts from two
     flat |= {"cu_seq_lens_q": offsets, "position_ids": position_ids_from(mask)[kept].unsqueeze(0) + first_position}
-    with _within(Texts(offsets, int(lengths.max()))):
+    token = _ACTIVE.set(Texts(offsets, int(lengths.max())))
+    try:
         outputs = module.run(flat, TokenSpans(spans.mask[kept], kept.nonzero()[:, 0], offsets[1:].long() - 1))
+    finally:
+        _ACTIVE.reset(token)
     found = {name: outputs[name] for name in OUTPUTS & outputs.keys()}
     tokens = found["token_embeddings"]
     found["token_embeddings"] = tokens.new_zeros(*mask.shape, tokens.shape[-1])
@@ -107,31 +88,22 @@ def run_packed(module: Any, features: dict[str, Any], spans: TokenSpans) -> dict
     return features | found
 
 
-@contextmanager
-def _within(texts: Texts) -> Iterator[None]:
-    token = _ACTIVE.set(texts)
-    try:
-        yield
-    finally:
-        _ACTIVE.reset(token)
-
-
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attends within each text of a packed forward, (1, H, N, d) to (1, N, H, d); otherwise it is sdpa."""
+    """Attend within each text of a packed forward, (1, H, N, d) to (1, N, H, d); otherwise as sdpa."""
     texts = _ACTIVE.get()
     if texts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise NotApplicable(f"the kernel knows no {name}")
+            raise NotApplicable(f"the kernel has no {name}")
     if attention_mask is not None:
         raise NotApplicable("its layers make a mask of their own")
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     window = kwargs.get("sliding_window")
-    # As sdpa masks them: W tokens with itself under causal attention, else W to each side.
+    # As sdpa: W tokens, itself included, under causal attention, else W to each side.
     left = -1 if window is None else window - 1 if causal else window
     query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
     _, kernel = KERNELS[query.device.type]
@@ -145,7 +117,7 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
 def _by_varlen_kernel(
     query: Tensor, key: Tensor, value: Tensor, texts: Texts, window: tuple[int, int], scale: float | None
 ) -> Tensor:
-    """Returns (N, H, d) from (N, H, d) and keys and values (N, H', d)."""
+    """Return (N, H, d) from (N, H, d) and keys and values (N, H', d)."""
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {"scale": scale, "window_size": window}
@@ -161,7 +133,7 @@ def _by_varlen_kernel(
 
 
 def _varlen_arguments() -> frozenset[str]:
-    """Returns what torch's variable-length attention can be told; nothing where there is none."""
+    """Return the arguments of torch's variable-length attention; none where torch has none."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return frozenset()
     from torch.nn.attention.varlen import varlen_attn
@@ -172,7 +144,7 @@ def _varlen_arguments() -> frozenset[str]:
 def _text_by_text(
     query: Tensor, key: Tensor, value: Tensor, texts: Texts, window: tuple[int, int], scale: float | None
 ) -> Tensor:
-    """Returns (N, H, d) from (N, H, d) and keys and values (N, H', d)."""
+    """Return (N, H, d) from (N, H, d) and keys and values (N, H', d)."""
     groups = query.shape[1] // key.shape[1]
     queries, keys, values = (part.transpose(0, 1)[None] for part in (query, key, value))
     if groups > 1:
@@ -180,20 +152,15 @@ def _text_by_text(
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     for start, end in pairwise(texts.offsets.tolist()):
         seen = _window_mask(end - start, *window, query.device)
-        found = nn.functional.scaled_dot_product_attention(
-            queries[:, :, start:end],
-            keys[:, :, start:end],
-            values[:, :, start:end],
-            attn_mask=seen,
-            is_causal=seen is None and window[1] == 0,
-            scale=scale,
-        )
+        text = (part[:, :, start:end] for part in (queries, keys, values))
+        is_causal = seen is None and window[1] == 0
+        found = scaled_dot_product_attention(*text, attn_mask=seen, is_causal=is_causal, scale=scale)
         out[start:end] = found[0].transpose(0, 1)
     return out
 
 
 def _window_mask(length: int, left: int, right: int, device: torch.device) -> Tensor | None:
-    """Returns which keys each of `length` queries sees, (T, T); None if the window is longer than the text."""
+    """Return which keys each of `length` queries sees, (T, T); None if the window is longer than the text."""
     if left < 0 or left >= length - 1:
         return None
     distance = torch.arange(length, device=device) - torch.arange(length, device=device).unsqueeze(1)

@@ -1,8 +1,7 @@
-"""Computes the tokens that all texts of a batch start with once: the instruction before every query, for instance.
+"""Compute the tokens that all texts of a batch start with once, such as the instruction before every query.
 
-Under causal attention the first tokens of a text do not depend on what follows. So the longest start that all texts of
-a batch share, in tokens, is run as one text; its keys and values stand before those of every other text, and only the
-rest is run. Positions go on counting and windows go on sliding, so the vectors are the same up to rounding.
+Under causal attention the first tokens of a text do not depend on what follows. So the start that all texts share runs
+as one text, and its keys and values are the cache with which the rest of every text runs.
 """
 
 from __future__ import annotations
@@ -24,9 +23,7 @@ from .length_groups import OUTPUTS, NotApplicable, per_token
 def shared_start(features: dict[str, Any], mask: Tensor) -> int:
     """Return how many leading tokens all texts share, each keeping at least one of its own; 0 if padded on the left.
 
-    Args:
-        features: ``input_ids`` (B, T) and whatever else has an entry for each token.
-        mask: (B, T), 0 where padded.
+    `features` are ``input_ids`` (B, T) and whatever else has an entry for each token; `mask` (B, T) is 0 where padded.
 
     Example:
         >>> shared_start({"input_ids": torch.tensor([[7, 8, 1, 0], [7, 8, 2, 3]])}, torch.ones(2, 4))
@@ -53,7 +50,7 @@ def why_not_shared(model: nn.Module) -> str | None:
 
 
 def other_state(model: nn.Module) -> str | None:
-    """Return which layers hand on more than keys and values from token to token (recurrent ones); None if none."""
+    """Return which layers keep other state than keys and values (recurrent ones); None if none do."""
     try:
         layers = DynamicCache(config=find_backbone(model).config.get_text_config(decoder=True)).layers
     except KeyError as error:
@@ -65,18 +62,10 @@ def other_state(model: nn.Module) -> str | None:
 def run_shared(
     module: Any, features: dict[str, Any], spans: TokenSpans, length: int, *, cost: int, run_rest: Any
 ) -> dict[str, Any]:
-    """Run the first `length` tokens as one text, then the rest of all texts.
+    """Run the first `length` tokens, which all texts share, as one text, then the rest by `run_rest`.
 
-    Args:
-        module: The ``LLMTransformer``.
-        features: Padded on the right, sharing at least `length` leading tokens.
-        spans: Of the batch.
-        length: Tokens to share.
-        cost: Overhead of a forward, in tokens.
-        run_rest: As ``run_in_groups``: how the rest is run.
-
-    Raises:
-        NotApplicable: If the backbone does not keep keys and values in the cache that it is given.
+    Batches are padded on the right; `cost` and `run_rest` are as in :func:`run_in_groups`. NotApplicable if the
+    backbone does not keep keys and values in the cache that it is given.
     """
     mask = features["attention_mask"]
     first = {name: value[:1, :length] if per_token(value, mask) else value for name, value in features.items()}
@@ -106,10 +95,10 @@ def run_shared(
 
 
 class _FirstTokens(DynamicLayer):
-    """Keys and values of one text, (1, H, P, d), that stand before those of every batch and never change."""
+    """Keys and values of one text, (1, H, P, d), that precede those of every batch and never change."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return keys and values (B, H, P + T, d); kept, they would be those of all layers at once."""
+        """Return keys and values (B, H, P + T, d); nothing is stored."""
         assert self.keys is not None
         assert self.values is not None
         keys, values = (part.expand(len(key_states), -1, -1, -1) for part in (self.keys, self.values))

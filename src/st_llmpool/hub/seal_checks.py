@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,20 +12,26 @@ from typing import Any, Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import batch_to_device
+from torch import Tensor
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from ..modules.attention import why_no_forward
 from ..modules.errors import __version__
-from ..modules.seal import (
-    MANIFEST,
-    Difference,
-    differences,
-    probe_vectors,
-    read_manifest,
-    write_seal,
-)
+from ..modules.seal import MANIFEST, Difference, differences, read_manifest, write_seal
 from ..utils.files import reraise_as_write_error
+from ..utils.random_state import preserve_modes
+
+logger = logging.getLogger(__name__)
 
 Status = Literal["ok", "warning", "failed", "skipped"]
+
+#: Texts whose vectors are recorded.
+PROBES = (
+    "a cat",
+    "Interest rates rose for the third time this year, said the bank.",
+    "def mean(values): return sum(values) / len(values)",
+)
 
 #: The checks of :func:`seal_findings`.
 SEAL_CHECKS = ("seal", "files added", "code added")
@@ -91,6 +98,32 @@ def probe_finding(folder: Path, model: SentenceTransformer) -> Finding:
     return Finding("probe vectors", "ok", detail)
 
 
+def probe_record(model: SentenceTransformer) -> dict[str, Any]:
+    """Returns what the seal records of the probe texts: vectors, dtype and device, or why there are none.
+
+    The module code of a saved model calls this by name wherever the package is installed.
+    """
+    record: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
+    if reason := why_no_forward(model):
+        return record | {"skipped": reason}
+    try:
+        vectors = probe_vectors(model)
+    except Exception as error:  # a trained model is worth more than its probe vectors
+        logger.warning("The seal has no probe vectors, which could not be computed.", exc_info=True)
+        return record | {"skipped": f"{type(error).__name__}: {error}"}
+    return record | {"vectors": [" ".join(f"{value:.7g}" for value in row) for row in vectors.tolist()]}
+
+
+def probe_vectors(model: SentenceTransformer) -> Tensor:
+    """Returns 32 projections of the probe texts' vectors (6, 32), in one batch and one by one; `model` is unchanged."""
+    with preserve_modes(model):
+        batches = [model.preprocess(list(texts)) for texts in (PROBES, *([text] for text in PROBES))]
+        vectors = [model(batch_to_device(batch, model.device))["sentence_embedding"] for batch in batches]
+    stacked = torch.cat(vectors).double().cpu()
+    dimensions, columns = torch.arange(1, stacked.shape[1] + 1).double(), torch.arange(1, 33).double()
+    return stacked @ (torch.outer(dimensions, columns) * 2.399963).cos() * (2 / len(dimensions)) ** 0.5
+
+
 def files_to_seal(root: Path) -> list[str]:
     """Returns the files of a saved model that decide its vectors, as paths below `root`.
 
@@ -131,6 +164,7 @@ def replacing_seal(folder: Path) -> Iterator[Callable[[SentenceTransformer], Fin
     with reraise_as_write_error(old):
         if old.exists():
             old.rename(aside)
+        old.write_text('{"code": {}}', encoding="utf-8")  # as a version without seals: without any, nothing loads
 
     def seal(model: SentenceTransformer) -> Finding:
         with reraise_as_write_error(old):
@@ -140,8 +174,10 @@ def replacing_seal(folder: Path) -> Iterator[Callable[[SentenceTransformer], Fin
     try:
         yield seal
     finally:
-        if aside.exists() and not old.exists():
-            aside.rename(old)
+        if "files" not in read_manifest(folder):
+            old.unlink(missing_ok=True)
+            if aside.exists():
+                aside.rename(old)
         aside.unlink(missing_ok=True)
 
 

@@ -33,8 +33,8 @@ from sentence_transformers.util import load_file_path
 from ..evaluation.run import find_benchmark
 from ..evaluation.tasks import MTEB_TASKS
 from ..model_card.card import read_front_matter
+from ..model_card.identity import fingerprint
 from ..modules.errors import ConfigurationError, DataError, InputError, nearest
-from ..modules.portable import fingerprint
 from ..utils.files import atomic_folder, check_new_folder
 from ..utils.parameters import count_weights
 from ..utils.random_state import preserve_rng_state

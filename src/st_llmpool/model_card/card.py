@@ -20,12 +20,14 @@ from sentence_transformers.base.model_card import generate_model_card
 from ..attention_proof import verify_attention
 from ..hub.loading import load_model
 from ..modules.errors import ConfigurationError, DataError, StLlmpoolError, __version__
-from ..modules.portable import IdentifiedCardData, code_files
+from ..modules.portable import code_files
 from ..utils.files import write_atomically
 from ..utils.parameters import count_parameters
 from ..utils.random_state import preserve_rng_state
 from ..utils.reading import read_json_object, read_text, read_yaml
+from ..utils.words import ranges
 from .figures import draw_curve, draw_design, draw_layer_use
+from .identity import IdentifiedCardData
 from .layer_use import SAMPLE_TEXTS, layer_use
 
 TEMPLATE = Path(__file__).with_name("template.md")
@@ -382,13 +384,13 @@ def _design(model: Any, base_title: str | None, *, native: bool, measured: bool)
     backbone, pooling = model[0], model[1]
     adapter = _adapter(model)
     settings = pooling.get_config_dict() if hasattr(pooling, "get_config_dict") else {}
-    layers = f"{_ranges(backbone.layers)} of {backbone.num_layers}" if backbone.layers else "the last"
+    layers = f"{ranges(backbone.layers)} of {backbone.num_layers}" if backbone.layers else "the last"
     source = adapter.base_model_name_or_path if adapter else backbone.config._name_or_path
     base = base_title or without_folders(source) or "an unnamed base"
     rows = [
         ("base", f"{base} ({type(backbone.model).__name__})"),
         ("attention", backbone.attention),
-        *([("layers that stay causal", _ranges(backbone.causal_layers))] if backbone.causal_layers else []),
+        *([("layers that stay causal", ranges(backbone.causal_layers))] if backbone.causal_layers else []),
         ("layers read", layers),
         ("layer readout", {"eos": "last token", "mean": "mean of the tokens"}[backbone.layer_readout]),
         ("pooling", f"{_pooling_name(model)} {_settings(settings)}"),
@@ -462,14 +464,3 @@ def _loading(model: Any, adapter: Any, *, native: bool) -> str:
 def _settings(settings: dict[str, Any]) -> str:
     shown = ", ".join(f"{name} {value}" for name, value in settings.items() if not isinstance(value, dict | list))
     return f"({shown})" if shown else ""
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Return ``1-4, 8`` for 1, 2, 3, 4, 8."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)

@@ -1,7 +1,7 @@
 """Switches a language model between causal and bidirectional attention, and checks by two forwards that it obeyed.
 
-transformers reads the direction from the config where it builds the mask, and from each attention module where it needs
-none; either alone is silently wrong for some families. Both are set here, with corrections for a few families.
+transformers reads the direction from the config where it builds a mask, and from each attention module where it needs
+none; either alone is silently wrong for some families.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ logger = logging.getLogger(__name__)
 ATTENTION_MODES = ("causal", "bidirectional")
 # bert-generation is BERT under another name, and missing from transformers' list.
 _ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
+_SHARDED = ("ds_id", "_fsdp_flattened")  # marks of DeepSpeed and FSDP
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def set_attention(model: nn.Module, mode: str) -> None:
     """Make every attention layer of `model` causal or bidirectional, in place; `verify_attention` proves the result.
 
-    Call it after every load and PEFT wrap: it is not saved with the weights. A causal window of W tokens sees W-1 back,
-    a bidirectional one W to each side, W-1 with FlashAttention: train and serve with the same implementation.
+    Call it after every load and PEFT wrap. A causal window of W tokens sees W-1 back, a bidirectional one W to each
+    side, W-1 with FlashAttention: train and serve with the same implementation.
 
     Args:
         model: A transformers model, also wrapped by PEFT, or a SentenceTransformer on one.
@@ -57,24 +58,18 @@ def set_attention(model: nn.Module, mode: str) -> None:
     config = text_config(backbone)
     if is_encoder(config):
         if mode == "causal":
-            raise ConfigurationError(
-                f"{_name(backbone)} is an encoder: its layers attend in both directions by design. "
-                f"Use attention='bidirectional', or a decoder as the base."
-            )
+            raise ConfigurationError(f"{_name(backbone)} is an encoder. Use attention='bidirectional', or a decoder.")
         return
     if mode == "bidirectional" and _has_alibi(backbone):
-        raise AttentionError(
-            f"{_name(backbone)} adds an ALiBi bias of slope times key position, a distance only under a causal mask: "
-            f"bidirectionally every token would favour the last one. Use attention='causal', or another base."
-        )
+        alibi = f"{_name(backbone)} has an ALiBi bias, which is a distance only under a causal mask"
+        raise AttentionError(f"{alibi}. Use attention='causal', or another base.")
     layers = decoder_layers(backbone)
     _set_configs(backbone, mode)
     module: Any
     for module in layers.modules():
         if hasattr(module, "is_causal"):
             module.is_causal = mode == "causal"
-        # A triangular buffer (1, 1, N, N) wins over every flag (gpt_neo, ...): mirror it, or cut it back.
-        buffer = module._buffers.get("bias")
+        buffer = module._buffers.get("bias")  # a triangle (1, 1, N, N) wins over every flag (gpt_neo, ...)
         if buffer is not None and buffer.dim() == 4 and buffer.shape[-1] == buffer.shape[-2] > 1:
             triangle = buffer.tril()
             buffer.copy_(torch.maximum(triangle, triangle.mT) if mode == "bidirectional" else triangle)
@@ -88,18 +83,14 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     backbone = find_backbone(model)
     config = text_config(backbone)
     count = getattr(config, "num_hidden_layers", None)
-    # longcat_flash counts two attentions per layer in num_hidden_layers, and its layers in num_layers.
-    counts = {count, getattr(config, "num_layers", count)}
+    counts = {count, getattr(config, "num_layers", count)}  # longcat_flash counts two attentions per layer in the first
     for tower in (_text_tower(backbone), backbone):
         lists = [(n, part) for n, part in tower.named_modules() if isinstance(part, nn.ModuleList)]
         # The shallowest list of modules that have parts is the stack; deeper ones are experts or heads.
         for _, blocks in sorted(lists, key=lambda found: found[0].count(".")):
             if len(blocks) in counts and all(any(True for _ in block.children()) for block in blocks):
                 return blocks
-    raise ConfigurationError(
-        f"{_name(backbone)} has no list of {count} layers (config.num_hidden_layers) that could be read or switched. "
-        f"Use a decoder such as Llama, Qwen or Mistral as the base."
-    )
+    raise ConfigurationError(f"No list of {count} layers was found in {_name(backbone)}. Use Llama, Qwen, Mistral, ...")
 
 
 def find_backbone(model: nn.Module) -> PreTrainedModel:
@@ -108,10 +99,7 @@ def find_backbone(model: nn.Module) -> PreTrainedModel:
     inner = getattr(inner, "auto_model", inner)  # by attributes: a repository brings classes of its own
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     if not hasattr(getattr(inner, "config", None), "get_text_config"):
-        raise ConfigurationError(
-            f"No transformers model inside {type(model).__name__}. Pass a transformers model or a SentenceTransformer "
-            f"whose first module holds one (a static or ONNX model has no attention to switch)."
-        )
+        raise ConfigurationError(f"No transformers model inside {type(model).__name__}, as in static and ONNX models.")
     return inner
 
 
@@ -142,9 +130,8 @@ def needs_position_ids(model: nn.Module) -> bool:
     for module in backbone.modules():
         # The RoBERTa family numbers positions from padding_idx + 1, by comparing ids with the padding token.
         from_ids = isinstance(getattr(module, "padding_idx", None), int)
-        if from_ids and isinstance(getattr(module, "position_embeddings", None), nn.Embedding):
-            return False
-        if "rotary" in type(module).__name__.lower():
+        from_ids = from_ids and isinstance(getattr(module, "position_embeddings", None), nn.Embedding)
+        if from_ids or "rotary" in type(module).__name__.lower():
             return False
     return True
 
@@ -152,10 +139,7 @@ def needs_position_ids(model: nn.Module) -> bool:
 def refuse_encoder_decoder(config: PreTrainedConfig, name: str) -> None:
     """Raise ConfigurationError, naming the model, if its text is split over two stacks."""
     if getattr(config, "is_encoder_decoder", False):
-        raise ConfigurationError(
-            f"{name} is an encoder-decoder ({config.model_type}): its text is split over two stacks. Use a decoder "
-            f"(Llama, Qwen, Mistral, ...) or an encoder (BERT, ...) as the base."
-        )
+        raise ConfigurationError(f"{name} is an encoder-decoder ({config.model_type}). Use a decoder or an encoder.")
 
 
 def check_attention(model: nn.Module, expected: str) -> None:
@@ -163,10 +147,8 @@ def check_attention(model: nn.Module, expected: str) -> None:
     if reason := why_no_forward(model):
         logger.info("Attention was not checked at load because the model is %s; verify_attention does.", reason)
     elif (found := measured_attention(model)) != expected:
-        raise AttentionError(
-            f"{_name(find_backbone(model))} should be {expected} but is {found}. Call set_attention(model, "
-            f"{expected!r}) after every load and PEFT wrap, or use another attn_implementation or base."
-        )
+        wrong = f"{_name(find_backbone(model))} should be {expected} but is {found}"
+        raise AttentionError(f"{wrong}. Call set_attention(model, {expected!r}), or use another attn_implementation.")
 
 
 def why_no_forward(model: nn.Module, parameters: Iterable[nn.Parameter] | None = None) -> str | None:
@@ -178,12 +160,8 @@ def why_no_forward(model: nn.Module, parameters: Iterable[nn.Parameter] | None =
     for parameter in model.parameters() if parameters is None else parameters:
         if parameter.is_meta:
             return "on the meta device"
-        # By name: importing DTensor costs every load half a second.
-        if (
-            type(parameter).__name__ == "DTensor"
-            or hasattr(parameter, "ds_id")
-            or hasattr(parameter, "_fsdp_flattened")
-        ):
+        # DTensor by name: importing it costs every load half a second.
+        if type(parameter).__name__ == "DTensor" or any(hasattr(parameter, mark) for mark in _SHARDED):
             return "sharded"
     return None
 
@@ -192,20 +170,17 @@ def why_no_forward(model: nn.Module, parameters: Iterable[nn.Parameter] | None =
 def measured_attention(model: nn.Module) -> str:
     """Return `"causal"`, `"bidirectional"`, or `"batch_dependent"` if padding changes it, of a model in eval mode."""
     backbone = find_backbone(model)
-    length, padding, changed = 9, 3, 4
-    text, others = random_ids(backbone, 2, length + padding, generator=torch.Generator().manual_seed(20240917))
+    length, changed = 9, 4
+    text, others = random_ids(backbone, 2, length + 3, generator=torch.Generator().manual_seed(20240917))
     seen = []
-    for width in (length, length + padding):
+    for width in (length, length + 3):
         ids = text[:width].repeat(2, 1)
         ids[1, changed] = others[changed]
-        mask = torch.ones_like(ids)
-        mask[:, length:] = 0
+        mask = (torch.arange(width) < length).long().repeat(2, 1)
         states = run_on_ids(backbone, ids, mask).last_hidden_state[:, :length].float()
         if not states.isfinite().all():
-            raise AttentionError(
-                f"{_name(backbone)} gives NaN or infinity on an ordinary text: its weights are broken or "
-                f"{backbone.dtype} cannot hold its activations. Check the checkpoint, or load it in float32."
-            )
+            broken = f"{_name(backbone)} gives NaN or infinity in {backbone.dtype}"
+            raise AttentionError(f"{broken}. Check the checkpoint, or load it in float32.")
         moved = (states[0] - states[1]).norm(dim=-1)
         seen.append("bidirectional" if moved[:changed].norm() > 1e-3 * moved[changed + 1 :].norm() else "causal")
     return seen[0] if seen[0] == seen[1] else "batch_dependent"
@@ -213,8 +188,7 @@ def measured_attention(model: nn.Module) -> str:
 
 def random_ids(backbone: PreTrainedModel, *shape: int, generator: torch.Generator) -> Tensor:
     """Draw ids that no config field names as special, so that no token means padding or an image."""
-    special = set(_special_ids(backbone.config.to_dict()))
-    weight: Any = backbone.get_input_embeddings().weight  # of peft's wrappers too, which lack num_embeddings
+    special, weight = set(_special_ids(backbone.config.to_dict())), backbone.get_input_embeddings().weight
     ordinary = torch.tensor([token for token in range(weight.shape[0]) if token not in special] or [0])
     return ordinary[torch.randint(len(ordinary), shape, generator=generator)]
 
@@ -228,10 +202,8 @@ def run_on_ids(backbone: PreTrainedModel, ids: Tensor, mask: Tensor) -> Any:
     try:
         return backbone(**{name: value for name, value in inputs.items() if anything or name in accepted})
     except Exception as error:
-        raise AttentionError(
-            f"{_name(backbone)} cannot run on token ids and a mask alone ({type(error).__name__}: {error}). "
-            f"Use a text model as the base, or another attn_implementation."
-        ) from error
+        reason = f"{_name(backbone)} cannot run on token ids and a mask alone ({type(error).__name__}: {error})"
+        raise AttentionError(f"{reason}. Use a text model, or another attn_implementation.") from error
 
 
 def _has_alibi(backbone: PreTrainedModel) -> bool:
@@ -252,7 +224,7 @@ def _set_configs(backbone: PreTrainedModel, mode: str) -> None:
         elif getattr(config, "is_causal", True) is False:
             if hasattr(type(config), "is_causal"):
                 config.is_causal = True
-            else:  # the absent key is the causal default; True would also reach a vision tower's attention calls
+            else:  # absent means causal; True would also reach a vision tower
                 del config.is_causal
 
 
@@ -264,8 +236,7 @@ def _mask_chunks_in_both_directions(stack: Any, args: tuple[Any, ...], kwargs: d
     embeddings = kwargs.get("inputs_embeds")
     tokens: Any = kwargs.get("input_ids", args[0] if args else None) if embeddings is None else embeddings
     batch, length = tokens.shape[:2]
-    # The mask functions read no more of the embeddings than batch, length, dtype and device.
-    shape_only = torch.empty(batch, length, 0, dtype=stack.dtype, device=tokens.device)
+    shape_only = torch.empty(batch, length, 0, dtype=stack.dtype, device=tokens.device)  # masks read no more of it
     common = {"config": config, "inputs_embeds": shape_only, "attention_mask": mask}
     full = chunked = create_bidirectional_mask(**common)
     if length > config.attention_chunk_size:

@@ -1,61 +1,33 @@
 """The cross-attention block of the trainable poolings, in two forms: plain, and folded for inference.
 
-A score is (W_k x) · (W_q z) = x · (W_kᵀ W_q z), and the output is W_o Σ a W_v x = Σ a (W_o W_v x). In each, the bracket
-depends on weights and latents only. The folded form computes it once, in eval mode without gradients, for sizes where
-it takes fewer multiply-adds than the plain form and no more memory than the weights.
+A score is (W_k x) · (W_q z) = x · (W_kᵀ W_q z), and the output is W_o Σ a W_v x = Σ a (W_o W_v x). The folded form
+computes the brackets once, in eval mode without gradients, where that saves multiply-adds and takes no more memory.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import ConfigurationError, check_choice
+from .errors import check_choice
 from .trainable_pooling import TrainablePooling, check_number, check_sizes, zero_linear
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "compact": {"num_latents": 8, "num_heads": 8, "mlp_ratio": 1},
-    "paper": {"num_latents": 768, "num_heads": 32, "head_dim": 2048, "mlp_ratio": 4},
-}
 #: Rows that the feed-forward projects at a time: what lies between its projections is larger than all else.
 _ROWS = 1024
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Sizes of a block: R latents, H heads of `head_dim`, and the feed-forward's width in multiples of D."""
 
     num_latents: int
     num_heads: int
     head_dim: int
     mlp_ratio: float
-
-    @classmethod
-    def resolve(cls, embedding_dimension: int, preset: str | None, **given: Any) -> Self:
-        """Fill the sizes that are None from the preset, ``head_dim`` by D / H; ConfigurationError if one is wrong."""
-        if preset is not None:
-            check_choice("preset", preset, tuple(PRESETS))
-        sizes = (PRESETS[preset] if preset else {}) | {name: size for name, size in given.items() if size is not None}
-        missing = [field.name for field in fields(cls) if field.name not in {*sizes, "head_dim"}]
-        if missing:
-            raise ConfigurationError(f"preset=None needs all sizes, {missing} too; or use a preset of {[*PRESETS]}.")
-        check_sizes(num_heads=sizes["num_heads"])
-        resolved = cls(**{"head_dim": max(1, embedding_dimension // sizes["num_heads"])} | sizes)
-        check_number("mlp_ratio", resolved.mlp_ratio, 1e-3, 1e3)
-        check_sizes(embedding_dimension=embedding_dimension, num_latents=resolved.num_latents)
-        check_sizes(embedding_dimension=embedding_dimension, num_heads=resolved.num_heads, head_dim=resolved.head_dim)
-        check_sizes(embedding_dimension=embedding_dimension, hidden=resolved.hidden(embedding_dimension))
-        return resolved
-
-    def hidden(self, embedding_dimension: int) -> int:
-        """Return the width of the feed-forward's value."""
-        return max(1, round(self.mlp_ratio * embedding_dimension))
 
 
 class CrossAttention(nn.Module):
@@ -66,8 +38,8 @@ class CrossAttention(nn.Module):
     X' queries Z', Y = X + attention, and the mean is over the real inputs (NV-Embed, arXiv 2405.17428 §3.1).
     FF projects to [value; gate], multiplies value by the exact GELU of gate, and projects back.
 
-    The folded constants are no part of state dicts, copies or pickles, and are dropped by ``train()``, by moving or
-    saving the module, and when a weight changes, but for a write through ``parameter.data``: call ``train()`` then.
+    The folded constants are in no state dict, copy or pickle, and are dropped by ``train()``, by moving or saving the
+    module, and when a weight changes, except through ``parameter.data``: call ``train()`` then.
 
     Example:
         >>> block = CrossAttention(8, Sizes(num_latents=3, num_heads=2, head_dim=4, mlp_ratio=1))
@@ -79,10 +51,10 @@ class CrossAttention(nn.Module):
         self, embedding_dimension: int, sizes: Sizes, *, queries: Literal["latents", "inputs"] = "latents"
     ) -> None:
         super().__init__()
-        inner, hidden = sizes.num_heads * sizes.head_dim, sizes.hidden(embedding_dimension)
+        inner, hidden = sizes.num_heads * sizes.head_dim, max(1, round(sizes.mlp_ratio * embedding_dimension))
         self.sizes = sizes
         self.queries = queries
-        # Small, so that the texts and not a constant vector make the result: LN_z scales the queries up anyway.
+        # Small, so that texts make the result and not a constant vector; LN_z scales the queries up anyway.
         self.latents = nn.Parameter(torch.randn(sizes.num_latents, embedding_dimension) * 0.02)
         self.norm_inputs = nn.LayerNorm(embedding_dimension)
         self.norm_latents = nn.LayerNorm(embedding_dimension)
@@ -200,7 +172,7 @@ class CrossAttention(nn.Module):
         return scores, torch.einsum("hdi,hdo->iho", weights.values, weights.output).flatten(1)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; the way into training drops the constants (``encode`` calls ``eval()`` every time)."""
+        """Set the mode; training drops the constants."""
         self._folded = None if mode else self._folded
         return super().train(mode)
 
@@ -227,55 +199,48 @@ class _Projections(NamedTuple):
 
 
 class _Folded(NamedTuple):
-    """What depends on no text, the address and version of each weight behind it, and aliases that keep the addresses.
+    """What depends on no text, and the weights behind it."""
 
-    `scores` is the latents' side of the scores, (H * R, D). `values` is W_o W_v of each head, (D, H * D), or None where
-    that is more than the two matrices; if inputs query, the latents' values after W_o, (H * R, D).
-    """
-
-    state: tuple[tuple[int, int], ...]
-    sources: tuple[Tensor, ...]
-    scores: Tensor
-    values: Tensor | None
+    state: tuple[tuple[int, int], ...]  # address and version of each weight
+    sources: tuple[Tensor, ...]  # aliases that keep the addresses
+    scores: Tensor  # the latents' side of the scores, (H * R, D)
+    values: Tensor | None  # W_o W_v of each head, (D, H * D), None if too large; if inputs query, of latents (H * R, D)
 
 
 class CrossAttentionPooling(TrainablePooling):
     """Base of the poolings that read a set of vectors through :class:`CrossAttention`.
 
     Args:
-        embedding_dimension: D.
-        preset: Where sizes that are not given come from: ``"compact"`` (8 latents, 8 heads that share D, mlp_ratio 1)
-            or ``"paper"`` (768 latents, 32 heads of 2048, mlp_ratio 4); None if all are given.
+        embedding_dimension: Hidden size D of the backbone.
+        num_latents, num_heads, head_dim, mlp_ratio: As :class:`Sizes`; ``head_dim=None`` is D / H.
         queries: ``"latents"`` or ``"inputs"``.
-        readout_skip: Embedding = r + U · pooled, where r is the plain readout of the last layer and U (D, D)
-            starts at zero, so that training starts from the plain baseline. False: embedding = pooled.
-        **sizes: ``num_latents``, ``num_heads``, ``head_dim`` and ``mlp_ratio``, see :class:`Sizes`.
-
-    Raises:
-        ConfigurationError: If a setting is unknown, missing, of the wrong type or out of range.
+        readout_skip: As :class:`TrainablePooling`, with U (D, D). False: embedding = pooled.
     """
 
-    config_keys = ["embedding_dimension", *(field.name for field in fields(Sizes)), "queries", "readout_skip"]
-    num_latents: int
-    num_heads: int
-    head_dim: int
-    mlp_ratio: float
+    config_keys = ["embedding_dimension", *Sizes._fields, "queries", "readout_skip"]
 
     def __init__(
         self,
         embedding_dimension: int,
         *,
-        preset: Literal["compact", "paper"] | None = "compact",
+        num_latents: int = 8,
+        num_heads: int = 8,
+        head_dim: int | None = None,
+        mlp_ratio: float = 1,
         queries: Literal["latents", "inputs"] = "latents",
         readout_skip: bool = True,
-        **sizes: float | None,
     ) -> None:
         super().__init__(embedding_dimension, readout_skip=readout_skip)
         check_choice("queries", queries, ("latents", "inputs"))
-        resolved = Sizes.resolve(embedding_dimension, preset, **sizes)
-        for name, size in asdict(resolved).items():
-            setattr(self, name, size)
+        check_sizes(num_heads=num_heads)
+        head_dim = max(1, embedding_dimension // num_heads) if head_dim is None else head_dim
+        sizes = Sizes(num_latents, num_heads, head_dim, mlp_ratio)
+        check_number("mlp_ratio", mlp_ratio, 1e-3, 1e3)
+        check_sizes(embedding_dimension=embedding_dimension, num_latents=num_latents)
+        check_sizes(embedding_dimension=embedding_dimension, num_heads=num_heads, head_dim=head_dim)
+        check_sizes(embedding_dimension=embedding_dimension, hidden=max(1, round(mlp_ratio * embedding_dimension)))
+        self.num_latents, self.num_heads, self.head_dim, self.mlp_ratio = num_latents, num_heads, head_dim, mlp_ratio
         self.queries = queries
-        self.cross_attention = CrossAttention(embedding_dimension, resolved, queries=queries)
+        self.cross_attention = CrossAttention(embedding_dimension, sizes, queries=queries)
         if readout_skip:
             self.to_embedding = zero_linear(embedding_dimension, embedding_dimension)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
@@ -30,6 +31,14 @@ class DataError(StLlmpoolError, ValueError):
 
 class InputError(StLlmpoolError, ValueError):
     """A text, a batch or a saved file cannot give a correct embedding."""
+
+
+def of_package(module: str) -> Any:
+    """Return a module of the installed st_llmpool by its name, or None on a machine without it."""
+    try:
+        return import_module(f"st_llmpool.{module}")
+    except ImportError:
+        return None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

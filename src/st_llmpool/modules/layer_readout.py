@@ -38,10 +38,7 @@ class TokenSpans:
 
     @classmethod
     def of(cls, features: dict[str, Any], *, include_prompt: bool = True) -> TokenSpans:
-        """Read the spans from ``attention_mask`` (B, T), or ``cu_seq_lens_q`` (B + 1,) of flat input.
-
-        Without `include_prompt` the first ``prompt_length`` tokens are left out; a text's last token always stays.
-        """
+        """Read the spans of padded or flat features; without `include_prompt` a text's last token still stays."""
         length: Any = 0 if include_prompt else features.get("prompt_length", 0)
         # The trainer's collator makes it a tensor, one value for the batch.
         skipped = int(length.reshape(-1)[0]) if isinstance(length, Tensor) else int(length)
@@ -49,8 +46,8 @@ class TokenSpans:
             offsets = features["cu_seq_lens_q"].long()
             total = features["input_ids"].shape[-1] if "input_ids" in features else int(offsets[-1])
             texts = torch.arange(len(offsets) - 1, device=offsets.device)
-            # output_size spares a synchronisation with the GPU.
-            text, last = torch.repeat_interleave(texts, offsets.diff(), output_size=total), offsets[1:] - 1
+            text = torch.repeat_interleave(texts, offsets.diff(), output_size=total)  # a size spares a GPU sync
+            last = offsets[1:] - 1
             position = torch.arange(total, device=offsets.device)
             return cls((position - offsets[text] >= skipped) | (position == last[text]), text, last)
         mask = features["attention_mask"].bool()
@@ -66,15 +63,11 @@ class TokenSpans:
 
     def to(self, device: torch.device) -> TokenSpans:
         """Return the spans on `device`; a model spread over devices has layers away from its inputs."""
-        parts: Any = (self.mask, self.text, self.last)
-        moved: Any = (None if part is None else part.to(device) for part in parts)
+        moved: Any = (part if part is None else part.to(device) for part in (self.mask, self.text, self.last))
         return TokenSpans(*moved)
 
     def reduce(self, hidden_states: Tensor, readout: str) -> Tensor:
-        """Reduce tokens (B, T, D), or (1, N, D) if flat, to (B, D) in float32; what is masked has no effect.
-
-        `readout` is ``"eos"``, the last token of each text, or ``"mean"``, the mean of its tokens.
-        """
+        """Reduce tokens (B, T, D), or (1, N, D) if flat, to (B, D) in float32: ``"eos"`` (last token) or ``"mean"``."""
         if readout == "eos":
             if self.last is not None:
                 return hidden_states[0, self.last].float()
@@ -116,8 +109,7 @@ def unflatten(tokens: Tensor, cu_seq_lens_q: Tensor) -> tuple[Tensor, Tensor]:
 class LayerCapture:
     """What the hooks of one forward have read; one instance lives in one call only.
 
-    In training `keep_raw` keeps (B, T, D), which is alive anyway, and reduces it after the forward: on transformers
-    before 5.23 what a hook adds inside a checkpointed region would lose its gradient silently.
+    `keep_raw` is for training: before transformers 5.23 what a hook computes in a checkpointed region has no gradient.
     """
 
     spans: TokenSpans
@@ -166,8 +158,6 @@ def _record(number: int, layer: nn.Module, args: Any, output: Any) -> None:
         return
     hidden_states = output if isinstance(output, Tensor) else output[0]
     if hidden_states.dim() != 3:  # gemma3n
-        raise ConfigurationError(
-            f"Layer {number} ({type(layer).__name__}) returns shape {tuple(hidden_states.shape)}, several streams per "
-            f"token, for which no readout is defined. Use layers=[] with a pooling over tokens, or another base."
-        )
+        shape = f"{type(layer).__name__} returns shape {tuple(hidden_states.shape)}, which cannot be read out"
+        raise ConfigurationError(f"{shape}. Use layers=[] with a pooling over tokens, or another base.")
     capture.outputs[number] = hidden_states if capture.keep_raw else capture.reduce(hidden_states)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import reprlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
 from types import FunctionType
@@ -15,7 +13,6 @@ from typing import Any, Literal, Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -32,35 +29,31 @@ from .attention import (
     set_attention,
     text_config,
 )
-from .errors import ConfigurationError, DataError, InputError, check_choice
+from .errors import ConfigurationError, DataError, InputError, check_choice, of_package
 from .layer_readout import POOLING_FEATURES, READOUTS, TokenSpans, capture_layers, hook_layers
 from .portable import LOCATION, PortableModule, complete_model, forget_last_call, naming, save_source_files
 from .seal import check_seal
 
 _MOST_LAYERS = 2_000  # ten times those of the deepest model that is published
 _ENDINGS = ("a", "", "a " * 64)  # texts that have their last token in common only if it is added to every text
-_MAGNITUDE = "lora_magnitude_vector"
-#: Fewest tokens that a prompt must leave to the text.
-ROOM_FOR_TEXT = 8
+ROOM_FOR_TEXT = 8  # fewest tokens that a prompt must leave to the text
 _TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 
 
 class LLMTransformer(Transformer, PortableModule):
     """A Hugging Face decoder (or encoder) as the first module of a ``SentenceTransformer``.
 
-    What the embedding depends on and a base's files do not say is in the saved config and applied on every load:
-    adapter-only saves, checkpoints and merging keep it.
+    Settings that change the embedding are saved in its config and applied on every load, of adapters too.
 
     Args:
         model_name_or_path: Hub id or folder, as for ``Transformer``.
         attention: ``"bidirectional"`` or ``"causal"``.
-        layers: Layers to read, ``"all"`` or 1-based numbers, negative from the end; stored resolved. Poolings that use
-            tokens only need none.
+        layers: Layers to read, ``"all"`` or 1-based numbers, negative from the end; poolings over tokens need none.
         layer_readout: ``"eos"`` (last token) or ``"mean"``; None is ``"eos"`` for causal attention, else ``"mean"``.
         add_eos_token: End every text in EOS; None is on for decoders and off for encoders.
         include_prompt: False keeps the prompt's tokens out of readout and pooling.
         causal_layers: Layers (1-based) that are known to stay causal under ``attention="bidirectional"``.
-        verify: Check the attention by two short forwards, at every load too; not saved.
+        verify: Check the attention by two short forwards; not saved.
         **kwargs: Everything that ``Transformer`` takes.
 
     Raises:
@@ -68,8 +61,8 @@ class LLMTransformer(Transformer, PortableModule):
         AttentionError: If two short forwards show another attention than `attention`.
 
     Inputs:
-        ``input_ids`` (B, T) and ``attention_mask`` (B, T) with padding on any side, or flat ``input_ids``
-        (1, N) with ``cu_seq_lens_q`` (B + 1,); ``prompt_length``; ``sentence_starts``, handed on to the pooling.
+        ``input_ids`` (B, T) and ``attention_mask`` (B, T) with padding on any side, or flat ``input_ids`` and
+        ``position_ids`` (1, N) with ``cu_seq_lens_q`` (B + 1,); ``prompt_length``; ``sentence_starts`` for the pooling.
 
     Outputs:
         ``token_embeddings`` (B, T, D), or (1, N, D) if flat, of the last layer; ``attention_mask`` (B, T) of the tokens
@@ -115,13 +108,12 @@ class LLMTransformer(Transformer, PortableModule):
         for name in ("do_lower_case", "unpad_inputs"):
             check_choice(name, kwargs.get(name), (None, True, False))
         check_choice("backend", kwargs.get("backend", "torch"), ("torch",))
-        # Chat templates would wrap every text in a conversation; an embedding model reads plain text.
-        kwargs.setdefault("modality_config", _TEXT_ONLY)
+        kwargs.setdefault("modality_config", _TEXT_ONLY)  # a chat template would wrap every text in a conversation
         kwargs.setdefault("module_output_name", "token_embeddings")
-        if "torch_dtype" in (model_kwargs := kwargs.get("model_kwargs") or {}):
-            # Its older name is the caller's; a saved adapter's own dtype would win over it in transformers.
-            kwargs["model_kwargs"] = {**model_kwargs, "dtype": model_kwargs["torch_dtype"]}
-            del kwargs["model_kwargs"]["torch_dtype"]
+        model_kwargs = dict(kwargs.get("model_kwargs") or {})
+        if "torch_dtype" in model_kwargs:  # the older name, over which a saved adapter's own dtype would win
+            model_kwargs["dtype"] = model_kwargs.pop("torch_dtype")
+            kwargs["model_kwargs"] = model_kwargs
         self._load_backbone(model_name_or_path, kwargs)
         processor_kwargs = kwargs.get("processor_kwargs") or {}
         check_length(processor_kwargs.get("model_max_length", kwargs.get("max_seq_length")), self.config)
@@ -149,10 +141,7 @@ class LLMTransformer(Transformer, PortableModule):
             with suppress(OSError, ValueError, KeyError, TypeError):  # a multimodal model without an image processor
                 _init_with_tokenizer(self, model_name_or_path, **kwargs)
         if self.processor is None or self.tokenizer is None:
-            raise ConfigurationError(
-                f"{model_name_or_path!r} has a model but no usable tokenizer ({fault}). Save one into the folder, or "
-                f"pass processor_kwargs of a base that has one."
-            )
+            raise ConfigurationError(f"{model_name_or_path!r} has no usable tokenizer ({fault}). Save one into it.")
 
     def _check_tokenizer(self, *, eos_is_read: bool) -> None:
         """Check that texts end in EOS and can be padded, as a saved one's do; the package changes a base's."""
@@ -160,34 +149,23 @@ class LLMTransformer(Transformer, PortableModule):
         forget_last_call(self.tokenizer)
         has_ending = len(last) == 1
         if eos_is_read and not self.add_eos_token and not has_ending and self.tokenizer.eos_token_id is None:
-            raise ConfigurationError(
-                "layer_readout='eos' reads the EOS token, but the tokenizer has none. Use layer_readout='mean', or set "
-                "an EOS token on the tokenizer."
-            )
+            raise ConfigurationError("layer_readout='eos', but the tokenizer has no EOS token. Set one, or use 'mean'.")
         if self.tokenizer.pad_token_id is None or (self.add_eos_token and not has_ending):
-            try:
-                package = import_module("st_llmpool.base_tokenizer")
-            except ImportError as error:
-                raise ConfigurationError(
-                    "The tokenizer has no padding token or does not end texts in EOS. To build a model on such a base: "
-                    "pip install st-llmpool."
-                ) from error
+            if (package := of_package("base_tokenizer")) is None:
+                raise ConfigurationError("The tokenizer adds no EOS or has no padding token: pip install st-llmpool.")
             package.prepare_tokenizer(self.tokenizer, add_eos_token=self.add_eos_token)
 
     def _load_config(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         config, is_peft_model = super()._load_config(model_name_or_path, *args, **kwargs)
         refuse_encoder_decoder(config, repr(model_name_or_path))
         if (count := getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)) > _MOST_LAYERS:
-            raise ConfigurationError(
-                f"{model_name_or_path!r} asks for {count:,} layers in its config.json; the limit is {_MOST_LAYERS:,}. "
-                f"Save or download the model again."
-            )
+            raise ConfigurationError(f"{model_name_or_path!r} asks for {count:,} layers; at most {_MOST_LAYERS:,} fit.")
         return config, is_peft_model
 
     def _load_model(
         self, model_name_or_path: str, task: Any, config: Any, backend: str, is_peft_model: bool, **kwargs: Any
     ) -> Any:
-        """Load the model; what transformers would draw at random or drop with a logged table is an error."""
+        """Load the model; weights that transformers would draw at random or drop are an error."""
         if self._model_at_hand is not None:
             return self.__dict__.pop("_model_at_hand")
         wanted = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}  # to name them ourselves
@@ -197,19 +175,15 @@ class LLMTransformer(Transformer, PortableModule):
             model, report = super()._load_model(model_name_or_path, task, config, backend, is_peft_model, **wanted)
         missing = set(report["missing_keys"])
         bad = [f"{name}: {list(found)}, not {list(due)}" for name, found, due in report["mismatched_keys"]]
-        if is_peft_model:
-            # The head of a language model takes no part.
+        if is_peft_model:  # the report is the adapter's alone; what was read from a file, or is tied to it, is marked
             bad += [f"{name}: no place in it" for name in report["unexpected_keys"] if "lm_head." not in name]
-            # The report is the adapter's alone. What was read from a file, or is tied to it, is marked.
             named = model.named_parameters()
             missing |= {name for name, weight in named if not getattr(weight, "_is_hf_initialized", False)}
-        # A pooler on the first token, which many encoders are published without, takes no part either.
+        # Neither a language model's head nor a pooler on the first token, which many encoders lack, takes part.
         bad += [f"{name}: none" for name in missing if "pooler" not in name]
         if bad:
-            raise DataError(
-                f"{model_name_or_path} does not fit its {type(model).__name__} in {len(bad)} weights ({min(bad)}"
-                f"{', ...' if bad[1:] else ''}): the embeddings would be wrong. Save or download the model again."
-            )
+            fault = f"does not fit its {type(model).__name__} in {len(bad)} weights: {', '.join(sorted(bad)[:3])}"
+            raise DataError(f"{model_name_or_path} {fault}. Save or download the model again.")
         return model
 
     @classmethod
@@ -224,16 +198,15 @@ class LLMTransformer(Transformer, PortableModule):
         return module
 
     def _prepare_model(self) -> None:
-        """Set attention mode and hooks, which no file keeps, on a model that has not got them."""
+        """Set attention and hooks, which no file keeps, once on each model."""
         if self._prepared[0] is self.model:
             return
         set_attention(self.model, self.attention)
         hook_layers(list(decoder_layers(self.model)), self.layers)
-        for module in self.model.modules():
-            # With it bitsandbytes repacks 4-bit layers in their first inference, and gives no right gradients after it.
+        for module in self.model.modules():  # bitsandbytes would repack 4-bit layers, and give wrong gradients then
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-        text_config(self.model).use_cache = False  # a model that is put in place of another has it on
+        text_config(self.model).use_cache = False
         self._prepared = (self.model,)  # in a tuple, or torch would register the model as a second submodule
         self._counts_positions = needs_position_ids(self.model)
 
@@ -243,18 +216,29 @@ class LLMTransformer(Transformer, PortableModule):
         features = dict(features)
         for_pooling = {name: features.pop(name) for name in POOLING_FEATURES if name in features}
         spans = TokenSpans.of(features, include_prompt=self.include_prompt)
+        self._check_flat(features, spans)
         if self.batch_runner is None or kwargs or self.training or torch.is_grad_enabled():
             features = self.run(features, spans, **kwargs)
         else:
             features = self.batch_runner(self, features, spans)
         return spans.compact(features | for_pooling)
 
+    def _check_flat(self, features: dict[str, Any], spans: TokenSpans) -> None:
+        """Raise InputError for flat texts that the attention would mix: only FlashAttention reads their offsets."""
+        implementation, mask = str(self.model.config._attn_implementation), features.get("attention_mask")
+        separates = "flash" in implementation or (mask is not None and mask.dim() == 4)
+        if spans.last is not None and len(spans.last) > 1 and not (separates and "position_ids" in features):
+            raise InputError(
+                f"Flat input of {len(spans.last)} texts needs position_ids and FlashAttention or a mask (1, 1, N, N): "
+                f"{implementation} would mix the texts. Pad them, or load with attn_implementation='flash_attention_2'."
+            )
+
     def run(self, features: dict[str, Any], spans: TokenSpans, **kwargs: Any) -> dict[str, Any]:
         """Run the backbone on one batch and read it out; adds ``token_embeddings``, readout and summaries."""
         # Asked of the parameters: inside a reentrant checkpoint the tensors do not say that they are trained.
         trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.model.parameters())
         if self._counts_positions and not spans.is_flat and "past_key_values" not in kwargs:
-            # The backbone's own hook does this where it is called; the base class calls its forward, past the hooks.
+            # set_attention's hook does this too, but the base class calls the backbone's forward, past its hooks.
             kwargs = {"position_ids": position_ids_from(features["attention_mask"]), **kwargs}
         with capture_layers(spans, self.layer_readout, keep_raw=trained) as capture:
             features = super().forward(features, **kwargs)
@@ -266,7 +250,7 @@ class LLMTransformer(Transformer, PortableModule):
 
     @property
     def max_seq_length(self) -> int | None:
-        """Longest text in tokens, EOS included; setting it beyond the model's positions raises ConfigurationError."""
+        """Longest text in tokens, EOS included; ConfigurationError beyond the model's positions."""
         return self.tokenizer.model_max_length
 
     @max_seq_length.setter
@@ -283,29 +267,22 @@ class LLMTransformer(Transformer, PortableModule):
         """Tokenize texts; InputError for what is no text or has no token, ConfigurationError for too long a prompt."""
         for text in inputs:
             if not isinstance(text, str):
-                kind = type(text).__name__
-                raise InputError(f"{reprlib.repr(text)} is of type {kind}; this model embeds text: pass str.")
+                raise InputError(f"{reprlib.repr(text)} is of type {type(text).__name__}: pass str.")
         prompt = kwargs.get("prompt") or (args[0] if args else None)
         try:
             self.check_prompt(prompt)
             features = super().preprocess(inputs, *args, **kwargs)
         except (TypeError, UnicodeEncodeError) as error:
             for text in (prompt or "", *inputs):
-                if surrogate := re.search("[\ud800-\udfff]", text):
-                    place = surrogate.start()
-                    raise InputError(
-                        f"{text[max(place - 20, 0) : place + 20]!r} holds the lone surrogate {text[place]!r} at "
-                        f"position {place} of the text: half a character. Clean it, for instance by "
-                        f"text.encode(errors='replace').decode()."
-                    ) from error
+                if found := re.search("[\ud800-\udfff]", text):
+                    fault = f"{reprlib.repr(text)} holds the lone surrogate {found[0]!r} at position {found.start()}"
+                    raise InputError(f"{fault}. Clean it by text.encode(errors='replace').decode().") from error
             raise
         is_flat = "cu_seq_lens_q" in features
         lengths = features["cu_seq_lens_q"].diff() if is_flat else features["attention_mask"].sum(dim=1)
         if not lengths.all():
-            raise InputError(
-                f"{reprlib.repr(inputs[int(lengths.argmin())])} has no token, so it has no embedding. Build the model "
-                f"with add_eos_token=True, or leave such texts out."
-            )
+            text = reprlib.repr(inputs[int(lengths.argmin())])
+            raise InputError(f"{text} has no token. Leave it out, or build the model with add_eos_token=True.")
         return features
 
     def check_prompt(self, prompt: str | None) -> None:
@@ -318,9 +295,8 @@ class LLMTransformer(Transformer, PortableModule):
         if limit - count < ROOM_FOR_TEXT:
             count = len(self.tokenizer(prompt, verbose=False)["input_ids"])
             raise ConfigurationError(
-                f"The prompt {reprlib.repr(prompt)} takes {count} tokens, special tokens included, of "
-                f"max_seq_length={limit} and leaves fewer than {ROOM_FOR_TEXT} to the text. Shorten it, or use "
-                f"max_seq_length={count + ROOM_FOR_TEXT} or more."
+                f"The prompt {reprlib.repr(prompt)} takes {count} tokens of max_seq_length={limit} and leaves fewer "
+                f"than {ROOM_FOR_TEXT} to the text. Shorten it, or use max_seq_length={count + ROOM_FOR_TEXT}."
             )
 
     def _get_prompt_length(self, prompt: str, **kwargs: Any) -> int | None:
@@ -336,7 +312,7 @@ class LLMTransformer(Transformer, PortableModule):
         return self._prompt_length_mapping[prompt]
 
     def get_config_dict(self) -> dict[str, Any]:
-        """Return what is saved of the settings; for an adapter also how its base is to be loaded beside it."""
+        """Return the settings that are saved; of an adapter also how to load its base."""
         config = super().get_config_dict()
         if getattr(self.model, "peft_config", None):
             base: dict[str, Any] = {"dtype": str(self.model.get_input_embeddings().weight.dtype).removeprefix("torch.")}
@@ -352,7 +328,8 @@ class LLMTransformer(Transformer, PortableModule):
         forget_last_call(self.tokenizer)
         super().save(output_path, *args, **{**kwargs, "safe_serialization": True})
         root = Path(output_path).resolve()
-        _tidy_adapter(root)
+        if (root / "adapter_config.json").is_file() and (package := of_package("adapters")):
+            package.tidy_adapter(root)
         save_source_files(type(self), root)
 
 
@@ -361,58 +338,33 @@ Pooling.register(LLMTransformer)
 
 
 def resolve_layers(layers: Literal["all"] | Sequence[int], num_layers: int) -> list[int]:
-    """Return 1-based layer numbers in ascending order; a wrong or repeated one is a ConfigurationError.
-
-    Example:
-        >>> resolve_layers([-1, 2], num_layers=12)
-        [2, 12]
-    """
+    """Return 1-based layer numbers in ascending order, [2, 12] of 12 for [-1, 2], or raise ConfigurationError."""
     if not isinstance(layers, list | tuple | range):
         check_choice("layers", layers, ("all",))
         return list(range(1, num_layers + 1))
     resolved: list[int] = []
     for layer in layers:
-        if not isinstance(layer, int) or isinstance(layer, bool):
+        if type(layer) is not int:
             raise ConfigurationError(f"layers holds {reprlib.repr(layer)}, which is no number of a layer.")
         number = layer + num_layers + 1 if layer < 0 else layer
         if not 1 <= number <= num_layers or number in resolved:
             reason = "names a layer twice" if number in resolved else f"is outside 1..{num_layers}"
-            shown = reprlib.repr(list(layers))
-            raise ConfigurationError(f"layers={shown}: {layer} {reason}. Count from 1, or -1 at the end, or use 'all'.")
+            shown = f"layers={reprlib.repr(list(layers))}: {layer}"
+            raise ConfigurationError(f"{shown} {reason}. Count from 1, or from -1 at the end, or use 'all'.")
         resolved.append(number)
     return sorted(resolved)
 
 
-def _tidy_adapter(folder: Path) -> None:
-    """Sort names in an adapter's config, which peft keeps in sets, and write the full names of DoRA's magnitudes.
-
-    peft leaves `.weight` off these and adds it at load; transformers does not, and would start them from scratch.
-    """
-    file, adapter = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if not file.is_file():
-        return
-    config = json.loads(file.read_text(encoding="utf-8"))
-    for key in ("target_modules", "exclude_modules"):
-        if isinstance(config.get(key), list):
-            config[key].sort()
-    file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    weights = load_file(adapter)
-    if any(name.endswith(_MAGNITUDE) for name in weights):
-        full = {f"{name}.weight" if name.endswith(_MAGNITUDE) else name: weight for name, weight in weights.items()}
-        renamed = adapter.with_suffix(".partial")  # a sibling: what was loaded is still read from the file
-        save_file(full, renamed, metadata={"format": "pt"})
-        renamed.replace(adapter)
-
-
 def check_length(length: Any, config: PreTrainedConfig) -> None:
     """Raise ConfigurationError unless `length` is None or a number of tokens that the model has positions for."""
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
+    if length is None:
+        return
+    if type(length) is not int or length < 1:
         raise ConfigurationError(f"max_seq_length={reprlib.repr(length)} must be a positive integer or None.")
-    if length is not None and limit and length > limit > 0:
-        raise ConfigurationError(
-            f"max_seq_length={length} is beyond the {limit} positions of this {config.model_type}. Use at most {limit}."
-        )
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit and length > limit > 0:
+        kind = config.model_type
+        raise ConfigurationError(f"max_seq_length={length} is beyond the {limit} positions of this {kind}.")
 
 
 def _init_with_tokenizer(module: Transformer, *args: Any, **kwargs: Any) -> None:

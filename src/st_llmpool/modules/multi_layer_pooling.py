@@ -13,11 +13,10 @@ from .trainable_pooling import check_sizes
 
 
 class MultiLayerPooling(CrossAttentionPooling):
-    """Pools the layers of a text: trainable layer weights are added to the layers' summaries, latents attend to them.
+    """Pools the layers of a text by :class:`CrossAttention` over X = S + W (Tang & Yang 2024, arXiv 2409.02727 §3.2).
 
-    The rows are X = S + W with the summaries S (L, D) of a text and trainable layer weights W (L, D); the block is
-    :class:`CrossAttention` (Tang & Yang 2024, arXiv 2409.02727 §3.2). By default embedding = r + U · pooled, which is
-    r, the plain readout of the last layer, until U is trained.
+    S (L, D) are the summaries of the layers, W (L, D) trainable layer weights. By default embedding = r + U · pooled,
+    which is r, the plain readout of the last layer, until U is trained.
 
     Args:
         embedding_dimension: Hidden size D of the backbone.

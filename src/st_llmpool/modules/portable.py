@@ -1,4 +1,4 @@
-"""Portable saving: every save also writes the module code that the model needs to load anywhere, and names it uniquely.
+"""Portable saving: every save also writes the module code that the model needs to load anywhere.
 
 sentence-transformers looks up a class that is not its own as ``file.Class`` at the root of the repository and never
 copies an installed package's code there.
@@ -6,27 +6,21 @@ copies an installed package's code there.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import logging
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.module import Module
 from sentence_transformers.base.modules.normalize import Normalize
-from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
-from sentence_transformers.util import load_dir_path
 from torch import nn
 
-from .errors import ConfigurationError, DataError, StLlmpoolError, __version__
+from .errors import ConfigurationError, DataError, StLlmpoolError, __version__, of_package
 from .seal import MANIFEST, begin_save, times_of_files, write_seal, write_text
 
 logger = logging.getLogger(__name__)
@@ -46,17 +40,6 @@ class PortableModule(Module):
     """Base of the modules in this folder: safetensors weights, and the source code in every saved model.
 
     A subclass declares ``config_keys`` as every sentence-transformers module does; its constructor takes them by name.
-
-    Example:
-        >>> class DoublePooling(PortableModule):
-        ...     config_keys = ["factor"]
-        ...     def __init__(self, factor: float = 2.0) -> None:
-        ...         super().__init__()
-        ...         self.factor = factor
-        ...     def forward(self, features):
-        ...         return features | {"sentence_embedding": features["readout"] * self.factor}
-        >>> DoublePooling(3.0).get_config_dict()
-        {'factor': 3.0}
     """
 
     #: Recognises our modules whether they came from the package or from a repository's copy of it.
@@ -113,7 +96,8 @@ class SealedSentenceTransformer(SentenceTransformer):
             return
         root = Path(path)
         begin_save(root, self)
-        self._copy_assets(root)
+        if package := of_package("model_card.identity"):
+            package.copy_assets(self, root)
         others = times_of_files(root)
         del others["modules.json"]
         super().save(path, *args, **kwargs)
@@ -121,19 +105,8 @@ class SealedSentenceTransformer(SentenceTransformer):
         # A fast tokenizer keeps how it cut and padded its last texts, and a trainer saves it once more.
         forget_last_call(self.tokenizer)
 
-    def _copy_assets(self, root: Path) -> None:
-        """Copy the card's pictures of a loaded model: sentence-transformers keeps its text only."""
-        name, where = getattr(self[0], "loaded_from", None) or (None, {})
-        try:
-            source = name and load_dir_path(name, subfolder="assets", **where)
-            if source and Path(source).is_dir() and Path(source).resolve() != (root / "assets").resolve():
-                shutil.copytree(source, root / "assets", dirs_exist_ok=True)
-        except Exception as error:  # pictures are worth no failed save, whatever the Hub says
-            logger.warning("The pictures of the card of %s could not be copied: %s", name, error)
-
     def _get_model_config(self) -> dict[str, Any]:
         libraries = {library: {"specifier": at, "reason": why} for library, (at, why) in MINIMUM_VERSIONS.items()}
-        # `sealed`: a folder that lost its manifest is not taken for one that had none.
         return super()._get_model_config() | {"requirements": libraries, "sealed": MANIFEST}
 
     def _inference(self, inputs: list, *, truncate_dim: int | None = None, **kwargs: Any) -> Any:
@@ -158,14 +131,11 @@ SealedSentenceTransformer.__name__ = SentenceTransformer.__name__
 
 
 def complete_model(model: SentenceTransformer) -> None:
-    """Seal the saves of a model that is ready and name it by its weights; a user's own classes stay as they are."""
+    """Seal the saves of a model that is ready, and name it by its weights; a user's own class stays as it is."""
     if type(model) is SentenceTransformer:
         model.__class__ = SealedSentenceTransformer
-    card = model.model_card_data
-    if type(card) is SentenceTransformerModelCardData:
-        card.__class__ = IdentifiedCardData
-    if isinstance(card, IdentifiedCardData):
-        card._from_hub = bool(card.base_model_revision) and not Path(str(card.base_model)).exists()
+    if identity := of_package("model_card.identity"):
+        identity.identify_card(model.model_card_data)
 
 
 def forget_last_call(tokenizer: Any) -> None:
@@ -184,17 +154,15 @@ def naming(file: str, *kinds: type[Exception]) -> Iterator[None]:
         if isinstance(error, StLlmpoolError):
             raise
         newer = " It may come from a newer st_llmpool: update." if "unexpected keyword" in str(error) else ""
-        raise DataError(
-            f"{file} cannot be used: {str(error).rstrip('.')}.{newer} Save or download the model again."
-        ) from error
+        reason = f"{str(error).rstrip('.')}.{newer}"
+        raise DataError(f"{file} cannot be used: {reason} Save or download the model again.") from error
 
 
 def save_source_files(module_class: type[nn.Module], root: Path) -> None:
     """Write the file that defines a class, and every file that it needs, flat into the `root` of a saved model."""
     if module_class.__module__ == "__main__":
-        name = module_class.__name__
-        words = "%s is defined in a script or notebook, so the saved model lacks its code and loads only there. "
-        logger.warning(words + "Move the class into a file of its own and import it.", name)
+        words = "%s is defined in a script or notebook, so its code is not saved. Move it into a file and import it."
+        logger.warning(words, module_class.__name__)
         return
     for file in code_files(Path(inspect.getfile(module_class))):
         write_text(root / file.name, saved_code(file))
@@ -215,54 +183,3 @@ def saved_code(file: Path) -> str:
     text = _RELATIVE_IMPORT.sub(r"\1.\3\4", file.read_text(encoding="utf-8"))
     is_ours = __package__ == "st_llmpool.modules" and Path(__file__).parents[1] in file.parents
     return CODE_HEADER + text if is_ours else text
-
-
-class IdentifiedCardData(SentenceTransformerModelCardData):
-    """Card data whose ``model_name`` is unique to the weights, since mteb files results under it.
-
-    None for a model as it was loaded from the Hub (mteb then takes id and commit), else ``local/<name>-<fingerprint>``,
-    computed when asked for. The card keeps the plain name.
-    """
-
-    _from_hub = _writing_card = False
-
-    @property
-    def model_name(self) -> str | None:
-        """The unique name."""
-        title: str | None = self.__dict__.get("model_name")
-        if self._writing_card or getattr(self, "model", None) is None:
-            return title
-        if self._from_hub and "generated_from_trainer" not in self.tags:
-            return None
-        slug = re.sub(r"[^\w.-]+", "-", title or "unnamed").strip("-.")
-        return f"local/{slug}-{fingerprint(self.model)[:12]}"
-
-    @model_name.setter
-    def model_name(self, title: str | None) -> None:
-        self.__dict__["model_name"] = title
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what goes into the card."""
-        self._writing_card = True
-        try:
-            return super().to_dict()
-        finally:
-            self._writing_card = False
-
-
-def fingerprint(model: SentenceTransformer) -> str:
-    """Return a hash of all that the vectors depend on: weights, module settings, tokenizer, prompts."""
-    settings: list[Any] = [model.prompts, model.default_prompt_name, model.truncate_dim, model.similarity_fn_name]
-    settings += [model.max_seq_length, [[type(module).__name__, module.get_config_dict()] for module in model]]
-    for config in (module.config for module in model.modules() if hasattr(module, "config")):
-        values = config.to_dict() if hasattr(config, "to_dict") else {"config": str(config)}
-        settings.append({key: values[key] for key in values.keys() - {"_name_or_path", "transformers_version"}})
-    tokenizer = getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
-    state = json.loads(tokenizer.to_str()) if hasattr(tokenizer, "to_str") else {"repr": repr(tokenizer)}
-    settings.append({key: state[key] for key in state.keys() - {"truncation", "padding"}})  # those of its last call
-    settings += [getattr(model.tokenizer, f"{action}_side", None) for action in ("padding", "truncation")]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):  # loading may register them in another order
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:40]

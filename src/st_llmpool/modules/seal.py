@@ -1,7 +1,7 @@
 """The seal: what a saved model's files were when they were written, so that later damage and edits are found.
 
-``st_llmpool.json`` records size and SHA-256 of every file that a save writes, the content of small JSON files, so that
-an edit can be named, and the vectors of three probe texts.
+``st_llmpool.json`` records size and SHA-256 of every file that a save writes and the content of small JSON files, so
+that an edit can be named. Where the package is installed it adds the vectors of three probe texts.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.util import batch_to_device, load_file_path
-from torch import Tensor, nn
+from sentence_transformers.util import load_file_path
+from torch import nn
 
-from .attention import why_no_forward
-from .errors import ConfigurationError, DataError, __version__
+from .errors import ConfigurationError, DataError, __version__, of_package
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +27,9 @@ logger = logging.getLogger(__name__)
 MANIFEST = "st_llmpool.json"
 #: What modules.json names while a save is under way; the import fails under this name.
 UNFINISHED = "sentence_transformers.this_model_was_saved_only_in_part.SaveItAgain"
-#: Texts whose vectors are recorded.
-PROBES = (
-    "a cat",
-    "Interest rates rose for the third time this year, said the bank.",
-    "def mean(values): return sum(values) / len(values)",
-)
-
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "adapter_*")
 _LARGEST_HASHED_AT_LOAD, _LARGEST_WITH_CONTENT = 2**24, 2**16  # bytes; to hash 16 MiB takes 16 ms
-_ACCEPT = "`st-llmpool doctor --seal` accepts it"
+_ACCEPT = "if it was changed on purpose, `st-llmpool doctor --seal` accepts it"
 
 
 class Difference(NamedTuple):
@@ -53,18 +44,11 @@ class Difference(NamedTuple):
 
 
 def begin_save(root: Path, model: nn.Module) -> None:
-    """Make `root` unloadable until the save ends, and remove what an earlier one wrote and weights that would win.
-
-    Raises:
-        ConfigurationError: If `model` is an adapter and `root` holds the weights of its base.
-    """
+    """Make `root` unloadable until the save ends, and remove what an earlier one wrote and weights that would win."""
     for part in model.modules():
         base = str(getattr(getattr(part, "config", None), "_name_or_path", ""))
         if getattr(part, "peft_config", None) and base and Path(base).resolve() == root.resolve():
-            raise ConfigurationError(
-                f"{root} holds the base that this adapter needs, and a save into it would replace its weights. "
-                f"Save the adapter into another folder."
-            )
+            raise ConfigurationError(f"{root} holds the base that this adapter needs. Save it into another folder.")
     root.mkdir(parents=True, exist_ok=True)
     earlier = read_manifest(root)
     write_text(root / "modules.json", json.dumps([{"idx": 0, "name": "0", "path": "", "type": UNFINISHED}]))
@@ -89,32 +73,10 @@ def times_of_files(root: Path) -> dict[str, int]:
 
 def write_seal(root: Path, model: SentenceTransformer, names: Iterable[str]) -> None:
     """Write the manifest of `model`, saved in `root` as the files `names`."""
-    probes: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
-    try:
-        if reason := why_no_forward(model):
-            probes["skipped"] = reason
-        else:
-            probes["vectors"] = [" ".join(f"{value:.7g}" for value in row) for row in probe_vectors(model).tolist()]
-    except Exception as error:  # a save is worth more than its probe vectors
-        logger.warning("The vectors of the probe texts could not be computed for the seal: %s", error)
-        probes["skipped"] = f"{type(error).__name__}: {error}"
-    write_manifest(root, {"files": {name: record_of(root / name) for name in names}, "probes": probes})
-
-
-def probe_vectors(model: SentenceTransformer) -> Tensor:
-    """Return 32 projections of the probe texts' vectors (6, 32), in one batch and one by one; `model` is unchanged."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            batches = [model.preprocess(list(texts)) for texts in (PROBES, *([text] for text in PROBES))]
-            vectors = [model(batch_to_device(batch, model.device))["sentence_embedding"] for batch in batches]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    stacked = torch.cat(vectors).double().cpu()
-    dimensions, columns = torch.arange(1, stacked.shape[1] + 1).double(), torch.arange(1, 33).double()
-    return stacked @ (torch.outer(dimensions, columns) * 2.399963).cos() * (2 / len(dimensions)) ** 0.5
+    files = {name: record_of(root / name) for name in names}
+    package = of_package("hub.seal_checks")
+    probes = package.probe_record(model) if package else {"skipped": "saved without st_llmpool"}
+    write_manifest(root, {"files": files, "probes": probes})
 
 
 def record_of(file: Path) -> dict[str, Any]:
@@ -144,35 +106,38 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 
 def check_seal(model_name_or_path: str, *, verify_weights: bool = False, **where: Any) -> None:
-    """Compare a model that is about to be loaded with its seal; without one it passes.
+    """Raise DataError if a file of a model in a folder or on the Hub is missing or cut; warn if settings changed.
 
-    Args:
-        model_name_or_path: Folder or Hub id.
-        verify_weights: Hash weights too, which else are compared by size, and refuse any difference.
-        **where: ``token``, ``cache_folder``, ``revision`` and ``local_files_only`` of the load.
-
-    Raises:
-        DataError: If a file is missing or cut, the seal itself damaged, or `verify_weights` finds a fault.
+    `verify_weights` hashes weights too, which otherwise are compared by size, and refuses any difference. A model of
+    an older version, which was saved without a seal, passes.
     """
     file = load_file_path(model_name_or_path, MANIFEST, **where)
     root = Path(file or "").parent
     manifest = read_manifest(root) if file else {}
     files = manifest.get("files", {})
-    found = [Difference(MANIFEST, "is damaged", False)] if file and not manifest else []
-    if verify_weights and not files and not found:
-        found = [Difference(MANIFEST, "holds no seal to verify weights by", False)]
+    fault = ""
+    if file and not manifest:
+        fault = "is damaged"
+    elif not file and _names_a_seal(load_file_path(model_name_or_path, "config_sentence_transformers.json", **where)):
+        fault = "is missing"
+    elif verify_weights and not files:
+        fault = "holds no seal to verify weights by"
+    found = [Difference(MANIFEST, fault, False)] if fault else []
     if file and not Path(model_name_or_path).is_dir():  # the folder of one commit in the cache: fetch what it lacks
         for name in (name for name in files if _is_inside(name) and not (root / name).exists()):
             load_file_path(model_name_or_path, name, **{**where, "revision": root.name})
     found += differences(root, files, quick=not verify_weights)
     if bad := [difference for difference in found if verify_weights or not difference.loads]:
-        raise DataError(
-            f"{model_name_or_path} is damaged: {_listed(bad)}. Save or download it again; if it was changed on "
-            f"purpose, {_ACCEPT}."
-        )
+        raise DataError(f"{model_name_or_path} is damaged: {_listed(bad)}. Save or download it again; {_ACCEPT}.")
     if found:
-        words = "%s is not as it was saved: %s. If that was on purpose, %s."
-        logger.warning(words, model_name_or_path, _listed(found), _ACCEPT)
+        logger.warning("%s is not as it was saved: %s; %s.", model_name_or_path, _listed(found), _ACCEPT)
+
+
+def _names_a_seal(config: str | None) -> bool:
+    """Return whether a model's config says that it was sealed; sentence-transformers refuses an unreadable one."""
+    with suppress(OSError, ValueError, RecursionError, AttributeError):
+        return bool(config and json.loads(Path(config).read_text(encoding="utf-8")).get("sealed"))
+    return False
 
 
 def differences(root: Path, files: Mapping[str, Any], *, quick: bool = False) -> Iterator[Difference]:
@@ -217,9 +182,9 @@ def _is_inside(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts
 
 
-def _listed(items: Iterable[object], limit: int = 8) -> str:
+def _listed(items: Iterable[object]) -> str:
     words = [str(item) for item in items]
-    return ", ".join(words[:limit]) + (f" and {len(words) - limit} more" if len(words) > limit else "")
+    return ", ".join(words[:8]) + (f" and {len(words) - 8} more" if words[8:] else "")
 
 
 def _with_own_hash(manifest: Mapping[str, Any]) -> str:

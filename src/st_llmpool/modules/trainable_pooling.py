@@ -33,13 +33,6 @@ class TrainablePooling(PortableModule):
 
     Raises:
         ConfigurationError: If a setting is of the wrong type or out of range.
-
-    Example:
-        >>> class FirstLayerPooling(TrainablePooling):
-        ...     def pool(self, features):
-        ...         return features["layer_summaries"][:, 0]
-        >>> FirstLayerPooling(4)({"layer_summaries": torch.ones(1, 2, 4)})["sentence_embedding"]
-        tensor([[1., 1., 1., 1.]])
     """
 
     #: What trainers use by default: these parameters start from scratch, the backbone's do not.
@@ -84,23 +77,17 @@ class TrainablePooling(PortableModule):
         """Return the layers' summaries (B, L, D)."""
         summaries = self._require(features, "layer_summaries")
         if (found := summaries.shape[1]) != num_layers:
-            raise ConfigurationError(
-                f"{type(self).__name__} was built with num_layers={num_layers}, but the backbone gives {found} layer "
-                f"summaries. Build it with num_layers={found}, or set the backbone's layers to {num_layers} layers."
-            )
+            built = f"{type(self).__name__} was built with num_layers={num_layers}, but the backbone gives {found}"
+            raise ConfigurationError(f"{built} layers. Build it with num_layers={found}.")
         return summaries
 
     def _require(self, features: dict[str, Any], key: str) -> Tensor:
         if key not in features:
-            raise ConfigurationError(
-                f"{type(self).__name__} reads the feature {key!r}, which no earlier module gives. Use LLMTransformer "
-                f"with the layers that the pooling reads; other backbones only give tokens: use readout_skip=False."
-            )
+            reads = f"{type(self).__name__} reads the feature {key!r}, which no earlier module gives"
+            raise ConfigurationError(f"{reads}. Use LLMTransformer with layers, or readout_skip=False.")
         if key != "attention_mask" and (found := features[key].shape[-1]) != self.embedding_dimension:
-            raise ConfigurationError(
-                f"{type(self).__name__} was built with embedding_dimension={self.embedding_dimension}, but the "
-                f"backbone gives {found}. Build it with embedding_dimension={found}."
-            )
+            built = f"{type(self).__name__} was built with embedding_dimension={self.embedding_dimension}"
+            raise ConfigurationError(f"{built}, but the backbone gives {found}. Build it with that.")
         return features[key]
 
     def get_embedding_dimension(self) -> int:
@@ -129,9 +116,8 @@ def check_sizes(**sizes: Any) -> None:
     """Raise ConfigurationError if a size is no positive integer, or a matrix of all of them would not be sensible."""
     for name, value in sizes.items():
         if type(value) is not int or not 0 < value <= _LARGEST_SIZE:
-            raise ConfigurationError(
-                f"{name}={reprlib.repr(value)} must be a positive integer up to {_LARGEST_SIZE:,}."
-            )
+            shown = reprlib.repr(value)
+            raise ConfigurationError(f"{name}={shown} must be a positive integer up to {_LARGEST_SIZE:,}.")
     if math.prod(sizes.values()) > _LARGEST_MATRIX:
         product = " x ".join(f"{name}={value}" for name, value in sizes.items())
         raise ConfigurationError(f"{product}: a matrix may hold {_LARGEST_MATRIX:,} numbers. Use smaller sizes.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,19 +18,11 @@ class AttSetsPooling(SetPooling):
     over the vectors, ``s_kd = exp(c_kd) / Σ_j exp(c_jd)``; ``y_d = Σ_k s_kd x_kd``. A bias would cancel in the
     softmax. W starts at zero, where y is the mean.
 
-    By default embedding = r + U · y, where r is the plain readout of the last layer and U (D, D) starts at zero: an
-    untrained module gives exactly r.
-
     Args:
         embedding_dimension: Hidden size D of the backbone.
-        reads: ``"tokens"`` of the last layer, or ``"layers"``: the layers' summaries.
-        num_layers: How many layers L the backbone hands over, for ``reads="layers"``.
-        readout_skip: False: embedding = y, as in the paper.
+        **settings: As :class:`SetPooling`; the paper has ``readout_skip=False``.
 
-    Raises:
-        ConfigurationError: If a setting is unknown, missing or not positive, or the features do not fit.
-
-    Inputs, Outputs:
+    Raises, Inputs, Outputs:
         As :class:`SetPooling`.
 
     Example:
@@ -40,20 +32,11 @@ class AttSetsPooling(SetPooling):
         tensor([[2., 4.]])
     """
 
-    config_keys = SetPooling.config_keys
-
-    def __init__(
-        self,
-        embedding_dimension: int,
-        *,
-        reads: Literal["tokens", "layers"] = "tokens",
-        num_layers: int | None = None,
-        readout_skip: bool = True,
-    ) -> None:
-        super().__init__(embedding_dimension, reads=reads, num_layers=num_layers, readout_skip=readout_skip)
+    def __init__(self, embedding_dimension: int, **settings: Any) -> None:
+        super().__init__(embedding_dimension, **settings)
         self.to_scores = zero_linear(embedding_dimension, embedding_dimension)
 
     def pool_set(self, vectors: Tensor, mask: Tensor) -> Tensor:
-        """Returns y (B, D)."""
+        """Return y (B, D)."""
         scores = self.to_scores(vectors).masked_fill(~mask.unsqueeze(-1), -torch.inf)
         return (scores.softmax(dim=1) * vectors).sum(dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,28 +21,17 @@ class GeneralizedMeanPooling(SetPooling):
 
         y = M_p(x⁺) − M_p(x⁻),    x⁺ = max(x, 0),  x⁻ = max(−x, 0):
 
-    the strong positive values against the strong negative ones. The form is continuous, odd, of the scale of its
-    inputs, and at p = 1 the mean. Each M_p is divided by its largest value before the power is taken, so nothing
-    overflows, and no gradient by a value exceeds 1; where all values are 0 it is 0. The other candidates fail at
-    that: the root of the signed mean power, sign(m) |m|^(1/p), has an infinite gradient wherever the values cancel;
-    clamping below at a small number throws the negative half away and is not the mean at p = 1; log-mean-exp and the
-    Lehmer mean are no power means.
-
-    By default embedding = r + U · y, where r is the plain readout of the last layer and U (D, D) starts at zero: an
-    untrained module gives exactly r.
+    which is continuous, odd, of the scale of its inputs, and at p = 1 the mean. Values are divided by the largest one
+    before the power is taken, so nothing overflows and no gradient by a value exceeds 1. The root of the signed mean
+    power, sign(m) |m|^(1/p), has an infinite gradient where values cancel; clamping drops the negative half.
 
     Args:
         embedding_dimension: Hidden size D of the backbone.
         num_groups: G groups of D / G neighbouring features; 1 is GeM, D a power for each feature.
         power: Where the powers start, at least 1. They cannot fall below 1: there they turn back.
-        reads: ``"tokens"`` of the last layer, or ``"layers"``: the layers' summaries.
-        num_layers: How many layers L the backbone hands over, for ``reads="layers"``.
-        readout_skip: False: embedding = y, as in the papers.
+        **settings: As :class:`SetPooling`; the papers have ``readout_skip=False``.
 
-    Raises:
-        ConfigurationError: If a setting is unknown, missing or out of range, or the features do not fit.
-
-    Inputs, Outputs:
+    Raises, Inputs, Outputs:
         As :class:`SetPooling`.
 
     Example:
@@ -54,24 +43,13 @@ class GeneralizedMeanPooling(SetPooling):
 
     config_keys = [*SetPooling.config_keys, "num_groups", "power"]
 
-    def __init__(
-        self,
-        embedding_dimension: int,
-        *,
-        num_groups: int = 1,
-        power: float = 3.0,
-        reads: Literal["tokens", "layers"] = "tokens",
-        num_layers: int | None = None,
-        readout_skip: bool = True,
-    ) -> None:
-        super().__init__(embedding_dimension, reads=reads, num_layers=num_layers, readout_skip=readout_skip)
+    def __init__(self, embedding_dimension: int, *, num_groups: int = 1, power: float = 3.0, **settings: Any) -> None:
+        super().__init__(embedding_dimension, **settings)
         check_sizes(num_groups=num_groups)
         if embedding_dimension % num_groups:
             fitting = [size for size in range(1, embedding_dimension + 1) if embedding_dimension % size == 0]
-            raise ConfigurationError(
-                f"num_groups={num_groups} does not divide embedding_dimension={embedding_dimension}; "
-                f"these do: {fitting}."
-            )
+            unfit = f"num_groups={num_groups} does not divide embedding_dimension={embedding_dimension}"
+            raise ConfigurationError(f"{unfit}; these do: {fitting}.")
         check_number("power", power, 1, 1e6)
         self.num_groups = num_groups
         self.power = power
@@ -84,14 +62,14 @@ class GeneralizedMeanPooling(SetPooling):
         return 1 + torch.where(self.excess < 0, -self.excess, self.excess)
 
     def pool_set(self, vectors: Tensor, mask: Tensor) -> Tensor:
-        """Returns y (B, D)."""
+        """Return y (B, D)."""
         powers = self.powers.repeat_interleave(self.embedding_dimension // self.num_groups)
         positive = vectors.clamp(min=0)
         return _power_mean(positive, powers, mask) - _power_mean(positive - vectors, powers, mask)
 
 
 def _power_mean(values: Tensor, powers: Tensor, mask: Tensor) -> Tensor:
-    """Returns the power means (B, D) of values (B, K, D) that are not negative, and 0 where `mask` is False."""
+    """Return the power means (B, D) of values (B, K, D) that are not negative, and 0 where `mask` is False."""
     # M_p is homogeneous, so the scale may be taken for a constant: its own gradient would cancel.
     scale = values.detach().amax(dim=1)
     is_zero = scale == 0

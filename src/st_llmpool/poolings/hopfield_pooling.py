@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,27 +21,19 @@ class HopfieldPooling(SetPooling):
 
     The learned state patterns S (R, D) ask, and each update moves them towards what they retrieved (eq. 3 and 10):
     ``q = LN_s(S) W_q``, ``k = LN_x(X) W_k``, ``v = LN_x(X) W_v``; ``ξ = softmax(β q kᵀ)`` over the real vectors;
-    `update_steps` times ``q ← ξ k`` and ξ anew; ``ξ v W_o``, of which the mean over the R patterns is taken. So
-    `update_steps` k means k + 1 softmaxes, and k = 0 is attention. Each of H heads does this in its own space.
-
-    By default embedding = r + that, where r is the plain readout of the last layer and W_o starts at zero: an
-    untrained module gives exactly r.
+    `update_steps` times ``q ← ξ k`` with a new ξ; then the mean over the R patterns of ``ξ v W_o``. Without updates it
+    is attention. Each of H heads does this in its own space.
 
     Args:
         embedding_dimension: Hidden size D of the backbone.
         num_patterns: R.
         num_heads: H.
-        head_dim: Size of a head; None shares D among the heads.
+        head_dim: Size of a head; None is D / H.
         update_steps: How often the state patterns move before the last retrieval.
-        beta: β, how sharply a pattern is told from the others; None is 1/√head_dim.
-        reads: ``"tokens"`` of the last layer, or ``"layers"``: the layers' summaries.
-        num_layers: How many layers L the backbone hands over, for ``reads="layers"``.
-        readout_skip: Add r; the paper has none.
+        beta: β, the inverse temperature of the softmax; None is 1/√head_dim.
+        **settings: As :class:`SetPooling`, with W_o for U; the paper has ``readout_skip=False``.
 
-    Raises:
-        ConfigurationError: If a setting is unknown, missing or out of range, or the features do not fit.
-
-    Inputs, Outputs:
+    Raises, Inputs, Outputs:
         As :class:`SetPooling`.
 
     Example:
@@ -62,28 +54,20 @@ class HopfieldPooling(SetPooling):
         head_dim: int | None = None,
         update_steps: int = 0,
         beta: float | None = None,
-        reads: Literal["tokens", "layers"] = "tokens",
-        num_layers: int | None = None,
-        readout_skip: bool = True,
+        **settings: Any,
     ) -> None:
         check_sizes(embedding_dimension=embedding_dimension, num_patterns=num_patterns)
         check_sizes(num_heads=num_heads)
         head_dim = max(1, embedding_dimension // num_heads) if head_dim is None else head_dim
         check_sizes(embedding_dimension=embedding_dimension, num_heads=num_heads, head_dim=head_dim)
         if type(update_steps) is not int or not 0 <= update_steps <= MOST_UPDATES:
-            raise ConfigurationError(
-                f"update_steps={reprlib.repr(update_steps)} must be an integer from 0 (attention) to {MOST_UPDATES}."
-            )
+            shown = reprlib.repr(update_steps)
+            raise ConfigurationError(f"update_steps={shown} must be an integer from 0 (attention) to {MOST_UPDATES}.")
         beta = head_dim**-0.5 if beta is None else beta
         check_number("beta", beta, 1e-6, 1e6)
         inner = num_heads * head_dim
-        super().__init__(
-            embedding_dimension,
-            reads=reads,
-            num_layers=num_layers,
-            readout_skip=readout_skip,
-            pooled_dimension=inner,
-        )
+        super().__init__(embedding_dimension, **settings)
+        self.project_from(inner)
         self.num_patterns = num_patterns
         self.num_heads = num_heads
         self.head_dim = head_dim
@@ -96,7 +80,7 @@ class HopfieldPooling(SetPooling):
         self.to_key_value = nn.Linear(embedding_dimension, 2 * inner, bias=False)
 
     def pool_set(self, vectors: Tensor, mask: Tensor) -> Tensor:
-        """Returns the mean over the patterns of ``ξ v`` (B, H * head_dim); ``to_embedding`` is W_o."""
+        """Return the mean over the patterns of ``ξ v`` (B, H * head_dim); ``to_embedding`` is W_o."""
         stored = self.to_key_value(self.norm_stored(vectors))
         keys, values = (part.unflatten(-1, (self.num_heads, self.head_dim)) for part in stored.chunk(2, dim=-1))
         states = self.to_query(self.norm_states(self.state_patterns)).unflatten(-1, (self.num_heads, self.head_dim))
@@ -108,6 +92,6 @@ class HopfieldPooling(SetPooling):
         return torch.einsum("brhk,bkhd->brhd", weights, values).mean(dim=1).flatten(1)
 
     def _associate(self, states: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-        """Returns ξ (B, R, H, K)."""
+        """Return ξ (B, R, H, K)."""
         scores = self.beta * torch.einsum("brhd,bkhd->brhk", states, keys)
         return scores.masked_fill(~mask[:, None, None, :], -torch.inf).softmax(dim=-1)

@@ -25,8 +25,7 @@ class PoNetPooling(TrainablePooling):
     * fusion: ``P_t = g' ∘ ho_t + S_t ∘ ho_t + L_t``, and pooled is the mean of P_t over the text.
 
     A segment is `segment_length` tokens from the text's first on, or a sentence if the features say where sentences
-    start. By default embedding = r + U · pooled, where r is the plain readout of the last layer and U (D, D) starts
-    at zero: an untrained module gives exactly r.
+    start. By default embedding = r + U · pooled, as in :class:`SetPooling`.
 
     Args:
         embedding_dimension: Hidden size D of the backbone.
@@ -54,22 +53,15 @@ class PoNetPooling(TrainablePooling):
     config_keys = ["embedding_dimension", "num_heads", "segment_length", "readout_skip"]
 
     def __init__(
-        self,
-        embedding_dimension: int,
-        *,
-        num_heads: int = 8,
-        segment_length: int = 16,
-        readout_skip: bool = True,
+        self, embedding_dimension: int, *, num_heads: int = 8, segment_length: int = 16, readout_skip: bool = True
     ) -> None:
         super().__init__(embedding_dimension, readout_skip=readout_skip)
         check_sizes(num_heads=num_heads)
         check_sizes(segment_length=segment_length)
         check_sizes(embedding_dimension=embedding_dimension, inputs=embedding_dimension, parts=6)
         if embedding_dimension % num_heads:
-            raise ConfigurationError(
-                f"num_heads={num_heads} does not divide embedding_dimension={embedding_dimension}. Use a divisor; 1 "
-                f"always is."
-            )
+            unfit = f"num_heads={num_heads} does not divide embedding_dimension={embedding_dimension}"
+            raise ConfigurationError(f"{unfit}. Use a divisor, such as 1.")
         self.num_heads = num_heads
         self.segment_length = segment_length
         self.to_parts = nn.Linear(embedding_dimension, 6 * embedding_dimension)
@@ -77,13 +69,13 @@ class PoNetPooling(TrainablePooling):
             self.to_embedding = zero_linear(embedding_dimension, embedding_dimension)
 
     def pool(self, features: dict[str, Any]) -> Tensor:
-        """Returns the embeddings (B, D)."""
+        """Return the embeddings (B, D)."""
         tokens, mask = self.tokens(features)
         pooled = self._mix(tokens.float().masked_fill(~mask.unsqueeze(-1), 0.0), mask, self._segments(features, mask))
         return self.embeddings_from(features, pooled, dtype=tokens.dtype)
 
     def _segments(self, features: dict[str, Any], mask: Tensor) -> Tensor:
-        """Returns the number of each token's segment (B, T), from 0 to T."""
+        """Return the number of each token's segment (B, T), from 0 to T."""
         starts = features.get("sentence_starts")
         if starts is None:
             return (mask.long().cumsum(dim=1) - 1).clamp(min=0) // self.segment_length
@@ -92,14 +84,14 @@ class PoNetPooling(TrainablePooling):
         return (starts != 0).long().cumsum(dim=1)
 
     def _mix(self, tokens: Tensor, mask: Tensor, segments: Tensor) -> Tensor:
-        """Returns the mean of P (B, D)."""
+        """Return the mean of P (B, D)."""
         queries, keys, values, segment, local, fusion = self.to_parts(tokens).chunk(6, dim=-1)
         whole = self._attend(masked_mean(queries, mask), keys, values, mask).unsqueeze(1)
         fused = (whole + _segment_max(segment, segments, mask)) * fusion + _neighbour_max(local, mask)
         return masked_mean(fused, mask)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """Returns g' (B, D)."""
+        """Return g' (B, D)."""
         query, keys, values = (part.unflatten(-1, (self.num_heads, -1)) for part in (query, keys, values))
         scores = torch.einsum("bhd,bthd->bht", query, keys) * query.shape[-1] ** -0.5
         weights = scores.masked_fill(~mask.unsqueeze(1), -torch.inf).softmax(dim=-1)
@@ -107,7 +99,7 @@ class PoNetPooling(TrainablePooling):
 
 
 def _segment_max(tokens: Tensor, segments: Tensor, mask: Tensor) -> Tensor:
-    """Returns for each real token the maximum (B, T, D) of its segment, 0 for the others."""
+    """Return for each real token the maximum (B, T, D) of its segment, 0 for the others."""
     index = segments.unsqueeze(-1).expand_as(tokens)
     maxima = tokens.new_zeros(tokens.shape[0], tokens.shape[1] + 1, tokens.shape[2])
     maxima = maxima.scatter_reduce(1, index, _only_real(tokens, mask), reduce="amax", include_self=False)
@@ -115,7 +107,7 @@ def _segment_max(tokens: Tensor, segments: Tensor, mask: Tensor) -> Tensor:
 
 
 def _neighbour_max(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Returns for each real token the maximum (B, T, D) of it and the ones beside it, 0 for the others."""
+    """Return for each real token the maximum (B, T, D) of it and the ones beside it, 0 for the others."""
     maxima = F.max_pool1d(_only_real(tokens, mask).transpose(1, 2), kernel_size=3, stride=1, padding=1)
     return maxima.transpose(1, 2).masked_fill(~mask.unsqueeze(-1), 0.0)
 

@@ -1,4 +1,4 @@
-"""What the poolings over a set of vectors share: the set is a text's tokens, or the summaries of its layers."""
+"""The base of poolings over a set of vectors: a text's tokens, or the summaries of its layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..modules.trainable_pooling import TrainablePooling, check_sizes, zero_line
 
 
 class SetPooling(TrainablePooling):
-    """Base of poolings that turn K vectors into one: a subclass says in ``pool_set`` how.
+    """Base of poolings that turn K vectors into one, as a subclass defines in ``pool_set``.
 
     With ``reads="tokens"`` the vectors are the real tokens of the last layer. With ``reads="layers"`` they are the
     summaries of the chosen layers, first layer first, each layer-normalised without affine, so that layers of
@@ -25,13 +25,11 @@ class SetPooling(TrainablePooling):
     Args:
         embedding_dimension: Hidden size D of the backbone.
         reads: ``"tokens"`` or ``"layers"``.
-        num_layers: How many layers L the backbone hands over; for ``reads="layers"`` only.
-        readout_skip: False leaves r out: embedding = pooled.
-        pooled_dimension: P, where it is not D or the method ends in a projection: U is (D, P) then, and stays
-            without the skip.
+        num_layers: Number of layers L that the backbone gives; for ``reads="layers"`` only.
+        readout_skip: False: embedding = pooled.
 
     Raises:
-        ConfigurationError: If a setting is unknown, missing or not positive, or the features do not fit.
+        ConfigurationError: If a setting is unknown, missing or out of range, or the features do not fit.
 
     Inputs:
         For tokens: ``token_embeddings`` (B, T, D) and ``attention_mask`` (B, T) with padding on any side, nonzero for
@@ -61,36 +59,35 @@ class SetPooling(TrainablePooling):
         reads: Literal["tokens", "layers"] = "tokens",
         num_layers: int | None = None,
         readout_skip: bool = True,
-        pooled_dimension: int | None = None,
     ) -> None:
         super().__init__(embedding_dimension, readout_skip=readout_skip)
-        _check_reads(reads, num_layers)
+        check_choice("reads", reads, ("tokens", "layers"))
+        if reads == "layers":
+            check_sizes(num_layers=num_layers)
+        elif num_layers is not None:
+            shown = reprlib.repr(num_layers)
+            raise ConfigurationError(f"num_layers={shown} does not apply to reads='tokens'. Use reads='layers'.")
         self.reads = reads
         self.num_layers = num_layers
         if readout_skip:
-            self.to_embedding = zero_linear(pooled_dimension or embedding_dimension, embedding_dimension)
-        elif pooled_dimension is not None:
-            self.to_embedding = nn.Linear(pooled_dimension, embedding_dimension, bias=False)
+            self.to_embedding = zero_linear(embedding_dimension, embedding_dimension)
+
+    def project_from(self, pooled_dimension: int) -> None:
+        """Make U (D, P) for a method that gives P values; without the skip it is trained from a random start."""
+        linear = nn.Linear(pooled_dimension, self.embedding_dimension, bias=False)
+        self.to_embedding = zero_linear(pooled_dimension, self.embedding_dimension) if self.readout_skip else linear
 
     @abstractmethod
     def pool_set(self, vectors: Tensor, mask: Tensor) -> Tensor:
-        """Pools the real vectors.
-
-        Args:
-            vectors: (B, K, D) in float32, zero where `mask` is False.
-            mask: (B, K), bool, True for the real ones: at least one in every row.
-
-        Returns:
-            (B, P) in float32.
-        """
+        """Pool vectors (B, K, D) in float32 to (B, P); `mask` (B, K) is True for real ones, the others are zero."""
 
     def pool(self, features: dict[str, Any]) -> Tensor:
-        """Returns the embeddings (B, D)."""
+        """Return the embeddings (B, D)."""
         vectors, mask, dtype = self.read(features)
         return self.embeddings_from(features, self.pool_set(vectors, mask), dtype=dtype)
 
     def read(self, features: dict[str, Any]) -> tuple[Tensor, Tensor, torch.dtype]:
-        """Returns vectors and mask as ``pool_set`` takes them, and the dtype that the vectors had."""
+        """Return vectors and mask as ``pool_set`` takes them, and the dtype that the vectors had."""
         if self.num_layers is not None:
             summaries = self.layer_summaries(features, self.num_layers)
             mask = torch.ones(summaries.shape[:2], dtype=torch.bool, device=summaries.device)
@@ -100,14 +97,7 @@ class SetPooling(TrainablePooling):
 
 
 def masked_mean(vectors: Tensor, mask: Tensor) -> Tensor:
-    """Returns the mean over the real vectors.
-
-    Args:
-        vectors: (B, K, D), finite where `mask` is False.
-        mask: (B, K), bool.
-
-    Returns:
-        (B, D).
+    """Return the mean over the real vectors, (B, D) from (B, K, D); `mask` is (B, K).
 
     Example:
         >>> masked_mean(torch.tensor([[[2.0], [4.0], [7.0]]]), torch.tensor([[True, True, False]]))
@@ -115,13 +105,3 @@ def masked_mean(vectors: Tensor, mask: Tensor) -> Tensor:
     """
     weights = mask.to(vectors.dtype) / mask.sum(dim=1, keepdim=True)
     return torch.einsum("bk,bkd->bd", weights, vectors)
-
-
-def _check_reads(reads: str, num_layers: int | None) -> None:
-    check_choice("reads", reads, ("tokens", "layers"))
-    if reads == "layers":
-        check_sizes(num_layers=num_layers)
-    elif num_layers is not None:
-        raise ConfigurationError(
-            f"num_layers={reprlib.repr(num_layers)} does not apply to reads='tokens'. Use reads='layers'."
-        )

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import nn
 
 
 @contextmanager
@@ -35,3 +36,16 @@ def preserve_rng_state() -> Iterator[None]:
         np.random.set_state(numpy_state)
         if not cuda_started:  # a seed set before CUDA starts is queued, and the last one queued wins
             torch.cuda.manual_seed_all(torch.initial_seed())
+
+
+@contextmanager
+def preserve_modes(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; at the end every submodule's mode and the random state are what they were."""
+    modes = {module: module.training for module in model.modules()}
+    with preserve_rng_state(), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode

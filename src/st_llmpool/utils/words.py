@@ -41,6 +41,22 @@ def listed(values: Iterable[object], most: int = 10) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def ranges(numbers: Iterable[int]) -> str:
+    """Return ascending numbers with runs shortened.
+
+    Example:
+        >>> ranges([1, 2, 3, 4, 8])
+        '1-4, 8'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
 def markdown(text: str, *, start: bool = False) -> str:
     r"""Return `text` on one line with what Markdown would read as markup escaped.
 

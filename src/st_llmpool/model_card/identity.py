@@ -1,0 +1,91 @@
+"""Names a model by its weights, so that mteb never mixes two models' results, and keeps the pictures of its card.
+
+The module code of a saved model calls :func:`identify_card` and :func:`copy_assets` where the package is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
+from sentence_transformers.util import load_dir_path
+
+logger = logging.getLogger(__name__)
+
+
+def identify_card(card: Any) -> None:
+    """Make card data give a name that is unique to the weights; a user's own class stays as it is."""
+    if type(card) is SentenceTransformerModelCardData:
+        card.__class__ = IdentifiedCardData
+    if isinstance(card, IdentifiedCardData):
+        card._from_hub = bool(card.base_model_revision) and not Path(str(card.base_model)).exists()
+
+
+def copy_assets(model: SentenceTransformer, root: Path) -> None:
+    """Copy the pictures of a loaded model's card to `root`: sentence-transformers keeps the text of the card only."""
+    name, where = getattr(model[0], "loaded_from", None) or ("", {})
+    try:
+        source = Path((name and load_dir_path(name, subfolder="assets", **where)) or "none")
+        if source.is_dir() and source.resolve() != (root / "assets").resolve():
+            shutil.copytree(source, root / "assets", dirs_exist_ok=True)
+    except (OSError, ValueError) as error:  # the Hub or the disk
+        logger.warning("The pictures of the card of %s could not be copied: %s", name, error)
+
+
+class IdentifiedCardData(SentenceTransformerModelCardData):
+    """Card data whose ``model_name`` is unique to the weights, since mteb files results under it.
+
+    None for a model as it was loaded from the Hub (mteb then takes id and commit), else ``local/<name>-<fingerprint>``,
+    computed when asked for. The card keeps the plain name.
+    """
+
+    _from_hub = _writing_card = False
+
+    @property
+    def model_name(self) -> str | None:
+        """The unique name."""
+        title: str | None = self.__dict__.get("model_name")
+        if self._writing_card or getattr(self, "model", None) is None:
+            return title
+        if self._from_hub and "generated_from_trainer" not in self.tags:
+            return None
+        slug = re.sub(r"[^\w.-]+", "-", title or "unnamed").strip("-.")
+        return f"local/{slug}-{fingerprint(self.model)[:12]}"
+
+    @model_name.setter
+    def model_name(self, title: str | None) -> None:
+        self.__dict__["model_name"] = title
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what goes into the card."""
+        self._writing_card = True
+        try:
+            return super().to_dict()
+        finally:
+            self._writing_card = False
+
+
+def fingerprint(model: SentenceTransformer) -> str:
+    """Return a hash of all that the vectors depend on: weights, module settings, tokenizer, prompts."""
+    settings: list[Any] = [model.prompts, model.default_prompt_name, model.truncate_dim, model.similarity_fn_name]
+    settings += [model.max_seq_length, [[type(module).__name__, module.get_config_dict()] for module in model]]
+    for config in (module.config for module in model.modules() if hasattr(module, "config")):
+        values = config.to_dict() if hasattr(config, "to_dict") else {"config": str(config)}
+        settings.append({key: values[key] for key in values.keys() - {"_name_or_path", "transformers_version"}})
+    tokenizer = getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
+    state = json.loads(tokenizer.to_str()) if hasattr(tokenizer, "to_str") else {"repr": repr(tokenizer)}
+    settings.append({key: state[key] for key in state.keys() - {"truncation", "padding"}})  # those of its last call
+    settings += [getattr(model.tokenizer, f"{action}_side", None) for action in ("padding", "truncation")]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):  # loading may register them in another order
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:40]
