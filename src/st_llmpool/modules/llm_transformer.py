@@ -296,7 +296,7 @@ class LLMTransformer(Transformer, PortableModule):
             count = len(self.tokenizer(prompt, verbose=False)["input_ids"])
             raise ConfigurationError(
                 f"The prompt {reprlib.repr(prompt)} takes {count} tokens of max_seq_length={limit} and leaves fewer "
-                f"than {ROOM_FOR_TEXT} to the text. Shorten it, or use max_seq_length={count + ROOM_FOR_TEXT}."
+                f"than {ROOM_FOR_TEXT} to the text. Shorten it, or use max_seq_length={count + ROOM_FOR_TEXT} or more."
             )
 
     def _get_prompt_length(self, prompt: str, **kwargs: Any) -> int | None:
