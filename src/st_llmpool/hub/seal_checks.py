@@ -161,10 +161,7 @@ def replacing_seal(folder: Path) -> Iterator[Callable[[SentenceTransformer], Fin
     if files and (found := [*differences(folder, files), *added]):
         changes = "; ".join(map(str, found))
     old, aside = folder / MANIFEST, folder / f".{MANIFEST}.old"
-    with reraise_as_write_error(old):
-        if old.exists():
-            old.rename(aside)
-        old.write_text('{"code": {}}', encoding="utf-8")  # as a version without seals: without any, nothing loads
+    had_seal = old.exists()
 
     def seal(model: SentenceTransformer) -> Finding:
         with reraise_as_write_error(old):
@@ -172,12 +169,17 @@ def replacing_seal(folder: Path) -> Iterator[Callable[[SentenceTransformer], Fin
         return Finding("seal", "ok", f"sealed; since the last seal: {changes}")
 
     try:
+        with reraise_as_write_error(old):
+            if had_seal:
+                old.rename(aside)
+            old.write_text('{"code": {}}', encoding="utf-8")  # as a version without seals: without any, nothing loads
         yield seal
     finally:
         if "files" not in read_manifest(folder):
-            old.unlink(missing_ok=True)
             if aside.exists():
-                aside.rename(old)
+                aside.replace(old)
+            elif not had_seal:
+                old.unlink(missing_ok=True)
         aside.unlink(missing_ok=True)
 
 
