@@ -363,8 +363,7 @@ def check_length(length: Any, config: PreTrainedConfig) -> None:
         raise ConfigurationError(f"max_seq_length={reprlib.repr(length)} must be a positive integer or None.")
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit and length > limit > 0:
-        kind = config.model_type
-        raise ConfigurationError(f"max_seq_length={length} is beyond the {limit} positions of this {kind}.")
+        raise ConfigurationError(f"max_seq_length={length} is beyond the {limit} positions; use at most {limit}.")
 
 
 def _init_with_tokenizer(module: Transformer, *args: Any, **kwargs: Any) -> None:

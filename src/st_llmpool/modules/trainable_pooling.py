@@ -30,9 +30,6 @@ class TrainablePooling(PortableModule):
         embedding_dimension: Hidden size D of the backbone and size of the embedding.
         readout_skip: Embedding = r + U · pooled, where r is the plain readout of the last layer. A subclass makes
             U, ``to_embedding``, by :func:`zero_linear`, so that training starts from the plain baseline.
-
-    Raises:
-        ConfigurationError: If a setting is of the wrong type or out of range.
     """
 
     #: What trainers use by default: these parameters start from scratch, the backbone's do not.
