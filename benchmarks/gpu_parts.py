@@ -109,6 +109,7 @@ def describe(run: Run) -> dict[str, str]:
 def correctness(run: Run) -> None:
     """Runs the tests that are marked `gpu`, then those that use a GPU wherever there is one; each test is a cell."""
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={TOP}", "--tb=short"]
+    options.append("--continue-on-collection-errors")
     recorder = Recorder(run)
     if run.quick:  # on a CPU they skip: one cheap file shows that they are found
         pytest.main([*options, "-m", "gpu", str(TOP / "tests/modules/test_trainable_pooling.py")], plugins=[recorder])
@@ -117,7 +118,8 @@ def correctness(run: Run) -> None:
     reading = "from st_llmpool.data import docstring_pairs; docstring_pairs('train')"
     subprocess.Popen([sys.executable, "-c", reading], start_new_session=True)
     pytest.main([*options, "-m", "gpu", *map(str, marked_files())], plugins=[recorder])
-    pytest.main([*options, "-m", "gpu or not gpu", *(str(TOP / node) for node in ALSO_ON_A_GPU)], plugins=[recorder])
+    for node in ALSO_ON_A_GPU:
+        pytest.main([*options, "-m", "gpu or not gpu", str(TOP / node)], plugins=[recorder])
 
 
 def marked_files() -> list[Path]:
@@ -135,6 +137,11 @@ class Recorder:
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
         """Leaves out a test that was run before: the process is a later one, after a crash or a hang."""
         return None if self.run.started(item.nodeid) else True
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Notes a file that cannot be imported."""
+        if report.failed and self.run.started(report.nodeid):
+            self.run.ended(report.nodeid, f"collection: {report.longrepr}"[-600:])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Notes how a test ended; a failed set-up is its end."""
