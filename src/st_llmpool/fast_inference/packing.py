@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
@@ -76,16 +77,22 @@ def run_packed(module: Any, features: dict[str, Any], spans: TokenSpans) -> dict
     del flat["attention_mask"]
     first_position = module._infer_flatten_position_offset()  # RoBERTa counts from two
     flat |= {"cu_seq_lens_q": offsets, "position_ids": position_ids_from(mask)[kept].unsqueeze(0) + first_position}
-    token = _ACTIVE.set(Texts(offsets, int(lengths.max())))
-    try:
+    with _within(Texts(offsets, int(lengths.max()))):
         outputs = module.run(flat, TokenSpans(spans.mask[kept], kept.nonzero()[:, 0], offsets[1:].long() - 1))
-    finally:
-        _ACTIVE.reset(token)
     found = {name: outputs[name] for name in OUTPUTS & outputs.keys()}
     tokens = found["token_embeddings"]
     found["token_embeddings"] = tokens.new_zeros(*mask.shape, tokens.shape[-1])
     found["token_embeddings"][kept] = tokens[0]
     return features | found
+
+
+@contextmanager
+def _within(texts: Texts) -> Iterator[None]:
+    token = _ACTIVE.set(texts)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
 
 
 def _attention(
@@ -97,7 +104,7 @@ def _attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise NotApplicable(f"the kernel has no {name}")
+            raise NotApplicable(f"the kernel knows no {name}")
     if attention_mask is not None:
         raise NotApplicable("its layers make a mask of their own")
     causal = kwargs.get("is_causal")
