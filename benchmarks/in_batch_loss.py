@@ -41,8 +41,8 @@ def in_chunks(rows: int, queries: Tensor, documents: Tensor) -> Tensor:
 
 def share_of_a_step(batch: int, width: int, tokens: int = 64) -> float:
     """Returns the FLOPs of the loss over those of embedding its texts, three times the forward, at Qwen2-0.5B shape."""
-    depth, hidden, heads, key_heads, inner = SHAPES["qwen2-0.5b"]
-    attention = hidden * hidden * (2 + 2 * key_heads / heads)
+    depth, hidden, heads, key_heads, head_dim, inner = SHAPES["qwen2-0.5b"]
+    attention = hidden * head_dim * (2 * heads + 2 * key_heads)
     forward = 2 * depth * (attention + 3 * hidden * inner) * tokens * 2 * batch
     return 2 * batch**2 * width / forward
 
