@@ -167,7 +167,9 @@ class AttentionReport:
         for layer in self.layers:
             alike = (layer.unpadded, layer.right, layer.left, ", ".join(layer.causal_parts))
             groups.setdefault(alike, []).append(layer)
-        rows = [("layers", "unpadded", "padded right", "padded left", "signal", "noise", "leak", "causal parts")]
+        rows: list[tuple[str, ...]] = [
+            ("layers", "unpadded", "padded right", "padded left", "signal", "noise", "leak", "causal parts")
+        ]
         for (*directions, parts), group in groups.items():
             signal = min(layer.signal for layer in group)
             noise, leak = max(layer.noise for layer in group), max(layer.leak for layer in group)

@@ -159,9 +159,9 @@ def _text_by_text(
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     for start, end in pairwise(texts.offsets.tolist()):
         seen = _window_mask(end - start, *window, query.device)
-        text = (part[:, :, start:end] for part in (queries, keys, values))
+        q, k, v = (part[:, :, start:end] for part in (queries, keys, values))
         is_causal = seen is None and window[1] == 0
-        found = scaled_dot_product_attention(*text, attn_mask=seen, is_causal=is_causal, scale=scale)
+        found = scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=is_causal, scale=scale)
         out[start:end] = found[0].transpose(0, 1)
     return out
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -188,8 +188,8 @@ def measured_attention(model: nn.Module) -> str:
 
 def random_ids(backbone: PreTrainedModel, *shape: int, generator: torch.Generator) -> Tensor:
     """Draw ids that no config field names as special, so that no token means padding or an image."""
-    special, weight = set(_special_ids(backbone.config.to_dict())), backbone.get_input_embeddings().weight
-    ordinary = torch.tensor([token for token in range(weight.shape[0]) if token not in special] or [0])
+    special, embeddings = set(_special_ids(backbone.config.to_dict())), cast(Any, backbone.get_input_embeddings())
+    ordinary = torch.tensor([token for token in range(len(embeddings.weight)) if token not in special] or [0])
     return ordinary[torch.randint(len(ordinary), shape, generator=generator)]
 
 

@@ -24,7 +24,7 @@ _LENGTH = 512  # tokens of the texts that scores are plotted against
 _FIGURES = {"flops": ("GFLOPs", ".3f", 1e9), "latency_ms": ("ms", ".1f", 1), "peak_memory_mb": ("MiB", ",.1f", 1)}
 _LINES = ("-", "--", ":", "-.")
 
-Curve = Sequence[Sequence[float]]
+Curve = Sequence[tuple[float, float]]
 _CURVES: dict[str, tuple[str, Callable[[RunRecord], Curve], str]] = {
     "loss": ("training loss", lambda run: run.training.get("losses") or [], "lower is better"),
     "validation": ("validation", lambda run: run.validation, "a curve that still rises at the end was cut short"),

@@ -177,7 +177,7 @@ def write_equality(document: Document, study: Study, records: Sequence[RunRecord
             files.setdefault(file, {}).setdefault(digest, []).append(record.id)
     for file, runs in files.items():
         if len(runs) > 1:
-            fewest = listed(min(runs.values(), key=len), most=6)
+            fewest = listed(sorted(runs.values(), key=len)[0], most=6)
             document.text(
                 f"{file} differs between runs: it is another file in {fewest}. Do not compare their scores with the "
                 f"others.",
