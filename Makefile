@@ -75,8 +75,9 @@ bench: $(VENV)/.installed-dev ## ours beside the plain alternative, time and mem
 	$(VENV)/bin/python benchmarks/run_all.py
 
 # Needs no environment: a bare machine has torch, and what it lacks is in build/gpu-wheels.
-gpu: ## everything that only a GPU can show, in nine minutes; tables in $(OUT)/gpu
-	$(PYTHON) scripts/gpu.py --out $(OUT)/gpu $(if $(wildcard build/gpu-wheels/*.whl),--wheels build/gpu-wheels)
+gpu: ## everything that only a GPU can show, in nine minutes; tables in $(OUT)/gpu (TEXT_DIR= to pretrain on)
+	$(PYTHON) scripts/gpu.py --out $(OUT)/gpu $(if $(wildcard build/gpu-wheels/*.whl),--wheels build/gpu-wheels) \
+		$(if $(TEXT_DIR),--text-dir $(TEXT_DIR))
 
 gpu-wheels: $(VENV)/.installed-dev ## collect the wheels that a bare GPU machine lacks
 	$(VENV)/bin/python scripts/gpu_wheels.py --out build/gpu-wheels

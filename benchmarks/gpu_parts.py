@@ -319,7 +319,7 @@ def learning(run: Run) -> None:
 
 def pretrain(run: Run, out: Path) -> list[Row]:
     """Pretrains a backbone like the built-in one from nothing."""
-    sizes = ["--steps", "2", "--batch-size", "1"] if run.quick else ["--steps", "3000", "--batch-size", "64"]
+    sizes = ["--steps", "2", "--batch-size", "1"] if run.quick else ["--steps", "2000", "--batch-size", "64"]
     script = [sys.executable, str(TOP / "scripts/pretrain_backbone.py"), "train"]
     subprocess.run([*script, "--text-dir", str(run.text_dir), "--out", str(out), *sizes], check=True)
     return []
