@@ -41,6 +41,7 @@ from harness import (
 )
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from transformers import AutoTokenizer
 
 import training
 from st_llmpool import DESIGNS, build_embedder, optimize_inference
@@ -318,7 +319,8 @@ def learning(run: Run) -> None:
 
 
 def pretrain(run: Run, out: Path) -> list[Row]:
-    """Pretrains a backbone like the built-in one from nothing."""
+    """Pretrains a backbone like the built-in one from nothing, with its tokenizer: training one takes longer."""
+    AutoTokenizer.from_pretrained(builtin_backbone()).save_pretrained(out / "tokenizer")
     sizes = ["--steps", "2", "--batch-size", "1"] if run.quick else ["--steps", "2000", "--batch-size", "64"]
     script = [sys.executable, str(TOP / "scripts/pretrain_backbone.py"), "train"]
     subprocess.run([*script, "--text-dir", str(run.text_dir), "--out", str(out), *sizes], check=True)
