@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,30 @@ def save_tiny_llm(
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Starts the one test that takes minutes first: at the end, the other workers would wait for it."""
     items.sort(key=lambda item: "test_sharing_table" not in item.nodeid)
+
+
+class _Warnings(logging.Handler):
+    """Collects what the package logs as a warning or worse."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.name}: {record.getMessage()}")
+
+
+@pytest.fixture(autouse=True)
+def a_clean_run_logs_no_warning(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test in which the package warns, unless it reads the log (`caplog`) or is marked `logs_warning`."""
+    handler, logger = _Warnings(), logging.getLogger("st_llmpool")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+    if "caplog" not in request.fixturenames and request.node.get_closest_marker("logs_warning") is None:
+        assert not handler.lines, "a clean run logs no warning; ask for it with caplog or @pytest.mark.logs_warning"
 
 
 @pytest.fixture(scope="session")

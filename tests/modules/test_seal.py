@@ -199,6 +199,15 @@ def test_an_adapter_is_not_saved_over_the_base_that_it_needs(tmp_path, saved_bef
     adapted.save_pretrained(str(tmp_path / "adapter"))
 
 
+def test_a_dora_adapter_is_not_saved_without_the_package_that_names_its_magnitudes(tiny_llm, tmp_path, monkeypatch):
+    adapted = build_embedder(tiny_llm, pooling="mean", peft_config={"r": 4, "use_dora": True}, verify=False)
+    adapted.save_pretrained(str(tmp_path / "model"))
+    monkeypatch.setattr(seal, "of_package", lambda module: None)
+    with pytest.raises(ConfigurationError, match="DoRA.*pip install st-llmpool"):
+        adapted.save_pretrained(str(tmp_path / "model"))
+    SentenceTransformer(str(tmp_path / "model"), trust_remote_code=True, device="cpu")  # of the save before
+
+
 def test_a_manifest_cannot_remove_files_outside_the_folder(model, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "mine.txt").write_text("")

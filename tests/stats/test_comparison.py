@@ -211,6 +211,8 @@ def test_metric_is_chosen_or_the_only_one():
         compare(table)
     assert only_pair(table, metric="recall").test.n == 1
     assert only_pair(table[table["metric"] == "recall"]).test.n == 1
+    with pytest.raises(ConfigurationError, match=r"no score 'map', it has recall.*--metric"):
+        only_pair(table[table["metric"] == "recall"], metric="map")
 
 
 @pytest.mark.parametrize(

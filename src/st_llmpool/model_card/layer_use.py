@@ -11,6 +11,7 @@ from sentence_transformers import SentenceTransformer
 from torch.nn.functional import cosine_similarity
 
 from ..modules.errors import ConfigurationError
+from ..utils.random_state import preserve_modes
 
 #: Default texts, of several kinds.
 SAMPLE_TEXTS = (
@@ -55,7 +56,6 @@ class LayerUse:
         return table
 
 
-@torch.no_grad()
 def layer_use(model: SentenceTransformer, texts: Sequence[str] = SAMPLE_TEXTS) -> LayerUse:
     """Measure how much the embeddings depend on each layer's summary.
 
@@ -78,9 +78,7 @@ def layer_use(model: SentenceTransformer, texts: Sequence[str] = SAMPLE_TEXTS) -
     """
     if len(texts) < 2:
         raise ConfigurationError(f"Layer use is measured on at least 2 texts; got {len(texts)}.")
-    was_training = model.training
-    model.eval()
-    try:
+    with preserve_modes(model):
         features = model.preprocess(list(texts))
         features = model[0]({name: _to(value, model.device) for name, value in features.items()})
         summaries = features.get("layer_summaries")
@@ -96,8 +94,6 @@ def layer_use(model: SentenceTransformer, texts: Sequence[str] = SAMPLE_TEXTS) -
             without[:, index] = silent[:, index]
             moved.append(_distance(full, _pool(model, features, without)))
         return LayerUse(tuple(model[0].layers), tuple(moved), _distance(full, _pool(model, features, silent)))
-    finally:
-        model.train(was_training)
 
 
 def _to(value: object, device: torch.device) -> object:

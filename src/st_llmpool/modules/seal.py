@@ -46,8 +46,11 @@ class Difference(NamedTuple):
 def begin_save(root: Path, model: nn.Module) -> None:
     """Make `root` unloadable until the save ends, and remove what an earlier one wrote and weights that would win."""
     for part in model.modules():
-        base = str(getattr(getattr(part, "config", None), "_name_or_path", ""))
-        if getattr(part, "peft_config", None) and base and Path(base).resolve() == root.resolve():
+        adapters = getattr(part, "peft_config", None) or {}
+        if any(getattr(adapter, "use_dora", False) for adapter in adapters.values()) and not of_package("adapters"):
+            raise ConfigurationError("Only st_llmpool saves a DoRA adapter so that it loads: pip install st-llmpool.")
+        base = getattr(getattr(part, "config", None), "_name_or_path", "")
+        if adapters and base and Path(base).resolve() == root.resolve():
             raise ConfigurationError(f"{root} holds the base that this adapter needs. Save it into another folder.")
     root.mkdir(parents=True, exist_ok=True)
     earlier = read_manifest(root)
@@ -73,10 +76,9 @@ def times_of_files(root: Path) -> dict[str, int]:
 
 def write_seal(root: Path, model: SentenceTransformer, names: Iterable[str]) -> None:
     """Write the manifest of `model`, saved in `root` as the files `names`."""
-    files = {name: record_of(root / name) for name in names}
     package = of_package("hub.seal_checks")
     probes = package.probe_record(model) if package else {"skipped": "saved without st_llmpool"}
-    write_manifest(root, {"files": files, "probes": probes})
+    write_manifest(root, {"files": {name: record_of(root / name) for name in names}, "probes": probes})
 
 
 def record_of(file: Path) -> dict[str, Any]:
@@ -94,10 +96,8 @@ def write_manifest(root: Path, manifest: Mapping[str, Any]) -> None:
 
 def read_manifest(root: Path) -> dict[str, Any]:
     """Return the manifest in `root`; empty unless it is as it was written. Those of older versions list code only."""
-    if not (root / MANIFEST).is_file():  # a pipe would never end
-        return {}
     try:
-        text = (root / MANIFEST).read_text(encoding="utf-8")
+        text = (root / MANIFEST).read_text(encoding="utf-8") if (root / MANIFEST).is_file() else ""  # no end in a pipe
         manifest = json.loads(text)
         sealed = manifest.pop("seal", None) is not None or "files" in manifest
         return manifest if not sealed or text == _with_own_hash(manifest) else {}

@@ -209,7 +209,7 @@ def compare(
     Args:
         results: What `read_results` returns, or a table with some of its columns.
         contrasts: At most six pre-registered comparisons, ``("A", "B")`` or ``"A:B"``, read as A minus B.
-        metric: The score to compare. A task that lacks it and has only one other is compared by that.
+        metric: The score to compare. A task without a main score that has only one other is compared by that.
         alpha: Level of significance.
         allow_mixed_revisions: Accept scores of one task on different dataset revisions, mteb versions, languages or
             queries; a note names them.
@@ -278,11 +278,11 @@ def _mixed(differences: Sequence[str], allowed: bool) -> list[str]:
 
 
 def _of_metric(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Return the rows of the wanted metric; of a task that lacks it, those of its only metric."""
+    """Return the rows of the wanted metric; of a task that lacks a main score, those of its only metric."""
     wanted = scores["metric"] == metric
     lacking = ~wanted.groupby(scores["task"]).transform("any")
     for task, metrics in scores[lacking].groupby("task")["metric"].unique().items():
-        if len(metrics) > 1:
+        if len(metrics) > 1 or metric != MAIN_SCORE:
             raise ConfigurationError(
                 f"task {task} has no score {metric!r}, it has {', '.join(map(str, metrics[:10]))}."
                 f"{nearest(metric, metrics)} Name the one to compare (metric, or --metric NAME)."

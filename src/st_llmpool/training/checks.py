@@ -19,7 +19,7 @@ from ..modules.llm_transformer import resolve_layers
 from ..modules.trainable_pooling import TrainablePooling
 from ..saved_embedder import is_saved_embedder, read_architecture
 from ..utils.extras import require
-from ..utils.random_state import preserve_rng_state
+from ..utils.random_state import preserve_modes
 from .freezing import check_freezing
 from .further_arguments import check_reports
 from .optimizers import check_optimizer
@@ -176,11 +176,9 @@ def check_views(embedder: SentenceTransformer, model: ModelSettings) -> None:
     if _adapter_drops(model):
         return
     features = batch_to_device(embedder.preprocess([_TEXT]), embedder.device)
-    was_training = embedder.training
-    embedder.train()
-    with preserve_rng_state(), torch.no_grad():
+    with preserve_modes(embedder):
+        embedder.train()
         first, second = (embedder(dict(features))["sentence_embedding"] for _ in range(2))
-    embedder.train(was_training)
     if torch.equal(first, second):
         raise _equal_views(type(embedder.transformers_model).__name__, model.base)
 
