@@ -656,7 +656,7 @@ def test_layers_of_several_streams_are_refused_by_name():
     layers = [nn.Identity(), nn.Identity()]
     hook_layers(layers, [1, 2])
     spans = TokenSpans.of({"attention_mask": torch.tensor([[1, 1, 0]])})
-    with capture_layers(spans, "mean"), pytest.raises(ConfigurationError, match=r"Layer 1 \(Identity\).*layers=\[\]"):
+    with capture_layers(spans, "mean"), pytest.raises(ConfigurationError, match=r"Identity returns.*layers=\[\]"):
         layers[0](torch.randn(4, 1, 3, 2))
 
 
