@@ -127,6 +127,13 @@ def test_an_output_place_that_cannot_be_used_is_refused_first(tmp_path, forbid_l
         evaluate("some/model", output_dir=tmp_path / "file" / "out", suite="squad")
 
 
+def test_data_that_cannot_be_downloaded_are_one_line_with_the_way_out(tmp_path, model, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"cannot be downloaded: .*network or a filled cache; a local suite") as error:
+        evaluate(model, benchmark="MTEB(eng, v2)", tasks=["STS12"], output_dir=tmp_path, show_progress=False)
+    assert "\n" not in str(error.value)
+
+
 def test_unknown_benchmark_is_refused_with_the_hint_of_mteb(tmp_path, forbid_loading, monkeypatch):
     def unknown(name):  # as the real one, which takes seconds to build its registry
         raise KeyError(f"'{name}' not found. Did you mean: MTEB(eng, v2)?")

@@ -203,7 +203,7 @@ def test_a_dora_adapter_is_not_saved_without_the_package_that_names_its_magnitud
     adapted = build_embedder(tiny_llm, pooling="mean", peft_config={"r": 4, "use_dora": True}, verify=False)
     adapted.save_pretrained(str(tmp_path / "model"))
     monkeypatch.setattr(seal, "of_package", lambda module: None)
-    with pytest.raises(ConfigurationError, match="DoRA.*pip install st-llmpool"):
+    with pytest.raises(ConfigurationError, match=r"DoRA.*pip install st-llmpool"):
         adapted.save_pretrained(str(tmp_path / "model"))
     SentenceTransformer(str(tmp_path / "model"), trust_remote_code=True, device="cpu")  # of the save before
 

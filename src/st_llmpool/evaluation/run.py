@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from ..fast_inference import optimized_inference
 from ..hub.loading import load_model
-from ..modules.errors import ConfigurationError, nearest
+from ..modules.errors import ConfigurationError, DataError, nearest
 from ..utils.extras import importing_mteb
 from ..utils.files import check_writable, write_atomically
 from ..utils.random_state import preserve_rng_state
@@ -91,7 +91,13 @@ def evaluate(
         meta, cache = encoder.mteb_model_meta, ResultCache(output_dir)
         _drop_stale(cache, meta, chosen)
         with optimized_inference(model) as used:
-            rows = run_tasks(encoder, chosen, cache, batch_size, show_progress)
+            try:
+                rows = run_tasks(encoder, chosen, cache, batch_size, show_progress)
+            except ConnectionError as error:
+                raise DataError(
+                    f"Data of mteb cannot be downloaded: {error}. mteb's own tasks need a network or a filled cache; a "
+                    f"local suite (suite=..., --suite) needs neither."
+                ) from error
     folder = cache.get_task_result_path(chosen[0].metadata.name, meta).parent
     result = EvaluationResult(str(meta.name), str(meta.revision), rows, folder, str(used))
     write_atomically(Path(output_dir) / "scores.json", result.to_json())
