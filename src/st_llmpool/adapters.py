@@ -40,7 +40,7 @@ _ABOUT_A_SAVE = {"base_model_name_or_path", "inference_mode", "peft_version", "r
 
 
 def lora_config(peft_config: PeftConfig | Mapping[str, Any] | str) -> PeftConfig:
-    """Returns the peft config for a user's short form.
+    """Return the peft config for a user's short form.
 
     Args:
         peft_config: A ``peft`` config (returned as it is), the fields of a ``LoraConfig`` as a dict, or ``"paper"``.
@@ -75,7 +75,7 @@ def lora_config(peft_config: PeftConfig | Mapping[str, Any] | str) -> PeftConfig
 
 
 def _check_fields(fields: Mapping[str, Any]) -> None:
-    """Checks what peft uses as it comes: "no" counts as true there, and no error says that a rate is out of range."""
+    """Check what peft uses as it comes: "no" counts as true there, and no error says that a rate is out of range."""
     from peft import LoraConfig
 
     for name, kind in get_type_hints(LoraConfig).items():
@@ -96,7 +96,7 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
 
 
 def check_peft() -> None:
-    """Checks that the installed transformers accepts the installed peft.
+    """Check that the installed transformers accepts the installed peft.
 
     Raises:
         ConfigurationError: If it is older.
@@ -115,7 +115,7 @@ def check_peft() -> None:
 
 
 def add_adapter(model: SentenceTransformer, peft_config: PeftConfig | Mapping[str, Any] | str) -> None:
-    """Adds a trainable PEFT adapter to the backbone; the pooling stays fully trainable.
+    """Add a trainable PEFT adapter to the backbone; the pooling stays fully trainable.
 
     Args:
         model: Changed in place.
@@ -142,7 +142,7 @@ def add_adapter(model: SentenceTransformer, peft_config: PeftConfig | Mapping[st
 
 
 def _try_training_forward(model: SentenceTransformer) -> None:
-    """Runs one text twice as in training: DoRA on 8-bit layers, for one, fails in the second forward."""
+    """Run one text twice as in training: DoRA on 8-bit layers, for one, fails in the second forward."""
     was_training = model.training
     with torch.random.fork_rng():
         model.train()
@@ -152,7 +152,7 @@ def _try_training_forward(model: SentenceTransformer) -> None:
 
 
 def misfit(asked: str, architecture: str, error: Exception) -> ConfigurationError:
-    """Returns the error for an adapter, as it was asked for, that does not fit a model, with the library's message."""
+    """Return the error for an adapter, as it was asked for, that does not fit a model, with the library's message."""
     words = " ".join(str(error).split()).rstrip(".")
     hint = "Use target_modules='all-linear', or names of its linear layers." if "target module" in words.lower() else ""
     return ConfigurationError(f"{asked} does not work on this {architecture}: {words}. {hint}".rstrip())
@@ -164,7 +164,7 @@ def has_adapter(model: SentenceTransformer) -> bool:
 
 
 def continue_adapter(model: SentenceTransformer, peft_config: PeftConfig | Mapping[str, Any] | str | None) -> None:
-    """Makes a loaded adapter trainable again.
+    """Make a loaded adapter trainable again.
 
     Args:
         model: A model whose backbone has an adapter; changed in place.
@@ -196,7 +196,7 @@ def _plain(value: Any) -> Any:
 
 
 def check_start(peft_config: Any, *, in_4_bits: bool) -> None:
-    """Refuses adapters that start from data or from changed weights of the base, or that no text would activate.
+    """Refuse adapters that start from data or from changed weights of the base, or that no text would activate.
 
     Only the adapter is saved: on the unchanged base, an adapter that started by changing it would give other vectors.
 
@@ -233,14 +233,14 @@ def check_start(peft_config: Any, *, in_4_bits: bool) -> None:
 
 
 def without_loftq(peft_config: Any) -> Any:
-    """Returns the config with the default initialisation in place of LoftQ, for which peft changes the base."""
+    """Return the config with the default initialisation in place of LoftQ, for which peft changes the base."""
     if getattr(peft_config, "init_lora_weights", None) != "loftq":
         return peft_config
     return dataclasses.replace(peft_config, init_lora_weights=True, loftq_config={})
 
 
 def start_at_quantization_error(backbone: nn.Module) -> None:
-    """Sets each adapter on a 4-bit layer to the best low-rank approximation of the quantisation error of its weight W.
+    """Set each adapter on a 4-bit layer to the best low-rank approximation of the quantisation error of its weight W.
 
     With Q the dequantised weight and the singular values of ``W − Q = U S Vᵀ``, ``A = √S Vᵀ`` and ``B = U √S`` of the r
     largest (over the adapter's scale), Q + scale · B A is the nearest to W of this rank. This is one step of LoftQ (Li
@@ -277,13 +277,13 @@ def start_at_quantization_error(backbone: nn.Module) -> None:
 
 
 def load_again(backbone: nn.Module, base: str, **kwargs: Any) -> Any:
-    """Loads a base again, with the class and from the commit of `backbone`, with or without an adapter."""
+    """Load a base again, with the class and from the commit of `backbone`, with or without an adapter."""
     loaded: Any = backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone  # type: ignore[operator]
     return type(loaded).from_pretrained(base, revision=getattr(loaded.config, "_commit_hash", None), **kwargs)
 
 
 def is_in_4_bits(model: nn.Module) -> bool:
-    """Returns whether a model has 4-bit layers of bitsandbytes."""
+    """Return whether a model has 4-bit layers of bitsandbytes."""
     return any(_is_in_4_bits(module) for module in model.modules())
 
 
@@ -311,7 +311,7 @@ def tidy_adapter(folder: Path) -> None:
 
 
 def merge_adapter(model: SentenceTransformer, source: Path) -> None:
-    """Replaces the backbone of `model` with its base and the adapter merged, in place.
+    """Replace the backbone of `model` with its base and the adapter merged, in place.
 
     The base is loaded again: after merging a reloaded adapter, transformers keeps the adapter's weight names, and the
     model it then saves loads with random weights. A base in 4 or 8 bits is dequantised, so that the merged model gives

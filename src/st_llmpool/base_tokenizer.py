@@ -23,7 +23,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, *, add_eos_token: bool
 
 
 def append_eos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Makes `tokenizer` end every text in a special token, also a truncated one; a BOS that it adds by itself stays.
+    """Make `tokenizer` end every text in a special token, also a truncated one; a BOS that it adds by itself stays.
 
     A tokenizer whose own template ends texts in special tokens (``<|endoftext|>`` where EOS is another, [SEP],
     a language code) keeps that ending and gets no second one: it is what the model was trained to read. Any other
@@ -57,7 +57,7 @@ def append_eos(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives `tokenizer` a padding token if it has none: a spare special token, else EOS.
+    """Give `tokenizer` a padding token if it has none: a spare special token, else EOS.
 
     Which one does not matter to the embedding, because masks come from ``attention_mask`` and never from
     comparing ids.
@@ -84,7 +84,7 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
 @contextmanager
 def without_truncation(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Clears the truncation and padding of a tokenizer's last call inside, and restores them afterwards.
+    """Clear the truncation and padding of a tokenizer's last call inside, and restore them afterwards.
 
     A fast tokenizer keeps both, and would save them in ``tokenizer.json``.
     """
@@ -103,7 +103,7 @@ def without_truncation(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
 
 
 def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Returns the ids that the tokenizer adds before and after a text, such as ``([bos], [eos])``."""
+    """Return the ids that the tokenizer adds before and after a text, such as ``([bos], [eos])``."""
     with without_truncation(tokenizer):
         special = tokenizer("a")["input_ids"]
         plain = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -114,7 +114,7 @@ def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
 
 
 def ends_every_text(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Returns whether a text, an empty one and a truncated one all end in the same special tokens."""
+    """Return whether a text, an empty one and a truncated one all end in the same special tokens."""
     before, after = special_tokens_around(tokenizer)
     if not after:
         return False
@@ -126,7 +126,7 @@ def ends_every_text(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _keep_ending_when_reloaded(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Makes a tokenizer generic whose class (GPTNeoXTokenizer, ...) builds a post-processor of its own at load."""
+    """Make a tokenizer generic whose class (GPTNeoXTokenizer, ...) builds a post-processor of its own at load."""
     if type(tokenizer) is PreTrainedTokenizerFast:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +138,7 @@ def _keep_ending_when_reloaded(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, before: list[int], after: list[int]) -> processors.PostProcessor:
-    """Returns a post-processor that adds `before` and `after` to a text."""
+    """Return a post-processor that adds `before` and `after` to a text."""
     names = {index: tokenizer.convert_ids_to_tokens(index) for index in (*before, *after)}
     first = [f"{names[index]}:0" for index in before]
     last = [names[index] for index in after]

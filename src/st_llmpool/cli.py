@@ -50,12 +50,12 @@ def _resumable(folder: Path) -> Iterator[None]:
 
 
 def _shipped(folder: str) -> str:
-    """Returns the names of the YAML files in a folder of the package."""
+    """Return the names of the YAML files in a folder of the package."""
     return ", ".join(sorted(file.stem for file in (Path(__file__).parent / folder).glob("*.yaml")))
 
 
 def _option(text: str, *names: str, **settings: Any) -> Any:
-    """Returns an option with its help text."""
+    """Return an option with its help text."""
     return typer.Option(*names, help=text, **settings)
 
 

@@ -58,11 +58,11 @@ class PoolingSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def reads_with(self, pooling_kwargs: Mapping[str, Any]) -> str:
-        """Returns what the pooling reads when built with these options."""
+        """Return what the pooling reads when built with these options."""
         return pooling_kwargs.get("reads", self.reads)
 
     def build(self, backbone: LLMTransformer, pooling_kwargs: Mapping[str, Any]) -> Module:
-        """Returns the pooling module for `backbone`.
+        """Return the pooling module for `backbone`.
 
         Raises:
             ConfigurationError: If an option is unknown or out of range.
@@ -76,7 +76,7 @@ class PoolingSpec:
             raise ConfigurationError(f"pooling_kwargs={dict(pooling_kwargs)} do not fit: {error}.") from error
 
     def resolved(self, pooling_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the options that ``module`` is called with: the fixed ones, then the preset's, then those given.
+        """Return the options that ``module`` is called with: the fixed ones, then the preset's, then those given.
 
         Raises:
             ConfigurationError: If the preset is unknown.
@@ -124,7 +124,7 @@ class Design:
     pooling_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def as_kwargs(self) -> dict[str, Any]:
-        """Returns the arguments for :func:`build_embedder`."""
+        """Return the arguments for :func:`build_embedder`."""
         return {"attention": self.attention, "pooling": self.pooling, "pooling_kwargs": dict(self.pooling_kwargs)}
 
 
@@ -172,7 +172,7 @@ def build_embedder(
     revision: str | None = None,
     token: bool | str | None = None,
 ) -> SentenceTransformer:
-    """Builds a sentence-transformers model from a base LLM and proves its attention on the loaded weights.
+    """Build a sentence-transformers model from a base LLM and prove its attention on the loaded weights.
 
     If the base is a saved embedder, of ours or any sentence-transformers model on a Transformer, all of it is kept:
     modules, weights, prompts, EOS, attention, and the adapter, which stays trainable.
@@ -276,7 +276,7 @@ def build_embedder(
 
 
 def resolve_base(base: str) -> str:
-    """Returns the Hub id or folder of a base; ``builtin`` becomes the folder in the package.
+    """Return the Hub id or folder of a base; ``builtin`` becomes the folder in the package.
 
     Example:
         >>> resolve_base("Qwen/Qwen3-0.6B")

@@ -29,7 +29,7 @@ MAX_SEQ_LENGTH = 64  # tokens; enough for a summary and the start of its text, a
 def quickstart(
     output_dir: str | Path, *, steps: int = 70, documents: int = 500, console: Console | None = None
 ) -> dict[str, float]:
-    """Trains design 5 on docstrings, shows the gain on unseen packages, and answers three searches.
+    """Train design 5 on docstrings, show the gain on unseen packages, and answer three searches.
 
     Args:
         output_dir: Folder for the model, the checkpoints and mteb's result files.
@@ -130,7 +130,7 @@ def _verdict(scores: dict[str, float]) -> str:
 
 
 def _reload(model: SentenceTransformer, folder: Path) -> float:
-    """Returns the largest difference from the vectors of a fresh process, padded on either side and one by one."""
+    """Return the largest difference from the vectors of a fresh process, padded on either side and one by one."""
     fresh = embed_in_fresh_process(folder.resolve(), trust_remote_code=True)
     difference = float(np.abs(fresh - model.encode(list(PROBES))).max())
     if difference > TOLERANCE:

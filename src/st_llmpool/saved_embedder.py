@@ -32,7 +32,7 @@ _TRAINED_WITH = ("attention", "layers", "layer_readout", "add_eos_token")
 
 
 def is_saved_embedder(base: str, *, revision: str | None = None, token: bool | str | None = None) -> bool:
-    """Returns whether a folder or Hub id holds a sentence-transformers model rather than a bare language model.
+    """Return whether a folder or Hub id holds a sentence-transformers model rather than a bare language model.
 
     Example:
         >>> from st_llmpool.data import builtin_backbone
@@ -43,7 +43,7 @@ def is_saved_embedder(base: str, *, revision: str | None = None, token: bool | s
 
 
 def read_architecture(base: str, **hub: Any) -> PreTrainedConfig:
-    """Returns the backbone's config of a base model, a saved embedder or an adapter.
+    """Return the backbone's config of a base model, a saved embedder or an adapter.
 
     Args:
         base: Hub id or folder.
@@ -80,7 +80,7 @@ class SavedEmbedder:
 
     @classmethod
     def read(cls, base: str, **hub: Any) -> SavedEmbedder:
-        """Reads ``modules.json``.
+        """Read ``modules.json``.
 
         Raises:
             ConfigurationError: If it cannot be read, or the first module is not a Transformer.
@@ -111,7 +111,7 @@ class SavedEmbedder:
     def check_pooling(
         self, name: str | None, module: Callable[..., Module], options: Mapping[str, Any], given: bool
     ) -> None:
-        """Checks that the saved pooling is the requested one.
+        """Check that the saved pooling is the requested one.
 
         Args:
             name: The requested pooling; None accepts the saved one.
@@ -146,7 +146,7 @@ class SavedEmbedder:
             )
 
     def load(self, settings: Mapping[str, Any], *, keep: bool, **kwargs: Any) -> SentenceTransformer:
-        """Loads the embedder with all its modules.
+        """Load the embedder with all its modules.
 
         Args:
             settings: Settings of :class:`LLMTransformer`; None keeps what was saved.
@@ -194,7 +194,7 @@ class _BackboneLoader:
         return LLMTransformer(model_name_or_path, **settings | dict(self.wanted))
 
     def _translated(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Converts the settings of a Transformer of sentence-transformers to those of an LLMTransformer."""
+        """Convert the settings of a Transformer of sentence-transformers to those of an LLMTransformer."""
         read = settings["modality_config"]
         if set(read) - {"text", "message"} or read.get("text", {}).get("method_output_name") != "last_hidden_state":
             raise ConfigurationError(
@@ -221,7 +221,7 @@ class _BackboneLoader:
 
 
 def _name_prompts_of_other_lengths(model: SentenceTransformer) -> None:
-    """Warns of prompts with which sentence-transformers excludes a token of the text too."""
+    """Warn of prompts with which sentence-transformers excludes a token of the text too."""
     for name, prompt in model.prompts.items():
         before, now = (
             kind._get_prompt_length(model[0], prompt) if prompt else 0 for kind in (Transformer, type(model[0]))

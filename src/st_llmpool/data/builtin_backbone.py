@@ -8,7 +8,7 @@ from ..modules.errors import DataError
 
 
 def builtin_backbone() -> str:
-    """Returns the folder of the built-in backbone, for `build_embedder` or any `from_pretrained`.
+    """Return the folder of the built-in backbone, for `build_embedder` or any `from_pretrained`.
 
     A Llama-type causal language model of 3.9 million parameters (6 layers, hidden size 192, RoPE, RMSNorm,
     grouped-query attention, tied embeddings, byte-level BPE of 8,192 tokens), pretrained on English Wikipedia

@@ -86,7 +86,7 @@ class DocstringPair:
 def docstring_pairs(
     split: Split = "train", *, sources: Sequence[SourceTree] | None = None, cache_dir: str | Path | None = None
 ) -> list[DocstringPair]:
-    """Returns (query, positive, negative) rows made from installed docstrings.
+    """Return (query, positive, negative) rows made from installed docstrings.
 
     The query is the first sentence, or the summary line where that has no full stop; the positive is the rest of the
     docstring; the negative is the rest of the next docstring of the same module. Docstrings without a body of
@@ -119,7 +119,7 @@ def docstring_pairs(
 def docstrings(
     split: Split = "train", *, sources: Sequence[SourceTree] | None = None, cache_dir: str | Path | None = None
 ) -> list[Docstring]:
-    """Returns complete docstrings, those without a body too, each text once; arguments as in `docstring_pairs`.
+    """Return complete docstrings, those without a body too, each text once; arguments as in `docstring_pairs`.
 
     A text that occurs in several splits is kept in test before validation before train, so that no copy of an
     evaluation text is trained on.
@@ -132,7 +132,7 @@ def docstrings(
 
 
 def split_of(distribution: str) -> str:
-    """Returns the split that all docstrings of a distribution belong to.
+    """Return the split that all docstrings of a distribution belong to.
 
     Example:
         >>> split_of("networkx"), split_of("huggingface_hub"), split_of("torch")
@@ -143,7 +143,7 @@ def split_of(distribution: str) -> str:
 
 
 def installed_sources() -> list[SourceTree]:
-    """Lists the source of the installed distributions and the standard library, sorted by name, without ours.
+    """List the source of the installed distributions and the standard library, sorted by name, without ours.
 
     Distributions that record no Python files are left out, and so are editable installs, whose files may change while
     their version stays.
@@ -162,7 +162,7 @@ def installed_sources() -> list[SourceTree]:
 
 
 def split_summary(text: str) -> tuple[str, str]:
-    r"""Returns the first sentence, or the summary line where it has no full stop, and the rest.
+    r"""Return the first sentence, or the summary line where it has no full stop, and the rest.
 
     Example:
         >>> split_summary("Sorts a list, e.g. in reverse. The sort is stable.\nIt needs no memory.")
@@ -181,13 +181,13 @@ def _check_split(split: str) -> None:
 
 
 def _normalised(distribution: str) -> str:
-    """Returns the name as package indexes compare it (PEP 503)."""
+    """Return the name as package indexes compare it (PEP 503)."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 @cache
 def _all_pairs(sources: tuple[SourceTree, ...] | None, cache_dir: str | Path | None) -> list[DocstringPair]:
-    """Returns the pairs of all splits; a query or body that occurs again is dropped where it comes later."""
+    """Return the pairs of all splits; a query or body that occurs again is dropped where it comes later."""
     modules: defaultdict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     seen: set[tuple[str, str]] = set()
     for row in _load(sources, cache_dir):
@@ -208,7 +208,7 @@ def _all_pairs(sources: tuple[SourceTree, ...] | None, cache_dir: str | Path | N
 
 
 def _load(sources: Sequence[SourceTree] | None, cache_dir: str | Path | None) -> list[Docstring]:
-    """Returns the docstrings of all splits, from the cache if these sources were read before."""
+    """Return the docstrings of all splits, from the cache if these sources were read before."""
     sources = installed_sources() if sources is None else sources
     trees = [[source.distribution, source.version, str(source.root), source.files] for source in sources]
     fingerprint = hashlib.sha256(json.dumps([_CACHE_FORMAT, trees]).encode()).hexdigest()[:16]
@@ -223,7 +223,7 @@ def _load(sources: Sequence[SourceTree] | None, cache_dir: str | Path | None) ->
 
 
 def _unique(sources: Iterable[SourceTree]) -> Iterator[Docstring]:
-    """Yields each text once, of evaluation sources first; shows a bar on a terminal's error stream."""
+    """Yield each text once, of evaluation sources first; show a bar on a terminal's error stream."""
     from rich.console import Console
     from rich.progress import track
 
@@ -237,12 +237,12 @@ def _unique(sources: Iterable[SourceTree]) -> Iterator[Docstring]:
 
 
 def _key(text: str) -> str:
-    """Returns what two texts that count as the same have in common."""
+    """Return what two texts that count as the same have in common."""
     return " ".join(text.lower().split())
 
 
 def _extract(source: SourceTree) -> Iterator[Docstring]:
-    """Yields the docstrings of a distribution; passes over tests, vendored copies and what cannot be parsed."""
+    """Yield the docstrings of a distribution; skip tests, vendored copies and what cannot be parsed."""
     for file in source.files:
         folders = PurePosixPath(file).parts[:-1]
         if _SKIPPED_FOLDERS.isdisjoint(folders) and ".." not in folders and (tree := _parsed(source.root / file)):
@@ -265,7 +265,7 @@ def _parsed(path: Path) -> ast.Module | None:
 
 
 def _walk(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """Yields names and docstrings of a node and all below it, definitions inside `if` and `try` included."""
+    """Yield names and docstrings of a node and all below it, definitions inside `if` and `try` included."""
     if isinstance(node, ast.Module | _DEFINITIONS) and (docstring := ast.get_docstring(node, clean=False)):
         yield name, docstring
     for block in _BLOCKS:
@@ -274,7 +274,7 @@ def _walk(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _prose(docstring: str) -> str:
-    """Returns the prose, one paragraph a line, without doctests, directives and underlines; "" if it is no English."""
+    """Return the prose, one paragraph a line, without doctests, directives and underlines; "" if it is no English."""
     paragraphs = []
     for block in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
         prose = takewhile(lambda line: not line.lstrip().startswith(_CODE_STARTS), block.splitlines())
@@ -287,5 +287,5 @@ def _prose(docstring: str) -> str:
 
 
 def _cut(text: str, limit: int) -> str:
-    """Returns at most `limit` characters, complete words."""
+    """Return at most `limit` characters, complete words."""
     return text if len(text) <= limit else text[:limit].rsplit(maxsplit=1)[0]

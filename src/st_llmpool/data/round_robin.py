@@ -32,7 +32,7 @@ class Assignment:
 def round_robin(
     pool: np.ndarray, target: np.ndarray, count: int, *, candidates: int | None = None, block_scores: int = BLOCK_SCORES
 ) -> Assignment:
-    """Assigns to each target row in turn its most similar remaining row of the pool (RDS+, arXiv 2503.01807, alg. 1).
+    """Assign to each target row in turn its most similar remaining row of the pool (RDS+, arXiv 2503.01807, alg. 1).
 
     Ties go to the first row. With more target rows than rows to select, the target rows that get one are spread evenly.
 
@@ -84,7 +84,7 @@ def round_robin(
 def _candidates(
     pool: np.ndarray, target: np.ndarray, is_left: np.ndarray, size: int, block: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns scores and rows (M, size) of each target's best among the rows that are left, best first; -1 if none."""
+    """Return scores and rows (M, size) of each target's best among the rows that are left, best first; -1 if none."""
     scores = np.full((len(target), size), -np.inf, dtype=np.float32)
     rows = np.full((len(target), size), -1, dtype=np.int64)
     for start in range(0, len(pool), block):

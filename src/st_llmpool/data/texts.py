@@ -49,7 +49,7 @@ class TextSettings:
         return self.as_pairs().label
 
     def as_pairs(self) -> DatasetSettings:
-        """Returns the set with each text as a query and as its own positive, for a loss that compares two views."""
+        """Return the set with each text as a query and as its own positive, for a loss that compares two views."""
         column = "positive" if self.source == DOCSTRINGS else self.column
         return DatasetSettings(
             source=self.source,
@@ -63,7 +63,7 @@ class TextSettings:
 
 
 def load_texts(settings: TextSettings) -> Dataset:
-    r"""Loads one set.
+    r"""Load one set.
 
     Returns:
         A ``datasets.Dataset`` with the column ``text``.
@@ -90,7 +90,7 @@ def load_texts(settings: TextSettings) -> Dataset:
 
 
 def load_views(settings: TextSettings) -> Dataset:
-    """Returns each text of `settings` twice, in the columns ``query`` and ``positive``; raises as :func:`load_texts`.
+    """Return each text of `settings` twice, in the columns ``query`` and ``positive``; raises as :func:`load_texts`.
 
     Example:
         >>> load_views(TextSettings("docstrings")).column_names  # doctest: +SKIP

@@ -79,7 +79,7 @@ class DatasetSettings:
 
 
 def load_pairs(settings: DatasetSettings, num_negatives: int | None = None) -> Dataset:
-    """Loads one set.
+    """Load one set.
 
     Args:
         settings: Where it is and what its columns mean.
@@ -120,7 +120,7 @@ def load_pairs(settings: DatasetSettings, num_negatives: int | None = None) -> D
 
 
 def read_rows(settings: DatasetSettings) -> Dataset:
-    """Returns the rows of `settings` with all their columns.
+    """Return the rows of `settings` with all their columns.
 
     Raises:
         DataError: If the file or the dataset is missing or cannot be read.
@@ -138,7 +138,7 @@ def read_rows(settings: DatasetSettings) -> Dataset:
 
 
 def source_path(source: str) -> Path:
-    """Returns the path that a source may be; ``~`` is the user's home."""
+    """Return the path that a source may be; ``~`` is the user's home."""
     try:
         return Path(source or "nothing").expanduser()
     except RuntimeError:  # the home of a user who does not exist
@@ -200,7 +200,7 @@ def _has_no_rows(path: Path) -> bool:
 
 
 def _csv_options(path: Path) -> dict[str, Any]:
-    """Reads every cell as text: a reader that guesses turns "NA" into nothing and "007" into 7."""
+    """Read every cell as text: a reader that guesses turns "NA" into nothing and "007" into 7."""
     import csv
 
     from datasets import Features, Value
@@ -252,7 +252,7 @@ def _find_columns(settings: DatasetSettings, found: Sequence[str]) -> dict[str, 
 
 
 def _negatives(settings: DatasetSettings, rows: Dataset, names: Sequence[str]) -> list[Any]:
-    """Returns one column for each hard negative; a column of lists becomes as many as its lists are long."""
+    """Return one column for each hard negative; a column of lists becomes as many as its lists are long."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -289,7 +289,7 @@ def _keep_negatives(settings: DatasetSettings, negatives: Sequence[Any], wanted:
 
 
 def check_texts(settings: DatasetSettings, name: str, column: Any) -> None:
-    """Refuses an Arrow column that holds anything but text, or blank text.
+    """Refuse an Arrow column that holds anything but text, or blank text.
 
     Raises:
         DataError: With the row, and what to do.

@@ -64,7 +64,7 @@ class Diagnosis:
         return not any((finding.check, finding.status) == ("code", "skipped") for finding in self.findings)
 
     def to_rich(self) -> Table:
-        """Returns a table for the terminal."""
+        """Return a table for the terminal."""
         table = Table(title=f"doctor: {self.model}", title_justify="left")
         table.add_column("check", no_wrap=True)
         table.add_column("status", no_wrap=True)
@@ -82,7 +82,7 @@ def doctor(
     device: str | None = None,
     seal: bool = False,
 ) -> Diagnosis:
-    """Checks a model: first its files, without running any of them, then the loaded model.
+    """Check a model: first its files, without running any of them, then the loaded model.
 
     A model whose code equals the installed package's is loaded with the installed classes. Other code is run only with
     `trust_remote_code`; without it, the checks end before the model is loaded.
@@ -135,7 +135,7 @@ def doctor(
 
 
 def check_files(folder: Path) -> Iterator[Finding]:
-    """Yields the findings on a folder's files, without running any; an unreadable file is one too.
+    """Yield the findings on a folder's files, without running any; an unreadable file is one too.
 
     Args:
         folder: A saved model.
@@ -218,7 +218,7 @@ def _header_error(file: Path) -> str | None:
 
 
 def _weights_of_config(folder: Path, *, trusted: bool) -> Finding:
-    """Compares names and shapes of the backbone's weights with its config.
+    """Compare names and shapes of the backbone's weights with its config.
 
     transformers initialises missing weights at random, and drops layers beyond the config's number.
     """
@@ -259,7 +259,7 @@ def _adapter_base(file: Path) -> Finding:
 
 
 def _check_code(folder: Path, *, trusted: bool) -> Finding:
-    """Compares the folder's code, and every reference to code, with the installed package."""
+    """Compare the folder's code, and every reference to code, with the installed package."""
     code = find_code(folder)
     idle = f"; nothing refers to {', '.join(code.idle)}, so loading does not run it" if code.idle else ""
     if not code.to_trust:
@@ -272,7 +272,7 @@ def _check_code(folder: Path, *, trusted: bool) -> Finding:
 
 
 def _check_loaded(model: SentenceTransformer) -> Iterator[Finding]:
-    """Checks of the model in memory; a check that raises one of our errors is a failed finding."""
+    """Check of the model in memory; a check that raises one of our errors is a failed finding."""
     for name, check in _LOADED_CHECKS.items():
         try:
             yield check(model)
@@ -350,7 +350,7 @@ def _prompts(model: SentenceTransformer) -> Finding:
 
 
 def _fast_inference(model: SentenceTransformer) -> Finding:
-    """Compares the fast paths with the plain forward, and reports which the model may use."""
+    """Compare the fast paths with the plain forward, and report which the model may use."""
     with optimized_inference(model) as used:
         return Finding("fast inference", "ok", str(used))
 

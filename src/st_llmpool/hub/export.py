@@ -38,7 +38,7 @@ def export(
     merge: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Writes a copy of a saved model, and keeps it only if a fresh process computes the same vectors from it.
+    """Write a copy of a saved model, and keep it only if a fresh process computes the same vectors from it.
 
     Args:
         model: Folder of the saved model.
@@ -85,7 +85,7 @@ def export(
 
 
 def _tolerance(backbone: Any) -> float:
-    """Returns the largest allowed difference between the vectors of the copy and of the original."""
+    """Return the largest allowed difference between the vectors of the copy and of the original."""
     quantization = getattr(backbone.config, "quantization_config", None)
     rounds = getattr(quantization, "load_in_8bit", False)  # these layers round their inputs too
     computed_in = {backbone.get_input_embeddings().weight.dtype, getattr(quantization, "bnb_4bit_compute_dtype", None)}
@@ -93,13 +93,13 @@ def _tolerance(backbone: Any) -> float:
 
 
 def foreign_types(folder: Path) -> list[str]:
-    """Returns the classes in modules.json that are not sentence-transformers' own; a native model has none."""
+    """Return the classes in modules.json that are not sentence-transformers' own; a native model has none."""
     types = [module["type"] for module in read_json(folder / "modules.json")]
     return [reference for reference in types if not reference.startswith("sentence_transformers.")]
 
 
 def has_native_form(folder: Path, *, merge: bool) -> bool:
-    """Returns whether the design may have a native form: only the backbone is ours, and no adapter stays unmerged.
+    """Return whether the design may have a native form: only the backbone is ours, and no adapter stays unmerged.
 
     Args:
         folder: A saved model; only its list of modules is read.
@@ -124,7 +124,7 @@ def _check_native(model: SentenceTransformer, *, has_adapter: bool) -> None:
 
 
 def _make_native(model: SentenceTransformer, folder: Path) -> None:
-    """Rewrites the saved files to refer only to classes of sentence-transformers, and removes our code."""
+    """Rewrite the saved files to refer only to classes of sentence-transformers, and remove our code."""
     modules = read_json(folder / "modules.json")
     for entry, module in zip(modules, model, strict=True):
         if getattr(module, "is_st_llmpool_module", False):
@@ -142,7 +142,7 @@ def _make_native(model: SentenceTransformer, folder: Path) -> None:
 
 
 def _edit_json(file: Path, **changes: object) -> None:
-    """Sets keys of a JSON file; None removes the key."""
+    """Set keys of a JSON file; None removes the key."""
     values = read_json_object(file) | changes
     kept = {key: value for key, value in values.items() if not (key in changes and value is None)}
     file.write_text(json.dumps(kept, indent=2), encoding="utf-8")
@@ -165,7 +165,7 @@ def _compare(folder: Path, expected: dict[str, np.ndarray], *, tolerance: float,
 
 
 def _write_card(model: SentenceTransformer, source: Path, folder: Path, *, native: bool, merged: bool) -> None:
-    """Copies the card and its figures, or regenerates the card if the exported form is loaded in another way."""
+    """Copy the card and its figures, or regenerate the card if the exported form is loaded in another way."""
     if (native or merged) and hasattr(model[0], "layer_readout"):
         write_card_of(model, folder, earlier=source / "README.md", run=source.parent, given={}, native=native)
     elif (source / "README.md").is_file():

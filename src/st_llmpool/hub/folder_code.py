@@ -69,7 +69,7 @@ class FolderCode:
 
 
 def find_code(folder: Path, *, follow_base: bool = True) -> FolderCode:
-    """Searches every JSON and Python file of a saved model, at any depth, for code and references to code.
+    """Search every JSON and Python file of a saved model, at any depth, for code and references to code.
 
     Args:
         folder: A saved model. Symbolic links are followed, pipes and devices are not opened.
@@ -113,7 +113,7 @@ def find_code(folder: Path, *, follow_base: bool = True) -> FolderCode:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Yields the regular files below `folder`, following links, each folder once."""
+    """Yield the regular files below `folder`, following links, each folder once."""
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         here = os.path.realpath(place)
@@ -126,13 +126,13 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _installed(name: str) -> Path | None:
-    """Returns the installed package's module file of that name."""
+    """Return the installed package's module file of that name."""
     files = (_PACKAGE / folder / name for folder in ("modules", "poolings"))
     return next((file for file in files if "/" not in name and name != "__init__.py" and file.is_file()), None)
 
 
 def _same_in(file: Path, name: str) -> str | None:
-    """Returns the folder of the installed package with an identical file; None if there is none."""
+    """Return the folder of the installed package with an identical file; None if there is none."""
     installed = _installed(name)
     if installed is None or _HEADER.sub(CODE_HEADER, _text(file), count=1) != saved_code(installed):
         return None
@@ -140,7 +140,7 @@ def _same_in(file: Path, name: str) -> str | None:
 
 
 def _difference(file: Path, name: str) -> str:
-    """Describes a file with the name of a module of the package and other content, most often of another version."""
+    """Describe a file with the name of a module of the package and other content, most often of another version."""
     header = _HEADER.match(_text(file))
     return f"{name} (says st_llmpool {header[1]}, and differs from the installed {__version__})" if header else name
 
@@ -153,7 +153,7 @@ def _text(file: Path) -> str:
 
 
 def _leaves(file: Path) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yields the true and non-empty values of a JSON file as text, each with its path of keys.
+    """Yield the true and non-empty values of a JSON file as text, each with its path of keys.
 
     Numbers are skipped: a tokenizer's vocabulary maps every word, and so every key, to one.
     """

@@ -34,7 +34,7 @@ np.save(order["result"], np.stack(vectors))
 def embed_in_fresh_process(
     folder: Path, texts: Sequence[str] = PROBES, *, prompt: str = "", trust_remote_code: bool
 ) -> np.ndarray:
-    """Loads `folder` with plain sentence-transformers in a new interpreter and embeds `texts` in four ways.
+    """Load `folder` with plain sentence-transformers in a new interpreter and embed `texts` in four ways.
 
     Args:
         folder: A saved model.

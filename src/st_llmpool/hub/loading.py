@@ -31,7 +31,7 @@ def load_model(
     module_classes: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> SentenceTransformer:
-    """Loads a saved model, with the installed package's code only unless `trust_remote_code` is set.
+    """Load a saved model, with the installed package's code only unless `trust_remote_code` is set.
 
     sentence-transformers asks for `trust_remote_code` for every module that is not its own. If the folder's code equals
     the installed package's, the installed classes are used instead: no flag is needed, and no code of the folder runs.
@@ -73,7 +73,7 @@ def load_model(
 
 @contextmanager
 def checked_code(name: str, folder: Path | None) -> Iterator[FolderCode]:
-    """Refuses untrusted code before a load inside the block, and re-raises library errors as a one-line `DataError`.
+    """Refuse untrusted code before a load inside the block, and re-raises library errors as a one-line `DataError`.
 
     Args:
         name: Name of the model in messages.
@@ -98,7 +98,7 @@ def checked_code(name: str, folder: Path | None) -> Iterator[FolderCode]:
 
 
 def foreign_code_error(name: str, code: FolderCode) -> ConfigurationError:
-    """Returns the error for a model that needs untrusted code.
+    """Return the error for a model that needs untrusted code.
 
     Args:
         name: Folder or Hub id.
@@ -113,7 +113,7 @@ def foreign_code_error(name: str, code: FolderCode) -> ConfigurationError:
 def _load_with_classes(
     name: str, classes: dict[str, str], others: Mapping[str, Any], **options: Any
 ) -> SentenceTransformer:
-    """Loads a model with given classes, through a private method of sentence-transformers 6.2.
+    """Load a model with given classes, through a private method of sentence-transformers 6.2.
 
     Args:
         name: Folder or Hub id.
@@ -133,7 +133,7 @@ def _load_with_classes(
 
 
 def _code_of(name: str, revision: str | None, token: str | None) -> tuple[Path, str | None]:
-    """Returns a folder with all JSON and Python files of a model, and their commit."""
+    """Return a folder with all JSON and Python files of a model, and their commit."""
     if os.path.isdir(name):
         return Path(name), revision
     if "/" not in name and name.lower() not in ORIGINAL_TRANSFORMER_MODELS:  # as sentence-transformers does

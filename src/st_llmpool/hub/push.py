@@ -62,7 +62,7 @@ class Pushed:
     removed: tuple[str, ...]
 
     def how_to_load(self) -> str:
-        """Returns the line of Python that loads the model, and its requirements as a comment."""
+        """Return the line of Python that loads the model, and its requirements as a comment."""
         arguments = [f'"{self.repo_id}"']
         arguments += [f'revision="{self.revision}"'] if self.revision != "main" else []
         arguments += [] if self.native else ["trust_remote_code=True"]
@@ -87,7 +87,7 @@ def push(
     token: str | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Pushed:
-    """Checks a model and uploads it in one commit.
+    """Check a model and upload it in one commit.
 
     Args:
         model: Folder of a saved model, or a loaded model.
@@ -154,7 +154,7 @@ def push(
 def _repository_name(
     api: HfApi, repo_id: str | None, model: SentenceTransformer | str | Path, *, proposes: bool
 ) -> str:
-    """Returns `user/name`; a missing token or a namespace of others is an error before anything is computed."""
+    """Return `user/name`; a missing token or a namespace of others is an error before anything is computed."""
     if repo_id is None and isinstance(model, SentenceTransformer):
         raise ConfigurationError("A loaded model has no folder name to use. Pass repo_id='user/name'.")
     name = repo_id or _default_name(Path(str(model)).resolve())
@@ -180,7 +180,7 @@ def _repository_name(
 
 
 def _default_name(folder: Path) -> str:
-    """Returns the folder's name, or the run's for the folder ``model`` of a run."""
+    """Return the folder's name, or the run's for the folder ``model`` of a run."""
     is_run = any((folder.parent / file).is_file() for file in ("training.json", "recipe.yaml"))
     named_after = folder.parent if folder.name == "model" and is_run else folder
     if named_after.name == "model" or not slug(named_after.name):
@@ -189,7 +189,7 @@ def _default_name(folder: Path) -> str:
 
 
 def _refuse_public(api: HfApi, repo_id: str) -> None:
-    """Refuses a public repository, which would stay public: creating one that exists changes nothing."""
+    """Refuse a public repository, which would stay public: creating one that exists changes nothing."""
     with _explained(f"Looking for {repo_id}"):
         public = api.repo_exists(repo_id) and not api.model_info(repo_id).private
     if public:
@@ -260,7 +260,7 @@ def _commit(
     message: str | None,
     progress: Callable[[str], None],
 ) -> Pushed:
-    """Creates the repository if needed and commits on the very state that the deletions were computed from."""
+    """Create the repository if needed and commit on the very state that the deletions were computed from."""
     with _explained(f"Opening {repo_id}"):
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if revision is not None and not revision.startswith("refs/"):
@@ -302,7 +302,7 @@ def _commit(
 
 
 def _model_files(folder: Path) -> Iterator[Path]:
-    """Yields the files to upload: all but hidden files, caches, checkpoints and training state."""
+    """Yield the files to upload: all but hidden files, caches, checkpoints and training state."""
     for file in sorted(folder.rglob("*")):
         parts = file.relative_to(folder).parts
         skipped = any(part.startswith((".", "checkpoint-")) or part == "__pycache__" for part in parts)
@@ -311,7 +311,7 @@ def _model_files(folder: Path) -> Iterator[Path]:
 
 
 def _listed_files(api: HfApi, repo_id: str, commit: str | None) -> set[str]:
-    """Returns the files in the manifest of an earlier push; manifests of early versions list code only."""
+    """Return the files in the manifest of an earlier push; manifests of early versions list code only."""
     with _explained(f"Reading {MANIFEST} of {repo_id}"):
         file = api.hf_hub_download(repo_id, MANIFEST, revision=commit)
     try:
@@ -348,7 +348,7 @@ def _explained(doing: str) -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """Returns the message of the error and, unless that is an HTTP status, of its cause."""
+    """Return the message of the error and, unless that is an HTTP status, of its cause."""
     first = " ".join(str(error).split())[:300]
     cause = error.__cause__
     return first if cause is None or hasattr(error, "response") else f"{first} {_cause(cause)}"

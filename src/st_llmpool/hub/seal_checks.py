@@ -61,7 +61,7 @@ class Finding:
 
 
 def seal_findings(folder: Path) -> Iterator[Finding]:
-    """Compares every sealed file with its hash and names added files, without running any."""
+    """Compare every sealed file with its hash and name added files, without running any."""
     manifest = read_manifest(folder)
     files = manifest.get("files")
     if not files:
@@ -80,7 +80,7 @@ def seal_findings(folder: Path) -> Iterator[Finding]:
 
 
 def probe_finding(folder: Path, model: SentenceTransformer) -> Finding:
-    """Compares the vectors of the probe texts with those recorded in the seal."""
+    """Compare the vectors of the probe texts with those recorded in the seal."""
     recorded = read_manifest(folder).get("probes", {})
     if "vectors" not in recorded:
         return Finding("probe vectors", "skipped", recorded.get("skipped", "the model is not sealed"))
@@ -99,7 +99,7 @@ def probe_finding(folder: Path, model: SentenceTransformer) -> Finding:
 
 
 def probe_record(model: SentenceTransformer) -> dict[str, Any]:
-    """Returns what the seal records of the probe texts: vectors, dtype and device, or why there are none.
+    """Return what the seal records of the probe texts: vectors, dtype and device, or why there are none.
 
     The module code of a saved model calls this by name wherever the package is installed.
     """
@@ -115,7 +115,7 @@ def probe_record(model: SentenceTransformer) -> dict[str, Any]:
 
 
 def probe_vectors(model: SentenceTransformer) -> Tensor:
-    """Returns 32 projections of the probe texts' vectors (6, 32), in one batch and one by one; `model` is unchanged."""
+    """Return 32 projections of the probe texts' vectors (6, 32), in one batch and one by one; `model` is unchanged."""
     with preserve_modes(model):
         batches = [model.preprocess(list(texts)) for texts in (PROBES, *([text] for text in PROBES))]
         vectors = [model(batch_to_device(batch, model.device))["sentence_embedding"] for batch in batches]
@@ -125,7 +125,7 @@ def probe_vectors(model: SentenceTransformer) -> Tensor:
 
 
 def files_to_seal(root: Path) -> list[str]:
-    """Returns the files of a saved model that decide its vectors, as paths below `root`.
+    """Return the files of a saved model that decide its vectors, as paths below `root`.
 
     These are what loaders read at the root, the modules' folders, and the code that is named in `modules.json` or an
     `auto_map`; a file that somebody else put there is not among them.
@@ -145,7 +145,7 @@ def files_to_seal(root: Path) -> list[str]:
 
 @contextmanager
 def replacing_seal(folder: Path) -> Iterator[Callable[[SentenceTransformer], Finding]]:
-    """Sets the seal aside inside the block, and yields a function that writes a new one.
+    """Set the seal aside inside the block, and yield a function that writes a new one.
 
     Args:
         folder: A saved model, with or without a seal. Its old seal is restored unless the function is called.
@@ -190,7 +190,7 @@ def _unsealed(folder: Path) -> Finding:
 
 
 def _read_json_or_empty(file: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file; empty if there is none that can be read."""
+    """Return the object in a JSON file; empty if there is none that can be read."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

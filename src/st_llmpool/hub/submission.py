@@ -110,7 +110,7 @@ def submission(
     device: str | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Writes results, `model_meta.json`, the `ModelMeta` source file and mteb's mock run into a new folder.
+    """Write results, `model_meta.json`, the `ModelMeta` source file and mteb's mock run into a new folder.
 
     Args:
         model: Hub id, or the folder that was pushed as `name` at `revision`.
@@ -169,7 +169,7 @@ def submission(
 def model_meta(
     model: SentenceTransformer, name: str, revision: str, authorship: Authorship, card: dict[str, Any] | None = None
 ) -> ModelMeta:
-    """Returns the description of a loaded model that mteb asks for.
+    """Return the description of a loaded model that mteb asks for.
 
     Args:
         model: The model, as loaded from `name` at `revision`.
@@ -233,7 +233,7 @@ def model_meta(
 
 
 def meta_source(meta: ModelMeta) -> str:
-    """Returns the source file for the pull request to mteb; it is parsed but not run.
+    """Return the source file for the pull request to mteb; it is parsed but not run.
 
     Raises:
         ConfigurationError: If it is not Python, or uses a name that it does not import.
@@ -255,7 +255,7 @@ def meta_source(meta: ModelMeta) -> str:
 
 
 def _published(model: str, name: str | None, revision: str | None, token: str | None) -> tuple[str, str]:
-    """Returns the public Hub id and commit of the model."""
+    """Return the public Hub id and commit of the model."""
     if Path(model).is_dir():
         if name is None or not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
             raise ConfigurationError(
@@ -297,7 +297,7 @@ def _embedding_parameters(model: SentenceTransformer) -> int | None:
 
 
 def _find_results(cache: ResultCache, meta: ModelMeta, weights: str, progress: Callable[[str], None]) -> list[_Result]:
-    """Returns the results of this model on tasks of mteb; results under its Hub id win over those of a folder."""
+    """Return the results of this model on tasks of mteb; results under its Hub id win over those of a folder."""
     place = cache.cache_path / "results" if (cache.cache_path / "results").is_dir() else cache.cache_path
     folders = [place / meta.model_name_as_path() / str(meta.revision)]
     folders += sorted(place.glob(f"local__*/{weights}")) + sorted(place.glob(f"local__*-{weights[:12]}/*"))
@@ -337,7 +337,7 @@ def _read_result(path: Path) -> _Result:
 
 
 def _copy_results(cache: ResultCache, meta: ModelMeta, found: list[_Result]) -> None:
-    """Copies results to the Hub id's place in mteb's layout, where mteb also writes the description."""
+    """Copy results to the Hub id's place in mteb's layout, where mteb also writes the description."""
     for result in found:
         cache.save_to_cache(TaskResult.from_disk(result.path), meta)
     # mteb records this copying as if it were the run; the settings recorded when the tasks ran replace that.
@@ -362,7 +362,7 @@ def _variable(name: str) -> str:
 
 
 def _guide(meta: ModelMeta, benchmark: str, tasks: Sequence[AbsTask], found: list[_Result], source: Path) -> str:
-    """Returns instructions for the submission, with a list of missing tasks."""
+    """Return instructions for the submission, with a list of missing tasks."""
     missing = _missing(tasks, found)
     coverage = f"{len(tasks) - len(missing)} of {len(tasks)} tasks of {benchmark} have all their results."
     if missing:
@@ -385,7 +385,7 @@ Revision `{meta.revision}`, {meta.n_parameters:,} parameters, pooling included. 
 
 
 def _missing(tasks: Sequence[AbsTask], found: list[_Result]) -> list[str]:
-    """Returns the tasks of a benchmark that lack a split or a subset, or all of them."""
+    """Return the tasks of a benchmark that lack a split or a subset, or all of them."""
     paths = {result.task: result.path for result in found}
     names = {task.metadata.name: task for task in tasks}
     absent = [name for name in names if name not in paths]

@@ -87,12 +87,12 @@ def distill(model: SentenceTransformer, settings: LossSettings, parts: LossParts
 
 
 def scaled_cosine(first: Tensor, second: Tensor, *, scale: float) -> Tensor:
-    """Returns the scaled cosine similarity of each row (B, D) to the other's, (B,)."""
+    """Return the scaled cosine similarity of each row (B, D) to the other's, (B,)."""
     return pairwise_cos_sim(first, second) * scale
 
 
 def teacher_scores(pairs: Dataset, teacher: SentenceTransformer, *, scale: float, batch_size: int) -> Dataset:
-    """Adds the teacher's scaled cosine similarities of each query to its documents as the column ``label``.
+    """Add the teacher's scaled cosine similarities of each query to its documents as the column ``label``.
 
     `pairs` has the columns ``query``, ``positive`` and negatives; the teacher reads them with its own prompts.
     """
@@ -133,7 +133,7 @@ LOSSES: dict[str, LossSpec] = {
 
 
 def build_loss(model: SentenceTransformer, settings: LossSettings, parts: LossParts | None = None) -> nn.Module:
-    """Builds the loss that `settings` describe, with its other inputs, if any.
+    """Build the loss that `settings` describe, with its other inputs, if any.
 
     Raises:
         ConfigurationError: If the model has fewer dimensions than ``matryoshka_dims`` ask for.
@@ -153,7 +153,7 @@ def build_loss(model: SentenceTransformer, settings: LossSettings, parts: LossPa
 
 
 def check_loss(settings: LossSettings) -> None:
-    """Checks the loss's name, and that its options apply and are complete.
+    """Check the loss's name, and that its options apply and are complete.
 
     Raises:
         ConfigurationError: With the nearest known name, or the losses that have the option.
@@ -175,7 +175,7 @@ def check_loss(settings: LossSettings) -> None:
 
 
 def check_columns(datasets: Mapping[str, Dataset], settings: LossSettings) -> None:
-    """Checks that datasets have the hard negatives that the loss needs, and no more than it supports.
+    """Check that datasets have the hard negatives that the loss needs, and no more than it supports.
 
     Raises:
         DataError: With what to change.

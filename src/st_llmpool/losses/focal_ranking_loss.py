@@ -35,7 +35,7 @@ class _WithObjective:
         self.objective = RankingObjective(focal_gamma, detach_focal, mixing)
 
     def get_config_dict(self) -> dict[str, Any]:
-        """Returns the settings that a model card lists."""
+        """Return the settings that a model card lists."""
         return {**super().get_config_dict(), **self.objective.get_config_dict()}  # type: ignore[misc]
 
 
@@ -73,7 +73,7 @@ class FocalRankingLoss(_WithObjective, MultipleNegativesRankingLoss):
     """
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor:
-        """Returns the loss; embeddings are the columns, each (B, D).
+        """Return the loss; embeddings are the columns, each (B, D).
 
         Raises:
             InputError: If there is no column of positives.
@@ -109,7 +109,7 @@ class CachedFocalRankingLoss(_WithObjective, CachedMultipleNegativesRankingLoss)
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """Returns the loss of embeddings (column, mini-batch, texts), and propagates back if asked."""
+        """Return the loss of embeddings (column, mini-batch, texts), and propagate back if asked."""
         if self.objective.is_plain:
             return super().calculate_loss(reps, labels, with_backward=with_backward)
         queries, *columns = (torch.cat(parts) for parts in reps)

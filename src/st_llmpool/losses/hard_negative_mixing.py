@@ -50,11 +50,11 @@ class HardNegativeMixing(TrainerCallback):
         return self.settings.count > 0 and self.step >= self.settings.start_step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Reads the trainer's step."""
+        """Read the trainer's step."""
         self.step = state.global_step
 
     def mix(self, documents: Tensor, scores: Tensor, *, rows: Tensor, batch_size: int) -> Tensor:
-        """Returns the mixed negatives (Q, M, D), of length 1; M is 0 where there are not two negatives to mix.
+        """Return the mixed negatives (Q, M, D), of length 1; M is 0 where there are not two negatives to mix.
 
         Args:
             documents: (N, D).
@@ -75,7 +75,7 @@ class HardNegativeMixing(TrainerCallback):
         return F.normalize(torch.cat(mixed, dim=1), dim=2)
 
     def draw(self, batch_size: int, hardest: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns a, b and λ of every pair of this step, each (batch_size, pairwise)."""
+        """Return a, b and λ of every pair of this step, each (batch_size, pairwise)."""
         generator = np.random.default_rng([self.seed, self.step])
         size = (batch_size, self.settings.pairwise)
         first = generator.integers(hardest, size=size)
@@ -83,7 +83,7 @@ class HardNegativeMixing(TrainerCallback):
         return torch.from_numpy(first), torch.from_numpy(second), torch.from_numpy(generator.random(size))
 
     def _pairs(self, chosen: Tensor, rows: Tensor, batch_size: int) -> Tensor:
-        """Returns the pair-wise mixed negatives (Q, pairwise, D), not yet of length 1."""
+        """Return the pair-wise mixed negatives (Q, pairwise, D), not yet of length 1."""
         first, second, weight = (part.to(rows.device)[rows] for part in self.draw(batch_size, chosen.shape[1]))
         query = torch.arange(len(chosen), device=chosen.device).unsqueeze(1)
         return torch.lerp(chosen[query, second], chosen[query, first], weight.unsqueeze(2).to(chosen.dtype))

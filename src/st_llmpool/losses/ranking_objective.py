@@ -57,7 +57,7 @@ class RankingObjective:
         return self.focal_gamma == 0 and not (self.mixing is not None and self.mixing.is_on)
 
     def losses(self, queries: Tensor, documents: Tensor, positives: Tensor, *, scale: float, batch_size: int) -> Tensor:
-        """Returns the weighted loss of each query (Q,).
+        """Return the weighted loss of each query (Q,).
 
         Args:
             queries: (Q, D).
@@ -81,13 +81,13 @@ class RankingObjective:
         return (weights.detach() if self.detach_focal else weights) * losses
 
     def get_config_dict(self) -> dict[str, Any]:
-        """Returns the settings that a model card lists."""
+        """Return the settings that a model card lists."""
         mixing = None if self.mixing is None else vars(self.mixing.settings)
         return {"focal_gamma": self.focal_gamma, "detach_focal": self.detach_focal, "mixing": mixing}
 
 
 def gather_documents(columns: Sequence[Tensor], *, gather_across_devices: bool) -> tuple[Tensor, Tensor, int]:
-    """Concatenates the documents of the batch, over all processes if asked.
+    """Concatenate the documents of the batch, over all processes if asked.
 
     Args:
         columns: Positives, then each column of hard negatives, all (B, D).

@@ -53,7 +53,7 @@ class BatchTrial:
     seconds: float | None = None
 
     def describe(self) -> str:
-        """Returns it in words.
+        """Return it in words.
 
         Example:
             >>> BatchTrial(64, fits=True, memory=7.5, seconds=1.0).describe()
@@ -63,7 +63,7 @@ class BatchTrial:
 
 
 def free_memory() -> float:
-    """Returns the GiB that are free on the GPU, or on this machine if it has none."""
+    """Return the GiB that are free on the GPU, or on this machine if it has none."""
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     return free / GIB
 
@@ -71,7 +71,7 @@ def free_memory() -> float:
 def largest_batch(
     recipe: Recipe, memory: float, *, at_most: int = 4096, on_trial: Callable[[BatchTrial], None] = lambda trial: None
 ) -> list[BatchTrial]:
-    """Tries batch sizes, each in a process of its own that trains two steps on texts of the full length.
+    """Try batch sizes, each in a process of its own that trains two steps on texts of the full length.
 
     From ``training.batch_size`` on it doubles or halves, then bisects until the largest that fits is known to an
     eighth. What is tried is the recipe's own training (model, adapter, loss, precision, optimizer) on one process; its
@@ -118,7 +118,7 @@ def largest_batch(
 
 
 def batch_table(trials: list[BatchTrial], memory: float) -> Table:
-    """Returns the trials for a terminal.
+    """Return the trials for a terminal.
 
     Example:
         >>> batch_table([BatchTrial(64, True, 7.5, 1.0), BatchTrial(128, False)], memory=8).row_count
@@ -137,7 +137,7 @@ def batch_table(trials: list[BatchTrial], memory: float) -> Table:
 
 
 def _recipe_of(recipe: Recipe, size: int, columns: int, instruction: str | None, folder: Path) -> Recipe:
-    """Returns the recipe with this batch, on rows of texts that are longer than the model reads."""
+    """Return the recipe with this batch, on rows of texts that are longer than the model reads."""
     rng = random.Random(0)
     names = ["query", "positive", *(f"negative_{number}" for number in range(1, columns - 1))]
 
@@ -186,7 +186,7 @@ def _try(recipe: Recipe, folder: Path, memory: float) -> BatchTrial:
 
 
 def _wait(process: psutil.Popen, limit: int) -> int:
-    """Waits for a process to end, and on a CPU ends it when it takes too much."""
+    """Wait for a process to end, and on a CPU ends it when it takes too much."""
     while True:
         try:
             return int(process.wait(_INTERVAL))
@@ -212,7 +212,7 @@ class _Stopwatch(TrainerCallback):
 
 
 def run_trial(recipe_file: str, memory: int) -> int:
-    """Runs one trial in this process, which may run out of memory; a CPU's memory is watched from outside.
+    """Run one trial in this process, which may run out of memory; a CPU's memory is watched from outside.
 
     Writes a JSON object with the peak in bytes (reserved by torch on a GPU, resident on a CPU) and the seconds of the
     last step, or the reason why the recipe is refused.

@@ -57,7 +57,7 @@ class Selection:
     note: dict[str, Any]
 
     def to_rich(self) -> Group:
-        """Returns the note for a terminal."""
+        """Return the note for a terminal."""
         tables: list[Any] = [self.note["inference"]]
         for column, counts in self.note["histograms"].items():
             table = Table(column, "chosen", title=f"Chosen by {column}", title_justify="left")
@@ -87,7 +87,7 @@ def select(
     trust_remote_code: bool = False,
     console: Console | None = None,
 ) -> Selection:
-    """Selects `count` rows of the pool that are similar to the target (RDS+, Ivison et al. 2025, arXiv 2503.01807).
+    """Select `count` rows of the pool that are similar to the target (RDS+, Ivison et al. 2025, arXiv 2503.01807).
 
     A text x with last hidden states h_1..h_T is the mean Σ_t w_t h_t with w_t = t / Σ_s s, of length 1: under causal
     attention the later tokens have seen more. Then each target row in turn is assigned the remaining row with the
@@ -202,7 +202,7 @@ def _text_columns(source: str, rows: Dataset, wanted: Sequence[str]) -> list[str
 
 
 def _check_columns(sources: dict[str, Dataset], by: str | None) -> None:
-    """Refuses pools whose rows cannot stand in one file."""
+    """Refuse pools whose rows cannot stand in one file."""
     import pyarrow as pa
 
     for source, rows in sources.items():
@@ -218,7 +218,7 @@ def _check_columns(sources: dict[str, Dataset], by: str | None) -> None:
 
 
 def _check_texts(source: str, rows: Dataset, columns: Sequence[str]) -> None:
-    """Refuses a row without text, before the rows in front of it are embedded for nothing."""
+    """Refuse a row without text, before the rows in front of it are embedded for nothing."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -243,7 +243,7 @@ def _check_texts(source: str, rows: Dataset, columns: Sequence[str]) -> None:
 
 
 def _encoder(model: str, max_length: int, trust_remote_code: bool) -> SentenceTransformer:
-    """Returns a model that gives the position-weighted mean of the last hidden states, of length 1."""
+    """Return a model that gives the position-weighted mean of the last hidden states, of length 1."""
     base = resolve_base(model)
     try:
         if is_sentence_transformer_model(base):
@@ -270,7 +270,7 @@ def _vectors(
     batch_size: int,
     advance: Callable[[int], None],
 ) -> Iterator[np.ndarray]:
-    """Yields the vectors (C, D) of the rows, a chunk at a time."""
+    """Yield the vectors (C, D) of the rows, a chunk at a time."""
     start = 0
     for chunk in rows.select_columns(list(columns)).iter(batch_size=CHUNK):
         texts = [_text(dict(zip(chunk, row, strict=True)), columns) for row in zip(*chunk.values(), strict=True)]
@@ -292,7 +292,7 @@ def _text(row: Mapping[str, Any], columns: Sequence[str]) -> str:
 
 @contextmanager
 def _vectors_file(folder: Path, rows: int, dimension: int) -> Iterator[np.ndarray]:
-    """Gives an array (N, D) in a file without a name, which is gone afterwards and after a kill."""
+    """Give an array (N, D) in a file without a name, which is gone afterwards and after a kill."""
     with TemporaryFile(dir=folder) as file:
         yield np.memmap(file, dtype=np.float32, mode="w+", shape=(rows, dimension))
 
@@ -307,7 +307,7 @@ def _bar(total: int, console: Console | None) -> Iterator[Callable[[int], None]]
 
 
 def _chosen(sources: dict[str, Dataset], assigned: Assignment) -> pa.Table:
-    """Returns the chosen rows with what is added to them, in the order of choosing."""
+    """Return the chosen rows with what is added to them, in the order of choosing."""
     import pyarrow as pa
 
     ends = np.cumsum([len(rows) for rows in sources.values()])

@@ -72,7 +72,7 @@ def soup(
     trust_remote_code: bool = False,
     token: str | None = None,
 ) -> Soup:
-    """Averages models, backbone and pooling (Wortsman et al. 2022, arXiv 2203.05482).
+    """Average models, backbone and pooling (Wortsman et al. 2022, arXiv 2203.05482).
 
     Without `validation` and `suite` the soup is uniform: the mean of all models. With one of them it is greedy (recipe
     1 of the paper): starting from the best model, each next one is kept if the score of the average does not drop.
@@ -136,7 +136,7 @@ def soup(
 
 
 def average(weights: Sequence[Mapping[str, Tensor]]) -> Weights:
-    """Returns the mean of state dicts, computed in at least float32 and returned in the first one's dtypes.
+    """Return the mean of state dicts, computed in at least float32 and returned in the first one's dtypes.
 
     Tensors that are not floating point are those of the first.
 
@@ -262,7 +262,7 @@ def _check_agreement(first: _Ingredient, other: _Ingredient) -> None:
 
 
 def _config(model: Any) -> dict[str, Any]:
-    """Returns the fields of the backbone's config that affect the embeddings."""
+    """Return the fields of the backbone's config that affect the embeddings."""
     settings = model.config.to_dict().items()
     return {f"config.{key}": value for key, value in settings if key not in _NOT_COMPARED and not key.startswith("_")}
 
@@ -274,7 +274,7 @@ def _rules(tokenizer: Any) -> list[Any]:
 
 
 def _reset_card(model: SentenceTransformer, number: int) -> None:
-    """Replaces the first model's card, whose training and results are not the soup's."""
+    """Replace the first model's card, whose training and results are not the soup's."""
     model._model_card_text = None
     model.model_card_data = EmbedderCardData(model_name=f"Average of {number} models", local_files_only=True)
     model.model_card_data.register_model(model)

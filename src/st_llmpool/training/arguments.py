@@ -19,7 +19,7 @@ T = TypeVar("T", bound=TrainingArguments)
 
 
 def shared_arguments(training: TrainingSettings, folder: Path, *, learning_rate: float, seed: int) -> dict[str, Any]:
-    """Returns keyword arguments of a ``TrainingArguments`` for a run in `folder`."""
+    """Return keyword arguments of a ``TrainingArguments`` for a run in `folder`."""
     precision = precision_of(training.precision)
     return {
         "output_dir": str(folder / "checkpoints"),
@@ -55,7 +55,7 @@ def shared_arguments(training: TrainingSettings, folder: Path, *, learning_rate:
 
 
 def trainer_arguments(kind: type[T], **values: Any) -> T:
-    """Builds the trainer's arguments, on one GPU per process.
+    """Build the trainer's arguments, on one GPU per process.
 
     Args:
         kind: ``TrainingArguments`` or a subclass.
@@ -76,7 +76,7 @@ def trainer_arguments(kind: type[T], **values: Any) -> T:
 
 
 def enable_gradient_checkpointing(backbone: Any) -> None:
-    """Makes a transformers model recompute activations in the backward pass instead of storing them."""
+    """Make a transformers model recompute activations in the backward pass instead of storing them."""
     if hasattr(backbone, "activation_checkpointing_enable"):  # transformers 5.23 renamed it
         backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
@@ -84,12 +84,12 @@ def enable_gradient_checkpointing(backbone: Any) -> None:
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """Returns the dtype of frozen weights for a recipe's precision."""
+    """Return the dtype of frozen weights for a recipe's precision."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision_of(precision)]
 
 
 def precision_of(wanted: str) -> str:
-    """Returns ``bf16``, ``fp16`` or ``fp32``; ``auto`` is the first on a GPU that has it and the last elsewhere."""
+    """Return ``bf16``, ``fp16`` or ``fp32``; ``auto`` is the first on a GPU that has it and the last elsewhere."""
     if wanted != "auto":
         return wanted
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"

@@ -22,24 +22,24 @@ class ElapsedTimeCallback(TrainerCallback, ExportableState):
         self.seconds = seconds
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts counting from where the checkpoint left off."""
+        """Start counting from where the checkpoint left off."""
         # The trainer restores either all callbacks or none, so this one restores itself.
         self.seconds = self.seconds or _saved_seconds(state)
         self._last = time.monotonic()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Adds the time since the last step."""
+        """Add the time since the last step."""
         now = time.monotonic()
         self.seconds += now - self._last
         self._last = now
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return {"args": {}, "attributes": {"seconds": self.seconds}}
 
 
 def seconds_of(trainer: Trainer) -> float:
-    """Returns the seconds of a trainer's run; from its checkpoint, if it had nothing left to train."""
+    """Return the seconds of a trainer's run; from its checkpoint, if it had nothing left to train."""
     counted = next(
         callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ElapsedTimeCallback)
     )
@@ -62,7 +62,7 @@ class RichProgress(TrainerCallback):
         self._progress: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts the live line."""
+        """Start the live line."""
         if not state.is_world_process_zero:
             return
         self._progress = Progress(
@@ -80,12 +80,12 @@ class RichProgress(TrainerCallback):
         self._progress.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advances the live line."""
+        """Advance the live line."""
         if self._progress is not None:
             self._progress.update(self._task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Shows the numbers of a log entry."""
+        """Show the numbers of a log entry."""
         if self._progress is None or not logs or "train_runtime" in logs:
             return
         numbers = describe(logs)
@@ -95,7 +95,7 @@ class RichProgress(TrainerCallback):
             self._progress.console.print(f"step {state.global_step}/{state.max_steps}  {numbers}", highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ends the live line, and prints the last numbers."""
+        """End the live line, and print the last numbers."""
         is_live = self._progress is not None and self.console.is_terminal
         self.close()
         last = next((entry for entry in reversed(state.log_history) if "loss" in entry), None)
@@ -103,14 +103,14 @@ class RichProgress(TrainerCallback):
             self.console.print(describe(last), highlight=False)
 
     def close(self) -> None:
-        """Ends the live line, also of a run that was stopped."""
+        """End the live line, also of a run that was stopped."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
 
 
 def describe(logs: dict[str, float]) -> str:
-    """Returns one line with the main numbers of a log entry.
+    """Return one line with the main numbers of a log entry.
 
     Example:
         >>> describe({"loss": 1.25, "learning_rate": 2e-4, "pooling_share": 0.031, "epoch": 0.1})
@@ -127,7 +127,7 @@ def describe(logs: dict[str, float]) -> str:
 
 
 def metrics_of(logs: dict[str, Any]) -> dict[str, float]:
-    """Returns the metrics of an evaluation's log entry, without its speed.
+    """Return the metrics of an evaluation's log entry, without its speed.
 
     Example:
         >>> metrics_of({"eval_mean": 0.5, "eval_runtime": 3.0, "step": 7})

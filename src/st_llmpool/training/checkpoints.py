@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def seal_checkpoint(checkpoint: Path) -> None:
-    """Adds what the trainer wrote, on every process, to the seal that the model's save left in a checkpoint."""
+    """Add what the trainer wrote, on every process, to the seal that the model's save left in a checkpoint."""
     manifest = read_manifest(checkpoint)
     ignored = {MANIFEST, "README.md", *manifest.get("files", ())}
     state = [file for file in sorted(checkpoint.iterdir()) if file.is_file() and file.name not in ignored]
@@ -30,7 +30,7 @@ def seal_checkpoint(checkpoint: Path) -> None:
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """Returns why training cannot resume from a checkpoint, None if it can.
+    """Return why training cannot resume from a checkpoint, None if it can.
 
     Without a seal (of an older version, or a run that was killed just before it) only complete files are checked.
 
@@ -55,7 +55,7 @@ def fault_of(checkpoint: Path) -> str | None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Returns the newest checkpoint in a folder that is complete and undamaged, or None; logs which it skips and why.
+    """Return the newest checkpoint in a folder that is complete and undamaged, or None; log which are skipped and why.
 
     A run that is killed while it writes leaves half a checkpoint.
     """
@@ -70,7 +70,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def load_trained_weights(model: SentenceTransformer, checkpoint: Path) -> None:
-    """Loads what trains on a frozen backbone: the adapter, if there is one, and the modules after the backbone.
+    """Load what trains on a frozen backbone: the adapter, if there is one, and the modules after the backbone.
 
     The backbone itself stays as it is, quantised or not: a checkpoint does not hold it, and reading the base a second
     time would give other shapes if it is quantised.
@@ -89,7 +89,7 @@ def load_trained_weights(model: SentenceTransformer, checkpoint: Path) -> None:
 
 
 def processes_of(checkpoint: Path) -> int:
-    """Returns how many processes wrote a checkpoint, each of which keeps its random state there."""
+    """Return how many processes wrote a checkpoint, each of which keeps its random state there."""
     return len(list(checkpoint.glob("rng_state*.pth")))
 
 

@@ -35,7 +35,7 @@ _TEXT = "Two views of this sentence shall differ, or there is nothing to learn f
 
 
 def check_recipe(recipe: Recipe, *, two_views: bool = False) -> None:
-    """Checks everything about a recipe that needs neither its data nor the base's weights.
+    """Check everything about a recipe that needs neither its data nor the base's weights.
 
     What one setting may be, and which contradict each other, its own classes have checked. Here follow names, what the
     machine has, and what fits the base; then :func:`check_data`, and the optimizer's dry run.
@@ -62,7 +62,7 @@ def check_recipe(recipe: Recipe, *, two_views: bool = False) -> None:
 
 
 def check_names(recipe: Recipe) -> None:
-    """Checks names, and that the libraries and devices that they need are available.
+    """Check names, and that the libraries and devices that they need are available.
 
     Raises:
         ConfigurationError: If a name is unknown, a library is missing, or nothing would train.
@@ -87,7 +87,7 @@ def check_names(recipe: Recipe) -> None:
 
 
 def check_machine(training: TrainingSettings, *, adapter: bool) -> None:
-    """Checks that this machine has the GPU and the libraries that the settings need.
+    """Check that this machine has the GPU and the libraries that the settings need.
 
     Raises:
         ConfigurationError: If it has not.
@@ -104,7 +104,7 @@ def check_machine(training: TrainingSettings, *, adapter: bool) -> None:
 
 
 def design_arguments(model: ModelSettings) -> dict[str, Any]:
-    """Returns ``attention``, ``pooling`` and ``pooling_kwargs`` for ``build_embedder``; None where nothing is said."""
+    """Return ``attention``, ``pooling`` and ``pooling_kwargs`` for ``build_embedder``; None where nothing is said."""
     if model.design is None:
         return {"attention": model.attention, "pooling": model.pooling, "pooling_kwargs": model.pooling_kwargs}
     arguments = DESIGNS[model.design].as_kwargs()
@@ -112,7 +112,7 @@ def design_arguments(model: ModelSettings) -> dict[str, Any]:
 
 
 def _check_layers(recipe: Recipe, base: str) -> None:
-    """Checks that there are as many layers as the recipe freezes and trains."""
+    """Check that there are as many layers as the recipe freezes and trains."""
     frozen, sparse = recipe.model.freeze_layers, recipe.training.sparse_tuning
     if not frozen and sparse is None:
         return
@@ -124,7 +124,7 @@ def _check_layers(recipe: Recipe, base: str) -> None:
 
 
 def check_pooling(model: ModelSettings, base: str) -> None:
-    """Builds the pooling without weights, so that a wrong option is found before the stages.
+    """Build the pooling without weights, so that a wrong option is found before the stages.
 
     Raises:
         ConfigurationError: If an option is unknown or out of range, or the base has no such layer.
@@ -141,7 +141,7 @@ def check_pooling(model: ModelSettings, base: str) -> None:
 
 
 def check_adapter(model: ModelSettings, base: str) -> None:
-    """Checks that the adapter's targets are in the architecture, built without weights.
+    """Check that the adapter's targets are in the architecture, built without weights.
 
     Raises:
         ConfigurationError: If the base has no usable config, or the targets match nothing.
@@ -165,7 +165,7 @@ def check_adapter(model: ModelSettings, base: str) -> None:
 
 
 def check_views(embedder: SentenceTransformer, model: ModelSettings) -> None:
-    """Checks on the model itself that two views of a text differ: some architectures never apply their dropout.
+    """Check on the model itself that two views of a text differ: some architectures never apply their dropout.
 
     The random state is unchanged. With dropout in the adapter nothing is compared: it has no effect before its first
     step.
@@ -184,7 +184,7 @@ def check_views(embedder: SentenceTransformer, model: ModelSettings) -> None:
 
 
 def check_data(datasets: Mapping[str, Dataset], recipe: Recipe, world_size: int) -> None:
-    """Checks that the datasets have the columns that the loss needs, and fill a batch on every process.
+    """Check that the datasets have the columns that the loss needs, and fill a batch on every process.
 
     Raises:
         ConfigurationError: If the batch cannot be split over the processes.
@@ -210,7 +210,7 @@ def check_data(datasets: Mapping[str, Dataset], recipe: Recipe, world_size: int)
 
 
 def check_split(batch_size: int, world_size: int) -> None:
-    """Checks that a batch can be split over the processes.
+    """Check that a batch can be split over the processes.
 
     Raises:
         ConfigurationError: With the nearest sizes that can.
@@ -240,7 +240,7 @@ def _read_config(model: ModelSettings, base: str) -> PreTrainedConfig:
 
 
 def _without_weights(model: ModelSettings, base: str) -> torch.nn.Module:
-    """Builds the architecture on the meta device."""
+    """Build the architecture on the meta device."""
     from transformers import AutoModel
 
     architecture = _read_config(model, base)

@@ -9,7 +9,7 @@ from ..modules.errors import ConfigurationError
 
 
 def freeze_lowest_layers(backbone: nn.Module, count: int) -> None:
-    """Freezes the embeddings and the first `count` layers (Telly-k, Shi et al. 2023, arXiv 2304.05216).
+    """Freeze the embeddings and the first `count` layers (Telly-k, Shi et al. 2023, arXiv 2304.05216).
 
     What lies above them trains as before: the other layers and the final norm, or their adapters. An adapter that is
     frozen before its first step has no effect, since its product starts at zero.
@@ -44,7 +44,7 @@ def freeze_lowest_layers(backbone: nn.Module, count: int) -> None:
 
 
 def check_freezing(count: int, layers: int) -> None:
-    """Checks that freezing `count` of `layers` layers leaves one to train.
+    """Check that freezing `count` of `layers` layers leaves one to train.
 
     Raises:
         ConfigurationError: With the number of layers.

@@ -63,7 +63,7 @@ MANAGED: dict[str, str] = {
 
 
 def checked_arguments(values: Mapping[str, Any], where: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns trainer arguments with each value converted to the type that the trainer declares.
+    """Return trainer arguments with each value converted to the type that the trainer declares.
 
     Args:
         values: Argument to value.
@@ -92,7 +92,7 @@ def checked_arguments(values: Mapping[str, Any], where: str, known: Mapping[str,
 
 
 def check_reports(report_to: str | Sequence[str]) -> None:
-    """Refuses integrations that transformers does not have, or whose package is missing.
+    """Refuse integrations that transformers does not have, or whose package is missing.
 
     Args:
         report_to: As ``training.report_to``.
@@ -118,7 +118,7 @@ def check_reports(report_to: str | Sequence[str]) -> None:
 
 @cache
 def _kinds() -> dict[str, Any]:
-    """Returns the trainer's arguments with their types; imported on first use, since it takes seconds."""
+    """Return the trainer's arguments with their types; imported on first use, since it takes seconds."""
     from sentence_transformers import SentenceTransformerTrainingArguments
 
     kinds = typing.get_type_hints(SentenceTransformerTrainingArguments)

@@ -68,7 +68,7 @@ class GuardedTrainer:
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def restore_finished(self: Any, checkpoint: Path) -> bool:
-        """Loads weights and log of a run that had made its last step, after which ``train`` would make one more.
+        """Load weights and log of a run that had made its last step, after which ``train`` would make one more.
 
         Returns False, and loads nothing, if `checkpoint` is not of the last step.
         """
@@ -82,7 +82,7 @@ class GuardedTrainer:
         return True
 
     def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Returns the optimizer.
+        """Return the optimizer.
 
         Raises:
             ConfigurationError: If it does not fit this model; its other arguments were checked before.
@@ -91,7 +91,7 @@ class GuardedTrainer:
             return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Trains.
+        """Train.
 
         Raises:
             TrainingError: If the loss, the gradients or the weights are not finite.
@@ -112,7 +112,7 @@ class GuardedTrainer:
         self._current, self._unread = _Step(), _Step()
 
     def get_train_dataloader(self: Any) -> Any:
-        """Returns batches that know their rows."""
+        """Return batches that know their rows."""
         collator = self.data_collator
         vars(self)["data_collator"] = _WithRows(collator)
         try:
@@ -121,7 +121,7 @@ class GuardedTrainer:
             vars(self)["data_collator"] = collator
 
     def training_step(self: Any, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Computes loss and gradients of one batch."""
+        """Compute loss and gradients of one batch."""
         self._current.rows += inputs.pop(_ROWS, [])
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         self._current.losses.append(loss)
@@ -133,7 +133,7 @@ class GuardedTrainer:
         return grad_norm
 
     def _check_step(self: Any, grad_norm: Any) -> None:
-        """Notes whether the step that is about to be made is finite, and reads the note of the one before."""
+        """Note whether the step that is about to be made is finite, and read the note of the one before."""
         step, self._current = self._current, _Step()
         step.number = self.state.global_step + 1
         numbers = torch.stack([loss.detach().float() for loss in step.losses])
@@ -152,7 +152,7 @@ class GuardedTrainer:
             self._read()
 
     def _read(self: Any) -> None:
-        """Raises what was noted of the last step; waits for the device."""
+        """Raise what was noted of the last step; wait for the device."""
         step, self._unread = self._unread, _Step()
         if step.failed is None or not step.failed.item():
             return
@@ -164,7 +164,7 @@ class GuardedTrainer:
         self._stop(f"Step {step.number}: {what}. Its batch: {self._describe(rows)}.")
 
     def _check_weights(self: Any) -> None:
-        """Raises if a weight that trains is not finite, as a large step makes it with finite gradients."""
+        """Raise if a weight that trains is not finite, as a large step makes it with finite gradients."""
         self._read()
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         finite = [getattr(weight, "_local_tensor", weight).detach().isfinite().all() for weight in trained]
@@ -182,7 +182,7 @@ class GuardedTrainer:
         )
 
     def _describe(self: Any, keys: Sequence[int]) -> str:
-        """Returns the sets and row numbers of a batch, counted from 1, without their texts."""
+        """Return the sets and row numbers of a batch, counted from 1, without their texts."""
         sets = self.train_dataset if isinstance(self.train_dataset, Mapping) else {"the training texts": None}
         described = []
         for name, data in sets.items():
@@ -225,7 +225,7 @@ class _WithRows:
         self.valid_label_columns = getattr(collate, "valid_label_columns", None)  # sentence-transformers asks for them
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Returns the batch with its rows."""
+        """Return the batch with its rows."""
         keys = [int(row["row"]) if "row" in row else _checksum(row) for row in examples]
         return {**self.collate(examples), _ROWS: keys}
 
@@ -236,5 +236,5 @@ def _checksum(row: Mapping[str, Any]) -> int:
 
 
 def _row_numbers(data: Any, checksums: set[int]) -> list[int]:
-    """Returns the numbers, from 1, of the rows with these checksums; the texts are read once, after a failure only."""
+    """Return the numbers, from 1, of the rows with these checksums; the texts are read once, after a failure only."""
     return [number for number, row in enumerate(data, start=1) if _checksum(row) in checksums]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def held_out_evaluator(
     name: str, pairs: Dataset, *, query_prompt: str | None, batch_size: int, truncate_dim: int | None = None
 ) -> InformationRetrievalEvaluator:
-    """Returns an evaluator over all positives and negatives of `pairs`; equal texts count once.
+    """Return an evaluator over all positives and negatives of `pairs`; equal texts count once.
 
     Args:
         name: Prefix of the metrics, as in ``pairs_cosine_ndcg@10``.

@@ -11,7 +11,7 @@ from ..modules.errors import ConfigurationError
 
 
 def interpolate(base: Tensor, tuned: Tensor, alpha: float) -> Tensor:
-    """Returns (1 - alpha) · base + alpha · tuned, computed in float32 at least, in the dtype of `tuned`.
+    """Return (1 - alpha) · base + alpha · tuned, computed in float32 at least, in the dtype of `tuned`.
 
     Example:
         >>> interpolate(torch.zeros(2), torch.ones(2), 0.25)
@@ -27,7 +27,7 @@ def interpolate(base: Tensor, tuned: Tensor, alpha: float) -> Tensor:
 def merge_with_base(
     model: nn.Module, base: Mapping[str, Tensor], alphas: Sequence[float], score: Callable[[], float]
 ) -> tuple[float, dict[float, float]]:
-    """Gives `model` weights between its own and those of its base (as WiSE-FT, Wortsman et al. 2021, arXiv 2109.01903).
+    """Give `model` weights between its own and those of its base (as WiSE-FT, Wortsman et al. 2021, arXiv 2109.01903).
 
     BidirLM (arXiv 2604.02045) keeps what a base knew this way after it was adapted to bidirectional attention.
 

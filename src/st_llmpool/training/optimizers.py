@@ -19,7 +19,7 @@ from ..utils.random_state import preserve_rng_state
 
 
 def lamb() -> type[Optimizer]:
-    """Returns LAMB, Adam with a step of each tensor that is in proportion to its length (You et al. 2019, 1904.00962).
+    """Return LAMB, Adam with a step of each tensor that is in proportion to its length (You et al. 2019, 1904.00962).
 
     For every tensor x with gradient g, as algorithm 2 in version 3 of the paper has it, with φ the identity::
 
@@ -57,7 +57,7 @@ OPTIMIZERS: dict[str, Callable[[], type[Optimizer]]] = {"lamb": lamb}
 
 
 def trainer_optimizer(name: str) -> str:
-    """Returns the name to give to the trainer, whose optimizer one of ours replaces.
+    """Return the name to give to the trainer, whose optimizer one of ours replaces.
 
     Example:
         >>> trainer_optimizer("adamw_8bit"), trainer_optimizer("lamb")
@@ -67,7 +67,7 @@ def trainer_optimizer(name: str) -> str:
 
 
 def check_optimizer(name: str) -> None:
-    """Refuses an optimizer that is unknown or not installed.
+    """Refuse an optimizer that is unknown or not installed.
 
     Raises:
         ConfigurationError: With the nearest known name.
@@ -82,7 +82,7 @@ def check_optimizer(name: str) -> None:
 
 
 def check_optimization(arguments: TrainingArguments, steps: int) -> None:
-    """Makes an optimizer step on one small layer, and follows the schedule from its first to its last step.
+    """Make an optimizer step on one small layer, and follow the schedule from its first to its last step.
 
     Args:
         arguments: The trainer's.

@@ -13,7 +13,7 @@ NEGLIGIBLE = 0.01
 
 
 def trainable_poolings(model: Iterable[nn.Module]) -> list[nn.Module]:
-    """Returns the poolings of `model` that start from scratch.
+    """Return the poolings of `model` that start from scratch.
 
     By a class attribute, since a model that was loaded from a repository runs the repository's copy of the class.
     """
@@ -41,7 +41,7 @@ class PoolingChange:
         self._hooks = [pooling.register_forward_hook(self._add) for pooling in trainable_poolings(model)]
 
     def pop_mean(self) -> float | None:
-        """Returns the mean and resets it; None if there was no forward pass in training mode."""
+        """Return the mean and reset it; None if there was no forward pass in training mode."""
         if self._count == 0:
             return None
         mean = float(self._sum) / self._count
@@ -49,7 +49,7 @@ class PoolingChange:
         return mean
 
     def remove(self) -> None:
-        """Removes the hooks."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 

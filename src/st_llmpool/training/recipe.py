@@ -258,7 +258,7 @@ class TrainingSettings:
         check_ranges(self, "training", ranges)
 
     def rate_of(self, tune: str) -> float:
-        """Returns the learning rate, or its default for what trains."""
+        """Return the learning rate, or its default for what trains."""
         return (2e-5 if tune == "full" else 2e-4) if self.learning_rate is None else self.learning_rate
 
 
@@ -302,7 +302,7 @@ class EvaluationSettings:
 
 
 def check_merge(merge: float | Sequence[float] | None, where: str = "merge") -> None:
-    """Checks that the weights of a merge lie between 0 and 1.
+    """Check that the weights of a merge lie between 0 and 1.
 
     Raises:
         ConfigurationError: With the value and its range.
@@ -317,7 +317,7 @@ def check_merge(merge: float | Sequence[float] | None, where: str = "merge") -> 
 
 
 def merge_weights(merge: float | Sequence[float] | None) -> list[float]:
-    """Returns the weights of the trained model to choose from; None is the trained model alone.
+    """Return the weights of the trained model to choose from; None is the trained model alone.
 
     Example:
         >>> merge_weights(None), merge_weights(0.5), merge_weights([0.3, 0.6])
@@ -398,7 +398,7 @@ class SavedRecipe:
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Reads a recipe.
+        """Read a recipe.
 
         Args:
             path: YAML file.
@@ -411,15 +411,15 @@ class SavedRecipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], overrides: Sequence[str] = ()) -> Self:
-        """Builds a recipe from nested mappings; arguments and errors as for :meth:`from_yaml`."""
+        """Build a recipe from nested mappings; arguments and errors as for :meth:`from_yaml`."""
         return from_mapping(cls, with_overrides(values, overrides))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns every setting, defaults included, as nested mappings."""
+        """Return every setting, defaults included, as nested mappings."""
         return to_mapping(self)
 
     def to_yaml(self, path: str | Path) -> None:
-        """Writes every setting, defaults included; :meth:`from_yaml` reads it back to an equal recipe."""
+        """Write every setting, defaults included; :meth:`from_yaml` reads it back to an equal recipe."""
         write_atomically(Path(path), yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
 
 
@@ -466,7 +466,7 @@ class Recipe(SavedRecipe):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], overrides: Sequence[str] = ()) -> Self:
-        """Builds a recipe from nested mappings; arguments and errors as for :meth:`from_yaml`."""
+        """Build a recipe from nested mappings; arguments and errors as for :meth:`from_yaml`."""
         values = with_overrides(values, overrides)
         preset = values.get("preset")
         if preset is not None:
@@ -481,7 +481,7 @@ class Recipe(SavedRecipe):
 
 
 def with_earlier_names(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns a recipe's nested mappings under the names that fields had before they were transformers' own.
+    """Return a recipe's nested mappings under the names that fields had before they were transformers' own.
 
     Example:
         >>> with_earlier_names({"training": {"max_steps": 5}, "seed": 1})
@@ -504,7 +504,7 @@ def with_earlier_names(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _contradictions(recipe: Recipe) -> Iterator[str]:
-    """Yields what is wrong with settings together, in the order of the file; each alone was checked by its class."""
+    """Yield what is wrong with settings together, in the order of the file; each alone was checked by its class."""
     model, loss, training, evaluation = recipe.model, recipe.loss, recipe.training, recipe.evaluation
     if model.design is not None and (model.attention is not None or model.pooling is not None):
         yield (

@@ -28,7 +28,7 @@ _ROUGH_LOGITS = 0.2  # in proportion to their length, of 16-bit weights under no
 
 
 def check_reload(model: SentenceTransformer, folder: Path, *, full: bool, trust_remote_code: bool = False) -> None:
-    """Saves `model`, loads it as a user does, and compares vectors.
+    """Save `model`, load it as a user does, and compare vectors.
 
     A new adapter or pooling has no effect yet, and to lose it would not show: its weights are moved by noise for the
     time of the check. Model and random state are as before afterwards.
@@ -72,7 +72,7 @@ def check_reload(model: SentenceTransformer, folder: Path, *, full: bool, trust_
 
 
 def _check_effect(model: SentenceTransformer) -> None:
-    """Refuses an adapter that moves no vector, such as one in layers above those that the pooling reads."""
+    """Refuse an adapter that moves no vector, such as one in layers above those that the pooling reads."""
     with preserve_rng_state():
         before = _vectors(model)
         with _moved(_trained([model[0]])):
@@ -87,7 +87,7 @@ def _check_effect(model: SentenceTransformer) -> None:
 def check_language_model(
     model: Any, save: Callable[[Any, Path], None], load: Callable[[Path], Any], tokens: torch.Tensor, folder: Path
 ) -> None:
-    """Saves a copy of a language model as it will be saved at the end, loads it, and compares logits.
+    """Save a copy of a language model as it will be saved at the end, load it, and compare logits.
 
     Weights of an adapter are moved by noise for that time, as in :func:`check_reload`.
 
@@ -142,7 +142,7 @@ def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """Gives a place that a killed run leaves for the next start to remove; only one run at a time is in `folder`."""
+    """Give a place that a killed run leaves for the next start to remove; only one run at a time is in `folder`."""
     place = folder / ".reload.partial"
     shutil.rmtree(place, ignore_errors=True)
     try:
@@ -161,7 +161,7 @@ def _trained(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
 
 @contextmanager
 def _moved(weights: list[nn.Parameter]) -> Iterator[None]:
-    """Adds noise to weights, and takes them back to the last bit."""
+    """Add noise to weights, and take them back to the last bit."""
     generator = torch.Generator().manual_seed(0)
     before = [weight.detach().clone() for weight in weights]
     try:
@@ -176,7 +176,7 @@ def _moved(weights: list[nn.Parameter]) -> Iterator[None]:
 
 
 def _device_for(model: SentenceTransformer) -> str:
-    """Returns the model's device if a second copy fits there, else the CPU."""
+    """Return the model's device if a second copy fits there, else the CPU."""
     if model.device.type != "cuda":
         return str(model.device)
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
@@ -184,7 +184,7 @@ def _device_for(model: SentenceTransformer) -> str:
 
 
 def _quantization(model: SentenceTransformer) -> dict[str, Any]:
-    """Returns what loads the base as it was quantised for this run: a saved adapter does not say it."""
+    """Return what loads the base as it was quantised for this run: a saved adapter does not say it."""
     config = getattr(model[0].model.config, "quantization_config", None)
     return {} if config is None else {"model_kwargs": {"quantization_config": config}}
 

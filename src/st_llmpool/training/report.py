@@ -18,7 +18,7 @@ _LIBRARIES = ("torch", "transformers", "sentence-transformers", "accelerate", "d
 
 
 def write_report(folder: Path, trainer: Trainer, facts: dict[str, Any]) -> dict[str, Any]:
-    """Writes ``training.json`` and ``loss.png``.
+    """Write ``training.json`` and ``loss.png``.
 
     Args:
         folder: The run's folder.

@@ -65,7 +65,7 @@ class TrainingResult:
 
 
 def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> TrainingResult:
-    """Trains an embedding model as the recipe describes.
+    """Train an embedding model as the recipe describes.
 
     In ``recipe.output_dir`` it leaves ``model``, ``training.json``, ``loss.png``, ``recipe.yaml`` and ``checkpoints``.
     A recipe with stages runs them first, each in a folder below ``stages``; an adapter that is trained on what they
@@ -116,7 +116,7 @@ class _Prepared:
 
 
 def _prepare(recipe: Recipe, stage: StageSettings | None = None) -> _Prepared:
-    """Loads the data and validates the recipe."""
+    """Load the data and validate the recipe."""
     two_views = stage is not None and stage.kind == "simcse"
     check_recipe(recipe, two_views=two_views)
     arguments = _training_arguments(recipe, Path(recipe.output_dir))
@@ -278,7 +278,7 @@ def _with_teacher_scores(
 
 
 def _load_other(name: str, recipe: Recipe, arguments: SentenceTransformerTrainingArguments) -> SentenceTransformer:
-    """Loads a guide or teacher; what is drawn afterwards is as if it had not happened."""
+    """Load a guide or teacher; what is drawn afterwards is as if it had not happened."""
     try:
         with preserve_rng_state():
             trusted = recipe.model.trust_remote_code
@@ -288,7 +288,7 @@ def _load_other(name: str, recipe: Recipe, arguments: SentenceTransformerTrainin
 
 
 def _prompts(recipe: Recipe) -> dict[str, str]:
-    """Returns the first instruction as ``query``; where sets have different ones, each by its set's name too."""
+    """Return the first instruction as ``query``; where sets have different ones, each by its set's name too."""
     instructions = {item.label: item.instruction for item in recipe.data if item.instruction}
     if not instructions:
         return {}
@@ -297,7 +297,7 @@ def _prompts(recipe: Recipe) -> dict[str, str]:
 
 
 def _learning_rates(model: SentenceTransformer, recipe: Recipe) -> dict[str, float]:
-    """Returns patterns of parameter names, as a loss names them, with their learning rates."""
+    """Return patterns of parameter names, as a loss names them, with their learning rates."""
     poolings = trainable_poolings(model)
     places = [place for place, module in enumerate(model) if any(module is pooling for pooling in poolings)]
     return {rf"^model\.{place}\.": recipe.training.pooling_learning_rate for place in places}

@@ -37,7 +37,7 @@ _FREE_TO_CHANGE = {
 
 
 def check_output(recipe: SavedRecipe, folder: Path, *, resume: bool) -> None:
-    """Checks that a folder is free, or holds an interrupted run of the same recipe.
+    """Check that a folder is free, or holds an interrupted run of the same recipe.
 
     A folder without a checkpoint or a finished stage holds no run yet: a first start that was refused or stopped may
     be started again with a corrected recipe.
@@ -74,7 +74,7 @@ def check_output(recipe: SavedRecipe, folder: Path, *, resume: bool) -> None:
 
 
 def _has_begun(folder: Path) -> bool:
-    """Returns whether a run, or one of its stages, has come to a checkpoint or its end."""
+    """Return whether a run, or one of its stages, has come to a checkpoint or its end."""
     return any(
         (place / "model").is_dir() or any(place.glob("checkpoints/checkpoint-*/trainer_state.json"))
         for place in (folder, *folder.glob("stages/*"))
@@ -82,7 +82,7 @@ def _has_begun(folder: Path) -> bool:
 
 
 def _bound(settings: dict[str, Any]) -> set[str]:
-    """Returns what is free to change in general, but changes the weights of this run."""
+    """Return what is free to change in general, but changes the weights of this run."""
     bound = set()
     if settings["evaluation"].get("load_best_model_at_end"):
         bound.add("evaluation.eval_steps")  # which checkpoints there are to choose from
@@ -94,7 +94,7 @@ def _bound(settings: dict[str, Any]) -> set[str]:
 def train_in_folder(
     folder: Path, recipe: SavedRecipe, trainer: Any, check_reload: Callable[[], object], *, resume: bool
 ) -> None:
-    """Trains from the last complete checkpoint of a run, or from the start.
+    """Train from the last complete checkpoint of a run, or from the start.
 
     Args:
         folder: The run's folder, which gets the recipe.
@@ -121,7 +121,7 @@ def train_in_folder(
 
 
 def _checkpoint_of(folder: Path, world_size: int) -> Path | None:
-    """Returns the checkpoint to resume from, if there is one; logs what differs if other processes wrote it."""
+    """Return the checkpoint to resume from, if there is one; log what differs if other processes wrote it."""
     checkpoint = last_checkpoint(folder)
     left = sorted(path.name for path in folder.glob("checkpoint-*"))
     if checkpoint is None and left:
@@ -135,7 +135,7 @@ def _checkpoint_of(folder: Path, world_size: int) -> Path | None:
 
 
 def _remove_checkpoints_after(resumed: Path | None, folder: Path) -> None:
-    """Removes the checkpoints that a resumed run makes again, which the new ones would be mixed with."""
+    """Remove the checkpoints that a resumed run makes again, which the new ones would be mixed with."""
     last = -1 if resumed is None else int(resumed.name.rpartition("-")[2])
     for checkpoint in folder.glob("checkpoint-*"):
         number = checkpoint.name.rpartition("-")[2]
@@ -145,7 +145,7 @@ def _remove_checkpoints_after(resumed: Path | None, folder: Path) -> None:
 
 @contextmanager
 def locked_run(folder: Path) -> Iterator[Callable[[], None]]:
-    """Locks `folder` for the processes of one run; the first of them holds the lock.
+    """Lock `folder` for the processes of one run; the first of them holds the lock.
 
     Yields:
         What each process calls once all can talk to each other: it raises on all what stopped the first.
@@ -166,7 +166,7 @@ def locked_run(folder: Path) -> Iterator[Callable[[], None]]:
 
 
 def check_on_first_process(is_first: bool, check: Callable[[], object]) -> None:
-    """Runs a check on the first process; all raise what it finds."""
+    """Run a check on the first process; all raise what it finds."""
     refusal = None
     if is_first:
         try:

@@ -65,35 +65,35 @@ class SparseTuning(TrainerCallback, ExportableState):
         loss.register_forward_pre_hook(self._keep_batch)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes over the importance of an earlier part of the run, and its layers."""
+        """Take over the importance of an earlier part of the run, and its layers."""
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
         if saved is not None:
             self.importance = np.array(saved["attributes"]["importance"])
         self._switch(state.global_step - state.global_step % self.settings.interval)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draws the layers that train from now on, if it is time."""
+        """Draw the layers that train from now on, if it is time."""
         if state.global_step % self.settings.interval == 0:
             self._switch(state.global_step)
         self._is_due = (state.global_step + 1) % self.settings.interval == 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measures importance, if it is time; before the checkpoint of this step is written."""
+        """Measure importance, if it is time; before the checkpoint of this step is written."""
         if self._batch is not None:
             self._measure(state.global_step)
             self._batch = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leaves all adapters trainable, as they were."""
+        """Leave all adapters trainable, as they were."""
         for weight in (weight for weights in self._weights for weight in weights):
             weight.requires_grad_(True)
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return {"args": {}, "attributes": {"importance": self.importance.tolist()}}
 
     def draw(self, step: int) -> list[int]:
-        """Returns the layers that train from `step` on, as places among those with an adapter."""
+        """Return the layers that train from `step` on, as places among those with an adapter."""
         return _draw(np.random.default_rng([self.seed, step, 0]), self.importance, self.settings.layers)
 
     def _switch(self, step: int) -> None:
@@ -129,7 +129,7 @@ class SparseTuning(TrainerCallback, ExportableState):
 def updated_importance(
     importance: np.ndarray, sets: Sequence[Sequence[int]], rewards: Sequence[float], rate: float
 ) -> np.ndarray:
-    """Returns the importance of each layer after trials in which sets of layers were weakened.
+    """Return the importance of each layer after trials in which sets of layers were weakened.
 
     Args:
         importance: (L,) before.
@@ -152,7 +152,7 @@ def updated_importance(
 
 
 def check_number_of_layers(settings: SparseTuningSettings, found: int) -> None:
-    """Refuses to choose more layers than the `found` ones that have a trainable adapter.
+    """Refuse to choose more layers than the `found` ones that have a trainable adapter.
 
     Raises:
         ConfigurationError: With the number of layers.

@@ -27,7 +27,7 @@ Train = Callable[[Recipe, Path | None, StageSettings], Any]
 
 
 def run_stages(recipe: Recipe, check: Callable[[Recipe, StageSettings], Any], train: Train) -> Path:
-    """Runs the stages of `recipe` in order; finished ones are skipped, an interrupted one is resumed.
+    """Run the stages of `recipe` in order; finished ones are skipped, an interrupted one is resumed.
 
     All stages are checked before the first one starts; `check` and `train` do it for ``simcse`` and ``contrastive``.
 
@@ -59,7 +59,7 @@ def run_stages(recipe: Recipe, check: Callable[[Recipe, StageSettings], Any], tr
 
 
 def adapt_recipe(recipe: Recipe, stage: StageSettings, folder: Path, start: Path | None) -> AdaptRecipe:
-    """Returns the recipe of a stage of kind ``mntp`` that starts from the model in `start`, or the recipe's base."""
+    """Return the recipe of a stage of kind ``mntp`` that starts from the model in `start`, or the recipe's base."""
     model = recipe.model
     return AdaptRecipe(
         output_dir=str(folder),
@@ -82,7 +82,7 @@ def adapt_recipe(recipe: Recipe, stage: StageSettings, folder: Path, start: Path
 
 
 def embedder_recipe(recipe: Recipe, stage: StageSettings, folder: Path) -> Recipe:
-    """Returns the recipe of a stage of kind ``simcse`` or ``contrastive``, which has no stages itself."""
+    """Return the recipe of a stage of kind ``simcse`` or ``contrastive``, which has no stages itself."""
     model = dataclasses.replace(
         recipe.model,
         tune=stage.tune or recipe.model.tune,
@@ -109,7 +109,7 @@ def merge_stage(
     evaluation: EvaluationSettings,
     evaluator: BaseEvaluator | None,
 ) -> dict[str, Any]:
-    """Merges the adapter of what a stage trained, or trained on one, then its backbone with that it started from.
+    """Merge the adapter of what a stage trained, or trained on one, then its backbone with that it started from.
 
     Args:
         model: Changed in place.

@@ -37,21 +37,21 @@ class EmbedderTrainer(GuardedTrainer, SentenceTransformerTrainer):
         self.pooling_change = PoolingChange(self.model)
 
     def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
-        """Returns the optimizer's class and arguments, among them the groups with their learning rates."""
+        """Return the optimizer's class and arguments, among them the groups with their learning rates."""
         optimizer, options = super().get_optimizer_cls_and_kwargs(args, model)
         if self._optimizer_class is None:
             return optimizer, options
         return self._optimizer_class(), {name: options[name] for name in ("lr", "optimizer_dict")}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs, with the pooling's effect next to each training loss."""
+        """Log, with the pooling's effect next to each training loss."""
         if "loss" in logs and (change := self.pooling_change.pop_mean()) is not None:
             of_each_process = self.accelerator.gather(torch.tensor(change, device=self.accelerator.device))
             logs = {**logs, "pooling_share": of_each_process.mean().item()}
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluates; data order and dropout afterwards are as if it had not happened."""
+        """Evaluate; data order and dropout afterwards are as if it had not happened."""
         with preserve_rng_state():
             return super().evaluate(*args, **kwargs)
 

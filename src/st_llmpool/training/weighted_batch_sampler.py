@@ -43,7 +43,7 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):
         self.weights = list(weights)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yields lists of row numbers in the concatenated sets."""
+        """Yield lists of row numbers in the concatenated sets."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         counts = _apportion(len(self), self.weights)
         sets = [place for place, count in enumerate(counts) for _ in range(count)]
@@ -56,7 +56,7 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):
             yield [row + starts[place] for row in next(streams[place])]
 
     def __len__(self) -> int:
-        """Returns the number of batches of an epoch."""
+        """Return the number of batches of an epoch."""
         return sum(len(sampler) for sampler in self.batch_samplers)
 
     def _repeat(self, sampler: BatchSampler) -> Iterator[list[int]]:
@@ -69,7 +69,7 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):
 
 
 def _apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """Splits `total` into integers in the ratio of `weights`, by largest remainders."""
+    """Split `total` into integers in the ratio of `weights`, by largest remainders."""
     exact = [total * weight / sum(weights) for weight in weights]
     counts = [int(value) for value in exact]
     by_remainder = sorted(range(len(exact)), key=lambda place: counts[place] - exact[place])

@@ -17,7 +17,7 @@ class MissingExtraError(StLlmpoolError, ModuleNotFoundError):
 
 
 def require(extra: str, *modules: str, purpose: str = "This") -> None:
-    """Checks that libraries are installed; to be called before a long computation.
+    """Check that libraries are installed; to be called before a long computation.
 
     Args:
         extra: Extra of the package that installs them.
@@ -39,7 +39,7 @@ def require(extra: str, *modules: str, purpose: str = "This") -> None:
 
 
 def missing_extra(error: BaseException) -> MissingExtraError | None:
-    """Returns the error that names the extra of a library that was not found; None if it is of no extra.
+    """Return the error that names the extra of a library that was not found; None if it is of no extra.
 
     Example:
         >>> print(missing_extra(ModuleNotFoundError(name="peft")))
@@ -77,7 +77,7 @@ def needs(extra: str, purpose: str) -> Iterator[None]:
 
 @contextmanager
 def importing_mteb() -> Iterator[None]:
-    """Keeps the random state, which mteb seeds when it is imported, and names the extra if it is not installed."""
+    """Keep the random state, which mteb seeds when it is imported, and name the extra if it is not installed."""
     from .random_state import preserve_rng_state  # imports torch
 
     with needs("eval", "Evaluation"), preserve_rng_state():
@@ -85,7 +85,7 @@ def importing_mteb() -> Iterator[None]:
 
 
 def _library(error: Any) -> str:
-    """Returns the name of the module that was not found; transformers raises its own error from that."""
+    """Return the name of the module that was not found; transformers raises its own error from that."""
     while error.name is None and isinstance(error.__cause__, ImportError):
         error = error.__cause__
     return str(error.name)

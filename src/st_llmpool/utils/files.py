@@ -27,7 +27,7 @@ class WriteError(StLlmpoolError, OSError):
 
 
 def slug(title: str) -> str:
-    """Returns `title` with characters replaced that are not allowed in file or repository names.
+    """Return `title` with characters replaced that are not allowed in file or repository names.
 
     Example:
         >>> slug("SentenceTransformer based on org/base")
@@ -37,7 +37,7 @@ def slug(title: str) -> str:
 
 
 def is_there(path: Path) -> bool:
-    """Returns whether anything has this path, even a link that leads nowhere.
+    """Return whether anything has this path, even a link that leads nowhere.
 
     Raises:
         ConfigurationError: If no file can have it: it is too long, or holds a zero byte.
@@ -52,7 +52,7 @@ def is_there(path: Path) -> bool:
 
 
 def check_writable(target: Path) -> None:
-    """Checks that files can be created in `target`, a folder which need not exist yet.
+    """Check that files can be created in `target`, a folder which need not exist yet.
 
     Raises:
         ConfigurationError: If it, or a folder above it, is a file.
@@ -66,7 +66,7 @@ def check_writable(target: Path) -> None:
 
 
 def check_new_folder(target: Path) -> None:
-    """Checks that `target` can be created; to be called before anything is computed.
+    """Check that `target` can be created; to be called before anything is computed.
 
     Raises:
         ConfigurationError: If it exists, or would lie in a file or in a saved model.
@@ -81,7 +81,7 @@ def check_new_folder(target: Path) -> None:
 
 
 def check_model_path(model: str) -> None:
-    """Checks that `model` exists if it is a path and not a Hub id; to be called before heavy imports.
+    """Check that `model` exists if it is a path and not a Hub id; to be called before heavy imports.
 
     Raises:
         DataError: If it does not.
@@ -99,7 +99,7 @@ def check_model_path(model: str) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """Writes a file atomically: neither a kill nor a power failure leaves a partial file.
+    """Write a file atomically: neither a kill nor a power failure leaves a partial file.
 
     Args:
         path: The file; replaced if it exists.
@@ -115,7 +115,7 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) 
 
 @contextmanager
 def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yields a temporary sibling of `path`, renamed to `path` at the end and removed on an error.
+    """Yield a temporary sibling of `path`, renamed to `path` at the end and removed on an error.
 
     Args:
         path: The file; replaced if it exists. Its folder must exist.
@@ -147,7 +147,7 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yields a temporary sibling folder of `target`, renamed to `target` at the end and removed on an error.
+    """Yield a temporary sibling folder of `target`, renamed to `target` at the end and removed on an error.
 
     Processes that write the same target at once do not disturb each other: each has its own sibling.
 
@@ -203,7 +203,7 @@ def reraise_as_write_error(target: Path) -> Iterator[None]:
 
 
 def _disk_error(error: BaseException, target: Path) -> str | None:
-    """Returns what the system says of a disk that cannot be written; None if that is not what went wrong."""
+    """Return what the system says of a disk that cannot be written; None if that is not what went wrong."""
     if isinstance(error, OSError):
         within = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(target.parent)
         denied = isinstance(error, PermissionError | NotADirectoryError | FileNotFoundError) and within
@@ -222,13 +222,13 @@ def _can_be_written(folder: Path) -> bool:
 
 
 def _sibling(path: Path) -> Path:
-    """Returns a unique hidden sibling of `path` that names the process that writes it."""
+    """Return a unique hidden sibling of `path` that names the process that writes it."""
     owner = f"{os.getpid()}-{_status(os.getpid())[1]}-{_host()}-{next(_COUNTER)}"
     return path.with_name(f".{path.name[:150]}.{owner}{_SUFFIX}")
 
 
 def _remove_partials_of_the_dead(path: Path) -> None:
-    """Removes temporary siblings of `path` left by killed processes of this machine."""
+    """Remove temporary siblings of `path` left by killed processes of this machine."""
     start = f".{path.name[:150]}."
     for left in path.parent.iterdir() if path.parent.is_dir() else ():
         if left.name.startswith(start) and left.name.endswith(_SUFFIX):
@@ -244,7 +244,7 @@ def _remove_partials_of_the_dead(path: Path) -> None:
 
 
 def _rename(partial: Path, target: Path, *, replace: bool) -> None:
-    """Renames a folder, after the one that it replaces was set aside, in a race with others that do the same."""
+    """Rename a folder, after the one that it replaces was set aside, in a race with others that do the same."""
     aside = partial.with_name(partial.name.removesuffix(_SUFFIX) + _OLD)
     while True:
         if replace:
@@ -274,7 +274,7 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Waits until the disk holds a file, or the names in a folder."""
+    """Wait until the disk holds a file, or the names in a folder."""
     if os.name == "nt" or path.is_symlink():  # Windows syncs neither folders nor what is open for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -285,7 +285,7 @@ def _sync(path: Path) -> None:
 
 
 def _host() -> str:
-    """Returns a short name of the machine, or of the container, in which a process id has a meaning."""
+    """Return a short name of the machine, or of the container, in which a process id has a meaning."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -294,7 +294,7 @@ def _host() -> str:
 
 
 def is_alive(pid: int, started: str = "") -> bool:
-    """Returns whether a process of this machine runs.
+    """Return whether a process of this machine runs.
 
     Args:
         pid: Its id.
@@ -313,7 +313,7 @@ def is_alive(pid: int, started: str = "") -> bool:
 
 
 def _status(pid: int) -> tuple[str, str]:
-    """Returns a process's state (Z is ended, but not yet waited for) and its start; empty where none can be read."""
+    """Return a process's state (Z is ended, but not yet waited for) and its start; empty where none can be read."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

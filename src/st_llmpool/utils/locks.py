@@ -19,7 +19,7 @@ _PATIENCE = 0.5  # seconds; taking over the lock of a dead process needs a secon
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Creates and locks `folder`, and removes it at the end if it is empty.
+    """Create and lock `folder`, and remove it at the end if it is empty.
 
     The lock is a file with the process, its start time and the machine. Only the lock of a process of this machine that
     has ended is taken over: whether a process of another machine still runs is unknown.
@@ -81,7 +81,7 @@ def _refusal(folder: Path, pid: int, host: str) -> str:
 
 
 def _owner(folder: Path) -> tuple[int, str]:
-    """Returns process and machine of a lock; filelock writes them in its first two lines."""
+    """Return process and machine of a lock; filelock writes them in its first two lines."""
     with suppress(OSError, ValueError):
         pid, host, *_ = (folder / _FILE).read_text(encoding="utf-8").splitlines()
         return int(pid), host.partition("?")[0]  # a container's process namespace follows the mark

@@ -13,7 +13,7 @@ _OF_ADAPTERS = ("lora_", ".modules_to_save.", ".trainable_tokens_")
 
 
 def count_weights(parameters: Iterable[nn.Parameter]) -> int:
-    """Returns the number of weights; in 4 bits, two or more lie in one number of a parameter.
+    """Return the number of weights; in 4 bits, two or more lie in one number of a parameter.
 
     Example:
         >>> count_weights(nn.Linear(3, 2).parameters())
@@ -28,7 +28,7 @@ def count_weights(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def count_parameters(model: SentenceTransformer) -> dict[str, int]:
-    """Returns the weights of ``backbone``, ``adapter`` and ``pooling`` (all modules after the first).
+    """Return the weights of ``backbone``, ``adapter`` and ``pooling`` (all modules after the first).
 
     Example:
         >>> from st_llmpool import build_embedder

@@ -16,7 +16,7 @@ from torch import nn
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Restores the random state of Python, numpy and torch (CPU and CUDA) at the end, also after an error.
+    """Restore the random state of Python, numpy and torch (CPU and CUDA) at the end, also after an error.
 
     Example:
         >>> torch.manual_seed(1).initial_seed()

@@ -30,7 +30,7 @@ MAX_JSON = 2**28
 
 
 def shown(value: object) -> str:
-    """Returns `value` as a message shows it: on one line and short.
+    """Return `value` as a message shows it: on one line and short.
 
     Example:
         >>> shown(list(range(1000)))
@@ -44,7 +44,7 @@ def shown(value: object) -> str:
 
 
 def exists(path: str | Path) -> bool:
-    """Returns whether there is something; False too for a name that nothing can have: too long, or with a zero byte.
+    """Return whether there is something; False too for a name that nothing can have: too long, or with a zero byte.
 
     Example:
         >>> exists("a" * 10_000)
@@ -57,12 +57,12 @@ def exists(path: str | Path) -> bool:
 
 
 def is_folder(path: str | Path) -> bool:
-    """Returns whether there is a folder, as :func:`exists`."""
+    """Return whether there is a folder, as :func:`exists`."""
     return exists(path) and Path(path).is_dir()
 
 
 def check_file(path: str | Path, kind: type[StLlmpoolError] = DataError) -> Path:
-    """Returns `path` if it is a regular file; opening a named pipe or a device would wait for ever.
+    """Return `path` if it is a regular file; opening a named pipe or a device would wait for ever.
 
     Args:
         path: The file.
@@ -82,7 +82,7 @@ def check_file(path: str | Path, kind: type[StLlmpoolError] = DataError) -> Path
 
 
 def check_no_pipes(folder: Path) -> None:
-    """Checks that no file of a model is a pipe or device, on which every library would wait for ever.
+    """Check that no file of a model is a pipe or device, on which every library would wait for ever.
 
     Raises:
         DataError: With the first that is.
@@ -93,7 +93,7 @@ def check_no_pipes(folder: Path) -> None:
 
 
 def read_text(path: str | Path, kind: type[StLlmpoolError] = DataError, *, limit: int = MAX_JSON) -> str:
-    """Reads a UTF-8 file, with or without a byte order mark.
+    """Read a UTF-8 file, with or without a byte order mark.
 
     Args:
         path: The file.
@@ -116,7 +116,7 @@ def read_text(path: str | Path, kind: type[StLlmpoolError] = DataError, *, limit
 
 
 def not_utf8(content: bytes, error: UnicodeDecodeError | None = None) -> str:
-    """Returns why bytes are not UTF-8 text, and what to do; empty if they seem to be.
+    """Return why bytes are not UTF-8 text, and what to do; empty if they seem to be.
 
     Args:
         content: The file's bytes, or its first ones.
@@ -140,7 +140,7 @@ def not_utf8(content: bytes, error: UnicodeDecodeError | None = None) -> str:
 
 
 def read_json(path: str | Path, kind: type[StLlmpoolError] = DataError) -> Any:
-    """Reads a JSON file.
+    """Read a JSON file.
 
     Args:
         path: The file.
@@ -153,7 +153,7 @@ def read_json(path: str | Path, kind: type[StLlmpoolError] = DataError) -> Any:
 
 
 def read_json_object(path: str | Path, kind: type[StLlmpoolError] = DataError) -> dict[str, Any]:
-    """Reads a JSON file that holds an object; arguments and errors as for :func:`read_json`."""
+    """Read a JSON file that holds an object; arguments and errors as for :func:`read_json`."""
     content = read_json(path, kind)
     if not isinstance(content, dict):
         raise kind(f"{str(path)!r} must hold a JSON object; found {shown(content)}.")
@@ -161,7 +161,7 @@ def read_json_object(path: str | Path, kind: type[StLlmpoolError] = DataError) -
 
 
 def parse_json(text: str, where: str, kind: type[StLlmpoolError] = DataError) -> Any:
-    """Parses JSON.
+    """Parse JSON.
 
     Args:
         text: The JSON text.
@@ -182,7 +182,7 @@ def parse_json(text: str, where: str, kind: type[StLlmpoolError] = DataError) ->
 
 
 def read_json_lines(path: str | Path, kind: type[StLlmpoolError] = DataError) -> Iterator[Any]:
-    """Yields the values of a JSON Lines file, skipping blank lines.
+    """Yield the values of a JSON Lines file, skipping blank lines.
 
     Args:
         path: The file.
@@ -197,7 +197,7 @@ def read_json_lines(path: str | Path, kind: type[StLlmpoolError] = DataError) ->
 
 
 def read_lines(path: str | Path, kind: type[StLlmpoolError] = DataError) -> Iterator[str]:
-    """Yields the lines of a UTF-8 file, without their ends.
+    """Yield the lines of a UTF-8 file, without their ends.
 
     Args:
         path: The file.
@@ -222,7 +222,7 @@ def read_lines(path: str | Path, kind: type[StLlmpoolError] = DataError) -> Iter
 
 
 def check_rows(path: str | Path, kind: type[StLlmpoolError] = DataError) -> None:
-    """Checks a JSON, JSON Lines, CSV or TSV file for what other readers crash on, or get wrong in silence.
+    """Check a JSON, JSON Lines, CSV or TSV file for what other readers crash on, or get wrong in silence.
 
     Arrow's JSON reader ends the process at deep nesting, and takes text that is not UTF-8; pandas moves the columns of
     a row that is longer than the header.
@@ -269,7 +269,7 @@ def _check_cells(lines: Iterator[str], name: str, kind: type[StLlmpoolError], *,
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Reads a YAML file of settings: a recipe, a study, a suite.
+    """Read a YAML file of settings: a recipe, a study, a suite.
 
     Raises:
         ConfigurationError: As :func:`read_text` and :func:`parse_yaml`.
@@ -278,7 +278,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parses YAML that holds settings: text, finite numbers, booleans, lists, mappings.
+    """Parse YAML that holds settings: text, finite numbers, booleans, lists, mappings.
 
     Args:
         text: The YAML text.
@@ -309,7 +309,7 @@ def check_plain(
     finite: bool = False,
     limit: int | None = None,
 ) -> None:
-    """Refuses what breaks later, far from the file: deep nesting, huge numbers, text that cannot be encoded.
+    """Refuse what breaks later, far from the file: deep nesting, huge numbers, text that cannot be encoded.
 
     Args:
         content: What a file held.
@@ -394,6 +394,6 @@ _SIGNATURES = (
 
 
 def _reason(error: BaseException) -> str:
-    """Returns what an error says, on one line."""
+    """Return what an error says, on one line."""
     words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(words.split()).rstrip(".")[:300] or type(error).__name__

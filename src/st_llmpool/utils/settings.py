@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def from_mapping(settings: type[T], values: object, where: str = "") -> T:
-    """Builds a dataclass from what a YAML file holds.
+    """Build a dataclass from what a YAML file holds.
 
     Args:
         settings: The dataclass; its fields may be dataclasses, lists of them, literals, unions with None.
@@ -66,7 +66,7 @@ def from_mapping(settings: type[T], values: object, where: str = "") -> T:
 
 
 def to_mapping(settings: Any) -> dict[str, Any]:
-    """Returns a dataclass as nested mappings that :func:`from_mapping` reads back."""
+    """Return a dataclass as nested mappings that :func:`from_mapping` reads back."""
     return dict(_plain_items(settings))
 
 
@@ -99,12 +99,12 @@ class Range(NamedTuple):
         return lowest if self.high == math.inf else f"{lowest} and at most {self.high:g}"
 
     def holds(self, value: float) -> bool:
-        """Returns whether `value` is inside; NaN and infinity never are."""
+        """Return whether `value` is inside; NaN and infinity never are."""
         return (self.low < value if self.is_open else self.low <= value) and value <= self.high and value < math.inf
 
 
 def check_ranges(settings: object, where: str, ranges: Mapping[str, Range]) -> None:
-    """Checks numbers of a dataclass; None passes.
+    """Check numbers of a dataclass; None passes.
 
     Args:
         settings: The dataclass.
@@ -124,7 +124,7 @@ def check_ranges(settings: object, where: str, ranges: Mapping[str, Range]) -> N
 
 
 def check_filled(settings: object, *names: str) -> None:
-    """Refuses empty text, which as a path is the current directory.
+    """Refuse empty text, which as a path is the current directory.
 
     Raises:
         ConfigurationError: With the name.
@@ -135,7 +135,7 @@ def check_filled(settings: object, *names: str) -> None:
 
 
 def with_overrides(values: object, overrides: Sequence[str]) -> dict[str, Any]:
-    """Returns a copy of what a recipe's file holds, with changes.
+    """Return a copy of what a recipe's file holds, with changes.
 
     Args:
         values: What the file holds.
@@ -154,7 +154,7 @@ def with_overrides(values: object, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def override(values: dict[str, Any], assignment: str) -> None:
-    """Changes one value of a nested mapping, in place.
+    """Change one value of a nested mapping, in place.
 
     Args:
         values: What a YAML file holds.
@@ -186,7 +186,7 @@ def override(values: dict[str, Any], assignment: str) -> None:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `base` with the values of `over` in their places; mappings merge, all else is replaced.
+    """Return `base` with the values of `over` in their places; mappings merge, all else is replaced.
 
     Example:
         >>> merge({"loss": {"scale": 20, "name": "infonce"}}, {"loss": {"scale": 50}})
@@ -200,7 +200,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(before: Any, after: Any, where: str = "") -> list[str]:
-    """Returns the dotted names of the settings that differ between two nested mappings.
+    """Return the dotted names of the settings that differ between two nested mappings.
 
     Example:
         >>> differences({"loss": {"scale": 20, "name": "infonce"}}, {"loss": {"scale": 50, "name": "infonce"}})
@@ -223,7 +223,7 @@ def _name(key: object) -> str:
 
 
 def _copy(value: Any) -> Any:
-    """Returns a copy in YAML's types: paths become text, tuples lists."""
+    """Return a copy in YAML's types: paths become text, tuples lists."""
     if isinstance(value, Mapping):
         return {key: _copy(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -250,7 +250,7 @@ def _index(place: list[Any], part: str, path: str) -> int:
 
 
 def converted(kind: Any, value: Any, where: str) -> Any:
-    """Returns `value` as a `kind`.
+    """Return `value` as a `kind`.
 
     Args:
         kind: A type, as in an annotation.

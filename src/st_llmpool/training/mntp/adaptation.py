@@ -73,7 +73,7 @@ class AdaptResult:
 
 
 def adapt(recipe: AdaptRecipe, *, resume: bool = False) -> AdaptResult:
-    """Trains a base to predict masked tokens.
+    """Train a base to predict masked tokens.
 
     In ``recipe.output_dir`` it leaves ``model``, an ordinary base folder with tokenizer and head, the adapter merged;
     ``training.json``, ``loss.png``, ``recipe.yaml`` and ``checkpoints``. The folder says nothing of the attention, as
@@ -118,7 +118,7 @@ def adapt(recipe: AdaptRecipe, *, resume: bool = False) -> AdaptResult:
 
 
 def check_adapt(recipe: AdaptRecipe) -> str:
-    """Validates an adaptation before any weights are loaded.
+    """Validate an adaptation before any weights are loaded.
 
     Returns:
         The base's Hub id or folder.
@@ -150,7 +150,7 @@ class _Adaptation:
     arguments: TrainingArguments
 
     def train(self, *, resume: bool) -> dict[str, Any]:
-        """Trains, merges, measures and saves; returns the report on the first process."""
+        """Train, merge, measure and save; return the report on the first process."""
         recipe, folder = self.recipe, Path(self.recipe.output_dir)
         with self.arguments.main_process_first(desc="loading data"):
             train, held_out = _load(recipe)
@@ -180,7 +180,7 @@ class _Adaptation:
         return dtype_of(self.recipe.training.precision)
 
     def _tokenize(self, train: Dataset, held_out: Dataset, vocabulary: Vocabulary) -> tuple[Dataset, Sequence[Example]]:
-        """Returns pieces to train on, and masked examples to measure on."""
+        """Return pieces to train on, and masked examples to measure on."""
         length = self.recipe.max_seq_length
         pieces = tokenize(train, self.tokenizer, max_length=length, long_texts=self.recipe.long_texts)
         others = tokenize(held_out, self.tokenizer, max_length=length, long_texts="truncate")
@@ -223,7 +223,7 @@ class _Adaptation:
         check_language_model(model, save, load, tokens, Path(self.recipe.output_dir))
 
     def _merged(self, model: Any) -> Any:
-        """Returns the base with what was trained in it."""
+        """Return the base with what was trained in it."""
         if self.recipe.tune == "full":
             return model
         return model.float().merge_and_unload()  # in float32, or the sum would be rounded to the base's 16 bits
@@ -235,13 +235,13 @@ class _Adaptation:
         self.tokenizer.save_pretrained(folder)
 
     def _untouched(self) -> PreTrainedModel:
-        """Returns the base as it was, with the mask token."""
+        """Return the base as it was, with the mask token."""
         model = load_language_model(self.recipe, self.base, dtype=self._dtype)
         use_mask_token(load_tokenizer(self.recipe, self.base), model, str(self.tokenizer.mask_token))
         return model
 
     def _finish(self, trainer: MaskedTokenTrainer, pieces: Dataset, examples: Sequence[Example]) -> dict[str, Any]:
-        """Merges, measures and saves; with one model in memory at a time, except to merge."""
+        """Merge, measure and save; with one model in memory at a time, except to merge."""
         recipe, folder, model = self.recipe, Path(self.recipe.output_dir), cast("Any", trainer.model)
         device = model.device
         trained = count_weights(parameter for parameter in model.parameters() if parameter.requires_grad)
@@ -279,7 +279,7 @@ class _Adaptation:
 
 
 def _load(recipe: AdaptRecipe) -> tuple[Dataset, Dataset]:
-    """Returns the texts to train on and those to measure on."""
+    """Return the texts to train on and those to measure on."""
     train = concatenate_datasets([load_texts(settings) for settings in recipe.texts])
     train = train.add_column("row", list(range(len(train))))
     limit = recipe.evaluation.limit
@@ -325,7 +325,7 @@ def _with_adapter(model: PreTrainedModel, recipe: AdaptRecipe) -> Any:
 
 
 def _release(trainer: MaskedTokenTrainer) -> None:
-    """Frees what only training needs: optimizer, schedule, loader, and the model's wrapper."""
+    """Free what only training needs: optimizer, schedule, loader, and the model's wrapper."""
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.model_wrapped = trainer.model  # type: ignore[assignment]
     handler = trainer.callback_handler

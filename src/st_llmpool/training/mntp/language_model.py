@@ -23,7 +23,7 @@ _SPARE = re.compile(r"mask|reserved|unused|extra_id|placeholder", re.IGNORECASE)
 
 
 def choose_mask_token(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -> str:
-    """Returns the mask token: one that the tokenizer has, or one that it does not have yet.
+    """Return the mask token: one that the tokenizer has, or one that it does not have yet.
 
     The padding token is never used: many bases have read it at the end of each document (Qwen's ``<|endoftext|>``),
     so that it carries a meaning.
@@ -49,7 +49,7 @@ def choose_mask_token(tokenizer: PreTrainedTokenizerBase, wanted: str | None = N
 
 
 def use_mask_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, token: str) -> int:
-    """Makes `token` the tokenizer's mask token, and gives it embeddings if it is new.
+    """Make `token` the tokenizer's mask token, and give it embeddings if it is new.
 
     A new token gets the mean of the old embeddings, in the input and, if they are not tied, in the output matrix, which
     no longer than needed grow: many models have rows to spare. Drawing it at random would make resuming inexact.
@@ -87,13 +87,13 @@ def use_mask_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, t
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Returns the ids of all tokens that are not text."""
+    """Return the ids of all tokens that are not text."""
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return {*tokenizer.all_special_ids} | added
 
 
 def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Returns the ids (V',) of all tokens that are not special, in order; some tokenizers leave ids out."""
+    """Return the ids (V',) of all tokens that are not special, in order; some tokenizers leave ids out."""
     return torch.tensor(sorted({*tokenizer.get_vocab().values()} - special_ids(tokenizer)))
 
 
@@ -111,13 +111,13 @@ def _has_stable_id(tokenizer: PreTrainedTokenizerBase, token: str, index: int, *
 
 
 def _rows(model: PreTrainedModel) -> list[Tensor]:
-    """Returns the embedding matrices, tied ones once."""
+    """Return the embedding matrices, tied ones once."""
     modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     return list({id(module.weight): module.weight for module in modules if module is not None}.values())
 
 
 def load_tokenizer(recipe: AdaptRecipe, base: str) -> PreTrainedTokenizerBase:
-    """Returns the base's tokenizer.
+    """Return the base's tokenizer.
 
     Raises:
         ConfigurationError: If it cannot be read.
@@ -129,13 +129,13 @@ def load_tokenizer(recipe: AdaptRecipe, base: str) -> PreTrainedTokenizerBase:
 
 
 def stored_dtype(recipe: AdaptRecipe, base: str) -> torch.dtype:
-    """Returns the dtype that the base says it has; float32 if it says nothing."""
+    """Return the dtype that the base says it has; float32 if it says nothing."""
     config = AutoConfig.from_pretrained(base, trust_remote_code=recipe.trust_remote_code, revision=recipe.revision)
     return getattr(config.get_text_config(decoder=True), "dtype", None) or config.dtype or torch.float32
 
 
 def load_language_model(recipe: AdaptRecipe, base: str, *, dtype: torch.dtype) -> PreTrainedModel:
-    """Returns the base with its head, in `dtype`.
+    """Return the base with its head, in `dtype`.
 
     Raises:
         ConfigurationError: If it cannot be read, is an encoder, or has no trained head.
@@ -162,7 +162,7 @@ def load_language_model(recipe: AdaptRecipe, base: str, *, dtype: torch.dtype) -
 
 
 def apply_attention(model: PreTrainedModel, recipe: AdaptRecipe) -> None:
-    """Sets the recipe's attention and proves it on the loaded weights.
+    """Set the recipe's attention and prove it on the loaded weights.
 
     Raises:
         AttentionError: If the proof fails.

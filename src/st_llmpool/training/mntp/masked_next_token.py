@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def masked_logits(
     model: nn.Module, head: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns what the model predicts for the masked tokens, and for no others.
+    """Return what the model predicts for the masked tokens, and for no others.
 
     A decoder's head reads position t to predict the token at t + 1. The masked token at t is therefore predicted from
     the hidden state at t - 1 (MNTP, BehnamGhader et al. 2024, arXiv 2404.05961, section 2.1), and the logits are
@@ -64,7 +64,7 @@ def masked_logits(
 
 
 def masked_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Returns the summed cross-entropy of logits (M, V) and targets (M,), in float32 at least."""
+    """Return the summed cross-entropy of logits (M, V) and targets (M,), in float32 at least."""
     return nn.functional.cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum"
     )
@@ -89,7 +89,7 @@ class MaskedScore:
 def masked_score(
     model: PreTrainedModel, examples: Sequence[Example], *, batch_size: int, unmasked: bool = False
 ) -> MaskedScore:
-    """Predicts the masked tokens of `examples`, each from the hidden state one position before it.
+    """Predict the masked tokens of `examples`, each from the hidden state one position before it.
 
     Args:
         model: The language model, as it attends now; its training mode is kept.
@@ -113,7 +113,7 @@ def masked_score(
 
 
 def most_frequent_token(pieces: Dataset) -> int:
-    """Returns the token that is most frequent in `pieces`, without special ones; of equally frequent ones the first.
+    """Return the token that is most frequent in `pieces`, without special ones; of equally frequent ones the first.
 
     Args:
         pieces: Columns ``input_ids`` and ``special``.
@@ -134,13 +134,13 @@ def most_frequent_token(pieces: Dataset) -> int:
 
 
 def constant_accuracy(examples: Sequence[Example], token: int) -> float:
-    """Returns the accuracy of always predicting `token`, a baseline without context."""
+    """Return the accuracy of always predicting `token`, a baseline without context."""
     labels = torch.cat([example["labels"][example["labels"] != IGNORE] for example in examples])
     return float((labels == token).float().mean())
 
 
 def accuracy_table(report: Mapping[str, Any]) -> Table:
-    """Returns ``masked_accuracy`` of an adaptation's ``training.json`` for reading.
+    """Return ``masked_accuracy`` of an adaptation's ``training.json`` for reading.
 
     Example:
         >>> accuracy = {"adapted": 0.3, "base": 0.1, "causal": 0.2, "no_context": 0.05}
@@ -168,7 +168,7 @@ def _batches(examples: Sequence[Example], batch_size: int) -> Iterator[dict[str,
 
 @contextmanager
 def _only(head: nn.Module, rows: Tensor, places: Tensor) -> Iterator[None]:
-    """Makes `head` read hidden states (1, M, D), those of `places` (M,) in `rows` (M,), instead of (B, T, D)."""
+    """Make `head` read hidden states (1, M, D), those of `places` (M,) in `rows` (M,), instead of (B, T, D)."""
 
     def choose(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (inputs[0][rows, places].unsqueeze(0), *inputs[1:])

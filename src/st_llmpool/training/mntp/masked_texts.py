@@ -40,7 +40,7 @@ class Vocabulary:
 
 
 def maskable(ids: Tensor, special: Tensor) -> Tensor:
-    """Returns the places (M,) that may be masked: no special token, and not the first, which has no predecessor.
+    """Return the places (M,) that may be masked: no special token, and not the first, which has no predecessor.
 
     Args:
         ids: (T,) Tokens of one text without padding.
@@ -58,7 +58,7 @@ def maskable(ids: Tensor, special: Tensor) -> Tensor:
 def mask_tokens(
     ids: Tensor, places: Tensor, settings: MaskingSettings, vocabulary: Vocabulary, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Masks one text.
+    """Mask one text.
 
     Args:
         ids: (T,) Its tokens without padding.
@@ -100,7 +100,7 @@ _Piece = tuple[list[int], list[int], int]
 def tokenize(
     texts: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, long_texts: Literal["cut", "truncate"]
 ) -> Dataset:
-    """Returns the tokens of each text, one row a piece; pieces are never put together.
+    """Return the tokens of each text, one row a piece; pieces are never put together.
 
     Args:
         texts: Columns ``text`` and, to name rows that fail, ``row``.
@@ -158,11 +158,11 @@ class MaskedTexts(TorchDataset):
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.long))
 
     def __len__(self) -> int:
-        """Returns the number of examples."""
+        """Return the number of examples."""
         return self.length
 
     def __getitem__(self, place: int) -> Example:
-        """Returns ``input_ids`` (T,), ``labels`` (T,) and, if it is known, the ``row`` of the text."""
+        """Return ``input_ids`` (T,), ``labels`` (T,) and, if it is known, the ``row`` of the text."""
         visit, within = divmod(place, len(self.pieces))
         if self._order[0] != visit:
             self._order = (visit, torch.randperm(len(self.pieces), generator=self._generator(visit)))
@@ -178,7 +178,7 @@ class MaskedTexts(TorchDataset):
 
 
 def collate(examples: Sequence[Example], *, padding_side: str = "right") -> dict[str, Tensor]:
-    """Pads examples of one batch.
+    """Pad examples of one batch.
 
     Args:
         examples: From :class:`MaskedTexts`.
@@ -214,7 +214,7 @@ def _split(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 
 
 def _cut_by_hand(texts: list[str], tokenizer: Any, max_length: int) -> Iterator[_Piece]:
-    """Cuts for tokenizers without a fast backend, which give no rows of what is beyond `max_length`."""
+    """Cut for tokenizers without a fast backend, which give no rows of what is beyond `max_length`."""
     size = max_length - tokenizer.num_special_tokens_to_add()
     for place, ids in enumerate(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]):
         for start in range(0, len(ids), size):

@@ -28,7 +28,7 @@ class MaskedTokenTrainer(GuardedTrainer, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Returns the mean loss of the masked tokens, those of all processes together."""
+        """Return the mean loss of the masked tokens, those of all processes together."""
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         logits, targets = masked_logits(model, head, **inputs)
         count = torch.tensor(len(targets), device=logits.device)
@@ -38,7 +38,7 @@ class MaskedTokenTrainer(GuardedTrainer, Trainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Measures on the evaluation set; what is drawn afterwards is as if it had not happened."""
+        """Measure on the evaluation set; what is drawn afterwards is as if it had not happened."""
         model, examples = cast("Any", self.model), cast("Any", self.eval_dataset)
         with preserve_rng_state():
             score = masked_score(model, examples, batch_size=self.args.per_device_eval_batch_size)
