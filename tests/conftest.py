@@ -78,7 +78,8 @@ class _Warnings(logging.Handler):
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(f"{record.name}: {record.getMessage()}")
+        if "The pooling has no effect" not in record.msg:  # true of every run of a few steps
+            self.lines.append(f"{record.name}: {record.getMessage()}")
 
 
 @pytest.fixture(autouse=True)

@@ -203,6 +203,7 @@ def planted(request, finished, tmp_path, monkeypatch) -> Path:
     return run
 
 
+@pytest.mark.logs_warning
 def test_nothing_planted_runs_in_any_command_without_the_flag(planted, finished, tiny_llm, tmp_path, hub, monkeypatch):
     monkeypatch.setattr("st_llmpool.hub.submission._mock_run", lambda encoder, meta: "")
     model, suite = planted / "model", write_suite(tmp_path / "data", [{"name": "T", "type": "STS", "folder": "sts"}])

@@ -68,6 +68,7 @@ def test_a_name_that_is_no_module_of_ours_is_refused(saved):
         load_model(saved)
 
 
+@pytest.mark.logs_warning
 def test_where_a_library_refuses_the_files_that_name_code_are_named(saved):
     config = json.loads((saved / "config.json").read_text())
     config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModel": "evil.Evil"}}

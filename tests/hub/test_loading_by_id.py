@@ -88,6 +88,7 @@ def test_a_revision_is_loaded_as_it_was(hub, saved):
         load_model("alice/model", revision="no-such-branch")
 
 
+@pytest.mark.logs_warning
 @pytest.mark.parametrize("file", ["errors.py", "config.json"])
 def test_foreign_code_is_refused_by_name_and_does_not_run(hub, saved, tmp_path, file):
     witness = tmp_path / "it_ran"

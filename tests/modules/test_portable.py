@@ -174,6 +174,7 @@ def test_a_save_that_was_cut_off_does_not_load(tiny_llm, tmp_path, monkeypatch, 
     SentenceTransformer(str(tmp_path), trust_remote_code=True)
 
 
+@pytest.mark.logs_warning
 def test_a_save_over_another_design_leaves_none_of_its_code(tiny_llm, tmp_path):
     (tmp_path / "mine.py").write_text("")
     build(tiny_llm).save_pretrained(str(tmp_path))
@@ -224,6 +225,7 @@ def test_a_config_of_a_newer_version_is_named(saved, tmp_path, file):
         SentenceTransformer(str(model), trust_remote_code=True)
 
 
+@pytest.mark.logs_warning
 def test_the_oldest_usable_versions_are_written_and_checked_before_any_code_runs(
     saved, tiny_llm, tmp_path, monkeypatch
 ):

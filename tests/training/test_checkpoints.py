@@ -38,6 +38,7 @@ def test_without_any_checkpoint_there_is_none(tmp_path):
     assert last_checkpoint(tmp_path / "none") is None
 
 
+@pytest.mark.logs_warning
 @pytest.mark.parametrize("damage", ["no state", "half state", "no random state", "half random state"])
 def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path, damage):
     complete, broken = write(tmp_path, 10), write(tmp_path, 20)
@@ -49,6 +50,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path, damage):
     assert last_checkpoint(tmp_path) == complete
 
 
+@pytest.mark.logs_warning
 def test_the_random_state_of_every_process_must_be_complete(tmp_path):
     """How many there were is not asked: the trainer's own state is written when all have written theirs."""
     complete, broken = (write(tmp_path, step, ranks=("_0", "_1")) for step in (10, 20))

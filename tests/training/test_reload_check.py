@@ -43,6 +43,7 @@ def test_a_base_that_the_recipe_quantises_is_reloaded_alike(tiny_llm, tmp_path):
     check_reload(model, tmp_path, full=False)
 
 
+@pytest.mark.logs_warning
 @pytest.mark.parametrize("lost", FILES)
 def test_what_a_save_loses_stops_the_run_by_name_before_its_first_step(make_recipe, monkeypatch, lost):
     save = SentenceTransformer.save_pretrained

@@ -82,6 +82,7 @@ def stopped_after(step: int, recipe: Recipe, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.logs_warning
 def test_a_resumed_run_has_the_losses_and_weights_of_one_that_was_never_stopped(unbroken, tmp_path):
     recipe, expected = unbroken
     folder = stopped_after(2, recipe, tmp_path)
@@ -194,6 +195,7 @@ def test_a_folder_that_holds_a_model_of_another_kind_is_left_alone(make_recipe):
             train(recipe, resume=resume)
 
 
+@pytest.mark.logs_warning
 @pytest.mark.parametrize("unbroken", ["lora"], indirect=True)
 def test_a_checkpoint_of_another_model_is_refused(unbroken, tmp_path):
     recipe, _ = unbroken

@@ -139,6 +139,7 @@ def test_a_run_of_two_processes_goes_on_with_one_and_says_what_differs(make_reci
     assert json.loads((folder / "checkpoints/checkpoint-4/trainer_state.json").read_text())["global_step"] == 4
 
 
+@pytest.mark.logs_warning
 def test_dropout_after_such_a_resumption_is_not_that_of_the_first_steps(make_recipe, tmp_path, monkeypatch):
     import torch
 
