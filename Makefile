@@ -32,7 +32,7 @@ help: ## list the commands
 quickstart: $(VENV)/.installed ## train a small design on text of this machine, evaluate, save, reload, search
 	$(VENV)/bin/st-llmpool quickstart --out $(OUT)/quickstart
 
-test: lint ## lint, type check and test (7 to 15 minutes on two cores)
+test: lint ## lint, type check and test (about 13 minutes on two cores)
 	$(call PYTEST,$(VENV)) $(TESTS)
 
 test-all: lint ## the same with the slow tests
@@ -50,7 +50,7 @@ format: $(VENV)/.installed-dev ## let ruff fix and format what it can
 docs: $(VENV)/.installed-dev ## build the documentation into build/site; any warning is an error
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
-# PyPI's torch 2.8 brings 7 GB with its CUDA libraries, so the first call takes long; a CPU build from TORCH_INDEX does not.
+# PyPI's torch 2.11 brings 6 GB with its CUDA libraries, so the first call takes long; a CPU build from TORCH_INDEX does not.
 lowest: $(VENV_LOWEST)/.installed-dev ## the tests on the lowest versions that pyproject.toml claims
 	$(call PYTEST,$(VENV_LOWEST)) $(TESTS)
 

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -220,3 +221,18 @@ def test_ctrl_c_in_a_training_is_one_line_that_says_how_to_go_on(
         [tmp_path / "recipe.yaml"] if command == "train" else [tiny_llm, "--data", "t.txt", "--out", tmp_path / "run"]
     )
     assert run_main(monkeypatch, capsys, command, *given) == (130, line)
+
+
+@pytest.mark.parametrize("base", ["Qwen/Qwen3-0.6B", "a folder"])
+def test_train_ends_with_where_the_model_is_and_what_to_do_with_it(base, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    base = str(tmp_path) if base == "a folder" else base
+    (tmp_path / "model" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    (tmp_path / "recipe.yaml").write_text(
+        f"output_dir: {tmp_path}\nmodel: {{base: builtin}}\ndata: [{{source: docstrings}}]"
+    )
+    result = SimpleNamespace(model_dir=tmp_path / "model", report={"steps": 1})
+    monkeypatch.setattr("st_llmpool.training.train", lambda recipe, resume: result)
+    printed = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml")]).output
+    assert f"st-llmpool doctor {tmp_path / 'model'}\n" in printed
+    assert ("Merge it before you share it" in printed) == (base == str(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 from .modules.errors import __version__
@@ -23,6 +24,9 @@ __all__ = [
     "set_attention",
     "verify_attention",
 ]
+
+# A missing optional kernel, which no user can act on.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _FILES = {
     "DESIGNS": ".designs",

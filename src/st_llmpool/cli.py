@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import warnings
@@ -141,8 +140,7 @@ def _version(
     if version:
         typer.echo(__version__)
         raise typer.Exit
-    # Messages of libraries that no user can act on: a missing optional kernel, and trained embeddings that peft saves.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # No user can act on it: peft saves embeddings that are trained.
     warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
 
 
@@ -168,7 +166,29 @@ def train(recipe: _Recipe, overrides: _Overrides = None, resume: _Resume = False
     _console()
     chosen = Recipe.from_yaml(recipe, overrides=overrides or [])
     with _resumable(Path(chosen.output_dir)):
-        run(chosen, resume=resume)
+        result = run(chosen, resume=resume)
+    if result.report:  # on the first process
+        typer.echo(_next_steps(result.model_dir))
+
+
+def _next_steps(model: Path) -> str:
+    """Return where a trained model is and what to do with it."""
+    from .utils.reading import read_json_object
+
+    lines = [
+        f"Model: {model}, with its card; the loss curve and the report are in {model.parent}. Next:",
+        f"  st-llmpool evaluate {model} --out {model.parent / 'results'}",
+        f"  st-llmpool doctor {model}",
+        f"  st-llmpool push {model} you/model",
+    ]
+    adapter = model / "adapter_config.json"
+    if adapter.is_file() and Path(str(read_json_object(adapter).get("base_model_name_or_path"))).is_dir():
+        merged = model.parent / "merged"
+        lines[-1:] = [
+            "  It is an adapter of a base in a local folder, which others do not have. Merge it before you share it:",
+            f"  st-llmpool export {model} --out {merged} --merge && st-llmpool push {merged} you/model",
+        ]
+    return "\n".join(lines)
 
 
 @app.command("batch-size", rich_help_panel=_BUILD)

@@ -9,9 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard
 from peft import LoraConfig
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from st_llmpool import build_embedder
 from st_llmpool.hub.export import export
@@ -218,7 +224,21 @@ def test_what_the_trainer_wrote_stays_when_results_come(tiny_llm, tmp_path):
     }
     assert data["metrics"] == ["cosine_ndcg@10", "cosine_spearman", "ndcg_at_10"]
     assert data["widget"] == [{"source_sentence": "a", "sentences": ["b", "c"]}]
+    assert "Not trained" in ModelCard.load(tmp_path / "README.md").text
     assert data["tags"].count("loss:FocalRankingLoss") == data["tags"].count("sentence-transformers") == 1
+
+
+def test_a_model_of_the_plain_trainer_is_not_called_untrained(tiny_llm, tmp_path):
+    model = build_embedder(tiny_llm)
+    pairs = Dataset.from_dict({"query": ["a fox", "a dog"], "positive": ["foxes", "dogs"]})
+    arguments = SentenceTransformerTrainingArguments(str(tmp_path), max_steps=1, save_strategy="no", report_to="none")
+    SentenceTransformerTrainer(model, arguments, pairs, loss=MultipleNegativesRankingLoss(model)).train()
+    model.save_pretrained(str(tmp_path / "model"))
+    for _ in range(2):  # as it was saved, then as it is regenerated
+        text = (tmp_path / "model" / "README.md").read_text()
+        assert "Trained with `SentenceTransformerTrainer`" in text
+        assert "Not trained" not in text
+        write_card(tmp_path / "model")
 
 
 @pytest.mark.parametrize(

@@ -202,8 +202,8 @@ def run_on_ids(backbone: PreTrainedModel, ids: Tensor, mask: Tensor) -> Any:
     try:
         return backbone(**{name: value for name, value in inputs.items() if anything or name in accepted})
     except Exception as error:
-        reason = f"{_name(backbone)} cannot run on token ids and a mask alone ({type(error).__name__}: {error})"
-        raise AttentionError(f"{reason}. Use a text model, or another attn_implementation.") from error
+        why = f"({type(error).__name__}: {str(error).partition(chr(10))[0]}). Use a text model"
+        raise AttentionError(f"{_name(backbone)} cannot run on token ids and a mask alone {why}.") from error
 
 
 def _has_alibi(backbone: PreTrainedModel) -> bool:

@@ -166,7 +166,9 @@ def _renamed(table: pd.DataFrame, name: str, path: Path) -> pd.DataFrame:
         return table
     designs = table["design"].unique()
     if len(designs) > 1:
-        raise ConfigurationError(f"{name}={path}: the name must be of one model, there are {listed(designs)}.")
+        raise ConfigurationError(
+            f"{name}={path}: the name must be of one model, there are {listed(designs)}. Leave the name out."
+        )
     return table.assign(design=name)
 
 
@@ -180,7 +182,10 @@ def _designs(files: Sequence[tuple[str, Path, ModelFiles]]) -> list[tuple[str, s
     for (name, path), found in given.items():
         if name and len(found) > 1:
             shown = listed(f"{model.name} @ {model.variant}" for model in found)
-            raise ConfigurationError(f"{name}={path}: the name must be of one model, there are {shown}.")
+            raise ConfigurationError(
+                f"{name}={path}: the name must be of one model, there are {shown}. Leave the name out, or "
+                f"name the folder of one."
+            )
     designs = []
     for name, path, model in files:
         same = models[name or model.name]

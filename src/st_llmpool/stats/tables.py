@@ -33,6 +33,7 @@ _LEGEND = (
     "Effect: matched-pairs rank-biserial correlation, from -1 to 1. "
     "p Holm: corrected for the tests of the same table; * at or below {alpha}."
 )
+_INTERVAL = "95 % interval, p"
 _ITEM_LEGEND = (
     "Every task has equal weight. Tasks like these: 95 % interval from standard errors clustered by task. These tasks "
     "only: interval for other items of the same tasks, its p not corrected; no verdict rests on it."
@@ -272,8 +273,8 @@ def sheets_of_family(kind: TypeComparison, family: Family) -> list[Sheet]:
                 "First\n- second": f"{pair.first}\n- {pair.second}",
                 "Items": f"{test.items:,}",
                 "Difference": f"{test.mean_difference:+.4f}",
-                "Tasks like these\np Holm": f"{_interval(test.low, test.high)}\n{p_text(pair.items_p_holm)}",
-                "These tasks only\np": f"{_interval(test.low_here, test.high_here)}\n{p_text(test.p_here)}",
+                f"Tasks like these\n{_INTERVAL} Holm": f"{_interval(test.low, test.high)}\n{p_text(pair.items_p_holm)}",
+                f"These tasks only\n{_INTERVAL}": f"{_interval(test.low_here, test.high_here)}\n{p_text(test.p_here)}",
             }
             for pair, test in tested
         ]
