@@ -81,8 +81,7 @@ class Run:
         self._write(cell="machine", state="about", about=content)
 
     def _write(self, **content: Any) -> None:
-        with self._file.open("a") as file:
-            file.write(json.dumps({"part": self._part, "time": time.time(), **content}) + "\n")
+        write_line(self._file, self._part, **content)
 
     def _require_working_gpu(self) -> None:
         """Frees what a failed cell held; a GPU that cannot go on in this process may in another one."""
@@ -178,16 +177,16 @@ def supervise(
         lines = [line for line in read(file) if line["part"] == part]
         was_running = lines and lines[-1]["state"] == "started"
         cell = lines[-1]["cell"] if was_running else "the process of the part"
-        content = {
-            "cell": cell,
-            "state": "failed",
-            "error": why or f"ended with code {code}, see {part}.log",
-            "rows": [],
-        }
-        with file.open("a") as written:
-            written.write(json.dumps({"part": part, "time": time.time(), **content}) + "\n")
+        error = why or f"ended with code {code}, see {part}.log"
+        write_line(file, part, cell=cell, state="failed", error=error, rows=[])
         if not was_running and code != 3:
             return
+
+
+def write_line(file: Path, part: str, **content: Any) -> None:
+    """Adds a line on a part to the file of the run."""
+    with file.open("a") as written:
+        written.write(json.dumps({"part": part, "time": time.time(), **content}) + "\n")
 
 
 def read(file: Path) -> list[dict[str, Any]]:

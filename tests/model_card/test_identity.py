@@ -122,3 +122,16 @@ def test_a_named_model_is_copied_and_pickled(tiny_llm):
     name = model.model_card_data.model_name
     assert copy.deepcopy(model).model_card_data.model_name == name
     assert pickle.loads(pickle.dumps(model)).model_card_data.model_name == name
+
+
+def test_a_save_goes_on_where_the_pictures_of_the_card_cannot_be_fetched(tiny_llm, tmp_path, monkeypatch, caplog):
+    model = build_embedder(tiny_llm, pooling="mean", verify=False)
+    model[0].loaded_from = ("alice/model", {})
+
+    def fail(*args: object, **kwargs: object) -> str:
+        raise RuntimeError("as the HTTP library of the Hub does, outside OSError")
+
+    monkeypatch.setattr("st_llmpool.model_card.identity.load_dir_path", fail)
+    model.save_pretrained(str(tmp_path))
+    assert "The pictures of the card of alice/model could not be copied" in caplog.text
+    SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")

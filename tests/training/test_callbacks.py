@@ -24,7 +24,7 @@ def show(*, is_terminal: bool) -> str:
 
 def test_without_a_terminal_each_log_entry_is_one_line():
     assert show(is_terminal=False).rstrip().splitlines() == [  # rich 14.0 ends with an empty line
-        "step 2/4  loss 1.5000  lr 1.0e-04  pooling effect 2.0 %",
+        "step 2/4  loss 1.5000  lr 1.0e-04  pooling changes the embedding by 2.0 %",
         "step 2/4  ndcg 0.2500",
     ]
 
@@ -37,7 +37,7 @@ def test_a_terminal_shows_steps_numbers_and_the_time_left():
             "2/4",
             "loss 1.5000",
             "lr 1.0e-04",
-            "pooling effect 2.0 %",
+            "pooling changes the embedding by 2.0 %",
             "left",
             "ndcg 0.2500",
         )

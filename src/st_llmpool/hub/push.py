@@ -260,7 +260,7 @@ def _commit(
     message: str | None,
     progress: Callable[[str], None],
 ) -> Pushed:
-    """Create the repository if needed and commit on the very state that the deletions were computed from."""
+    """Create the repository if needed and commit on exactly the state that the deletions were computed from."""
     with _explained(f"Opening {repo_id}"):
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if revision is not None and not revision.startswith("refs/"):

@@ -36,7 +36,7 @@ def copy_assets(model: SentenceTransformer, root: Path) -> None:
         source = Path((name and load_dir_path(name, subfolder="assets", **where)) or "none")
         if source.is_dir() and source.resolve() != (root / "assets").resolve():
             shutil.copytree(source, root / "assets", dirs_exist_ok=True)
-    except (OSError, ValueError) as error:  # the Hub or the disk
+    except Exception as error:  # pictures are worth no failed save, whatever the Hub's HTTP library raises
         logger.warning("The pictures of the card of %s could not be copied: %s", name, error)
 
 

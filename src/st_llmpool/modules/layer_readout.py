@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .errors import ConfigurationError
 
 READOUTS = ("eos", "mean")
-#: What poolings may be told of each token, (B, T) or (1, N) if flat, and the backbone is not: where sentences start.
+#: What poolings may know of each token, (B, T) or (1, N) if flat, and the backbone is not: where sentences start.
 POOLING_FEATURES = ("sentence_starts",)
 
 

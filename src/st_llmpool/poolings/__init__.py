@@ -1,4 +1,4 @@
-"""Poolings of the neighbouring literature; a shared model that uses one carries its file beside those of modules/."""
+"""Poolings of the neighbouring literature; a shared model that uses one carries its file too."""
 
 from .attsets_pooling import AttSetsPooling as AttSetsPooling
 from .generalized_mean_pooling import GeneralizedMeanPooling as GeneralizedMeanPooling

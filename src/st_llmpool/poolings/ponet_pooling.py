@@ -1,4 +1,4 @@
-"""PoNet pooling: every token meets the whole text, its segment and its neighbours before the mean is taken."""
+"""PoNet pooling: every token is mixed with its text, segment and neighbours before the mean is taken."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _segment_max(tokens: Tensor, segments: Tensor, mask: Tensor) -> Tensor:
 
 
 def _neighbour_max(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Return for each real token the maximum (B, T, D) of it and the ones beside it, 0 for the others."""
+    """Return for each real token the maximum (B, T, D) of it and its neighbours, 0 for the others."""
     maxima = F.max_pool1d(_only_real(tokens, mask).transpose(1, 2), kernel_size=3, stride=1, padding=1)
     return maxima.transpose(1, 2).masked_fill(~mask.unsqueeze(-1), 0.0)
 

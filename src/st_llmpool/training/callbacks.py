@@ -114,7 +114,7 @@ def describe(logs: dict[str, float]) -> str:
 
     Example:
         >>> describe({"loss": 1.25, "learning_rate": 2e-4, "pooling_share": 0.031, "epoch": 0.1})
-        'loss 1.2500  lr 2.0e-04  pooling effect 3.1 %'
+        'loss 1.2500  lr 2.0e-04  pooling changes the embedding by 3.1 %'
     """
     parts = []
     if "loss" in logs:
@@ -122,7 +122,7 @@ def describe(logs: dict[str, float]) -> str:
     if "learning_rate" in logs:
         parts.append(f"lr {float(logs['learning_rate']):.1e}")
     if "pooling_share" in logs:
-        parts.append(f"pooling effect {100 * logs['pooling_share']:.1f} %")
+        parts.append(f"pooling changes the embedding by {100 * logs['pooling_share']:.1f} %")
     return "  ".join([*parts, *(f"{name} {value:.4f}" for name, value in metrics_of(logs).items())])
 
 
