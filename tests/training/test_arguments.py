@@ -50,7 +50,8 @@ def test_the_settings_of_a_recipe_reach_the_trainer_and_its_own_names_win(tmp_pa
     training = TrainingSettings(
         max_steps=7, batch_size=6, warmup_steps=3.0, max_grad_norm=0.5, arguments={"adam_beta2": 0.9}
     )
-    found = trainer_arguments(TrainingArguments, **shared_arguments(training, tmp_path, learning_rate=1e-4, seed=3))
+    values = shared_arguments(training, tmp_path, learning_rate=1e-4, seed=3, width=16)
+    found = trainer_arguments(TrainingArguments, **values)
     assert (found.max_steps, found.per_device_train_batch_size, found.seed) == (7, 6, 3)
     assert (found.learning_rate, found.max_grad_norm, found.adam_beta2) == (1e-4, 0.5, 0.9)
     assert found.get_warmup_steps(7) == 3
@@ -72,12 +73,36 @@ def test_of_several_gpus_a_process_uses_one_and_says_so(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
-def test_auto_is_bf16_on_a_gpu_that_has_it_and_fp32_elsewhere(monkeypatch, has_bf16):
+def test_auto_is_bf16_on_a_gpu_that_has_it(monkeypatch, has_bf16):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bf16)
-    assert precision_of("auto") == ("bf16" if has_bf16 else "fp32")
-    assert dtype_of("auto") is (torch.bfloat16 if has_bf16 else torch.float32)
-    assert dtype_of("fp16") is torch.float16
+    assert precision_of("auto", 64) == ("bf16" if has_bf16 else "fp32")
+    assert precision_of("fp16", 64) == "fp16"
+
+
+@pytest.mark.parametrize(("speedup", "width", "expected"), [(2.5, 640, "bf16"), (0.5, 640, "fp32"), (2.5, 256, "fp32")])
+def test_auto_on_a_cpu_is_bf16_for_wide_bases_if_the_cpu_is_faster_with_it(monkeypatch, speedup, width, expected):
+    clock = iter([time for run in range(10) for time in (9 * run, 9 * run + speedup, 9 * run + 4, 9 * run + 5)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("st_llmpool.training.arguments.time.perf_counter", lambda: next(clock))
+    assert precision_of("auto", width) == expected
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_frozen_weights_have_the_dtype_of_the_trainers_precision(tmp_path, precision, dtype):
+    training = TrainingSettings(max_steps=1, precision=precision)
+    values = shared_arguments(training, tmp_path, learning_rate=1e-4, seed=3, width=16)
+    assert dtype_of(trainer_arguments(TrainingArguments, **values | {"use_cpu": True})) is dtype
+
+
+def test_an_adapter_trains_in_bf16_on_a_cpu_nearly_as_in_float32(tmp_path, make_recipe):
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        recipe = make_recipe({"output_dir": str(tmp_path / precision)}, "model.tune=lora", f"training.precision={precision}")
+        result = train(recipe)
+        losses[precision] = [loss for step, loss in result.report["losses"]]
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
 
 
 def test_gradient_checkpointing_gives_the_gradients_of_the_plain_model(tiny_llm):

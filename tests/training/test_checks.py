@@ -43,7 +43,7 @@ from .test_stages import chain
         ),
         (["training.optim=adamw_8bits"], ConfigurationError, "Did you mean 'adamw_8bit'"),
         (["model.base=/no/such/model"], ConfigurationError, "/no/such/model"),
-        (["training.precision=bf16"], ConfigurationError, "needs a GPU"),
+        (["training.precision=fp16"], ConfigurationError, "needs a GPU"),
         (["training.batch_size=13"], DataError, "12 rows, fewer than training.batch_size=13.*batch_size=12"),
         (["data.0.source=none.jsonl"], DataError, r"no file 'none\.jsonl'"),
         (["data.0.columns={query: question}"], DataError, "no column 'question'"),

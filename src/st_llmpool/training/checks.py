@@ -92,15 +92,18 @@ def check_machine(training: TrainingSettings, *, adapter: bool) -> None:
     Raises:
         ConfigurationError: If it has not.
     """
-    if training.precision in ("bf16", "fp16") and not torch.cuda.is_available():
-        raise ConfigurationError(
-            f"training.precision={training.precision} needs a GPU, and there is none here. Use auto or fp32, "
-            f"which is the faster one on a CPU too."
-        )
+    if training.precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigurationError("training.precision=fp16 needs a GPU, and there is none here. Use auto, bf16 or fp32.")
     check_optimizer(training.optim)
     check_reports(training.report_to)
     if adapter:
         require("train", "peft", purpose="model.tune=lora")
+
+
+def base_width(model: ModelSettings) -> int:
+    """Return the hidden size of the base, 0 if its config does not say."""
+    text = _read_config(model, resolve_base(model.base)).get_text_config(decoder=True)
+    return getattr(text, "hidden_size", None) or 0
 
 
 def design_arguments(model: ModelSettings) -> dict[str, Any]:

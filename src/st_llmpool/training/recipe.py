@@ -188,7 +188,8 @@ class TrainingSettings:
             ``lamb``.
         sparse_tuning: Train the adapters of a few layers at a time, drawn by importance (arXiv 2410.11772); None
             trains all.
-        precision: ``auto`` is ``bf16`` on a GPU that has it and ``fp32`` elsewhere.
+        precision: ``auto`` is ``bf16`` on a GPU that has it and, for bases of at least 512 dimensions, on a CPU that is
+            faster with it; ``fp32`` elsewhere.
         gradient_checkpointing: Recompute activations in the backward pass instead of storing them.
         batch_sampler: ``no_duplicates`` never puts a text into a batch twice, where it would be its own negative;
             ``batch_sampler`` may.

@@ -32,7 +32,7 @@ from ..utils.parameters import count_weights
 from ..utils.random_state import preserve_rng_state
 from ..utils.reading import read_json_object
 from .arguments import dtype_of, enable_gradient_checkpointing, shared_arguments, trainer_arguments
-from .checks import check_data, check_recipe, check_views, design_arguments
+from .checks import base_width, check_data, check_recipe, check_views, design_arguments
 from .freezing import freeze_lowest_layers
 from .held_out import held_out_evaluator
 from .optimizers import OPTIMIZERS, check_optimization
@@ -187,7 +187,9 @@ def _training_arguments(recipe: Recipe, folder: Path) -> SentenceTransformerTrai
     training, evaluation = recipe.training, recipe.evaluation
     return trainer_arguments(
         SentenceTransformerTrainingArguments,
-        **shared_arguments(training, folder, learning_rate=recipe.learning_rate, seed=recipe.seed),
+        **shared_arguments(
+            training, folder, learning_rate=recipe.learning_rate, seed=recipe.seed, width=base_width(recipe.model)
+        ),
         per_device_eval_batch_size=evaluation.batch_size,
         batch_sampler=training.batch_sampler,
         multi_dataset_batch_sampler=_set_sampler(recipe),
@@ -240,7 +242,7 @@ def _build_model(recipe: Recipe, base: str, arguments: SentenceTransformerTraini
         quantization_config=settings.quantization,
         prompts=_prompts(recipe),
         allow_partial=settings.allow_partial,
-        dtype=torch.float32 if settings.tune == "full" else dtype_of(recipe.training.precision),
+        dtype=torch.float32 if settings.tune == "full" else dtype_of(arguments),
         device=str(arguments.device),
         attn_implementation=settings.attn_implementation,
         model_kwargs=placement,

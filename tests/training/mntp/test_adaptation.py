@@ -285,7 +285,7 @@ def test_scoring_keeps_the_model_as_it_was(tiny_lm):
         ({"texts": []}, ConfigurationError, "texts is empty"),
         ({"output_dir": ""}, ConfigurationError, "output_dir='' is empty"),
         ({"max_seq_length": 1}, ConfigurationError, "max_seq_length=1 must be at least 2"),
-        ({"training": {"precision": "bf16"}}, ConfigurationError, "needs a GPU"),
+        ({"training": {"precision": "fp16"}}, ConfigurationError, "needs a GPU"),
         ({"masking": {"mlm_prob": 0.2}}, ConfigurationError, "Did you mean 'mlm_probability'"),
     ],
 )

@@ -29,7 +29,7 @@ from ...utils.files import atomic_folder
 from ...utils.parameters import count_weights
 from ...utils.reading import read_json_object
 from ..arguments import dtype_of, enable_gradient_checkpointing, shared_arguments, trainer_arguments
-from ..checks import check_adapter, check_machine, check_split
+from ..checks import base_width, check_adapter, check_machine, check_split
 from ..interpolation import merge_with_base
 from ..optimizers import check_optimization
 from ..recipe import MaskingSettings, ModelSettings, merge_weights
@@ -177,7 +177,7 @@ class _Adaptation:
         """Float32 for weights that train: small steps round to nothing on 16 bits; autocast computes in them."""
         if self.recipe.tune == "full":
             return torch.float32
-        return dtype_of(self.recipe.training.precision)
+        return dtype_of(self.arguments)
 
     def _tokenize(self, train: Dataset, held_out: Dataset, vocabulary: Vocabulary) -> tuple[Dataset, Sequence[Example]]:
         """Return pieces to train on, and masked examples to measure on."""
@@ -297,9 +297,12 @@ def _load(recipe: AdaptRecipe) -> tuple[Dataset, Dataset]:
 
 def _training_arguments(recipe: AdaptRecipe, folder: Path) -> TrainingArguments:
     training, evaluation = recipe.training, recipe.evaluation
+    model = ModelSettings(recipe.base, trust_remote_code=recipe.trust_remote_code, revision=recipe.revision)
     arguments = trainer_arguments(
         TrainingArguments,
-        **shared_arguments(training, folder, learning_rate=recipe.learning_rate, seed=recipe.seed),
+        **shared_arguments(
+            training, folder, learning_rate=recipe.learning_rate, seed=recipe.seed, width=base_width(model)
+        ),
         per_device_eval_batch_size=evaluation.batch_size,
         eval_strategy="no" if evaluation.eval_steps is None else "steps",
         eval_steps=evaluation.eval_steps,
