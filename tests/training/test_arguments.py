@@ -98,7 +98,9 @@ def test_frozen_weights_have_the_dtype_of_the_trainers_precision(tmp_path, preci
 def test_an_adapter_trains_in_bf16_on_a_cpu_nearly_as_in_float32(tmp_path, make_recipe):
     losses = {}
     for precision in ("fp32", "bf16"):
-        recipe = make_recipe({"output_dir": str(tmp_path / precision)}, "model.tune=lora", f"training.precision={precision}")
+        recipe = make_recipe(
+            {"output_dir": str(tmp_path / precision)}, "model.tune=lora", f"training.precision={precision}"
+        )
         result = train(recipe)
         losses[precision] = [loss for step, loss in result.report["losses"]]
     assert losses["bf16"] != losses["fp32"]

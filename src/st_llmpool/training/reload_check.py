@@ -59,6 +59,7 @@ def check_reload(model: SentenceTransformer, folder: Path, *, full: bool, trust_
         try:
             loaded = load_model(place, trust_remote_code=trust_remote_code, device=device, **_quantization(model))
             difference = (_vectors(loaded) - expected).abs().max().item()
+            changed = _changed_poolings(model, loaded)
         except Exception as error:  # of many libraries
             raise _not_loaded(error, "model.lora or model.tune") from error
         finally:
@@ -67,12 +68,24 @@ def check_reload(model: SentenceTransformer, folder: Path, *, full: bool, trust_
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if changed:  # rounding in the backbone can hide it in the vectors
+        raise ConfigurationError(
+            f"What this recipe trains gives other vectors once it is saved and loaded: {changed[0]} comes back with "
+            f"other values. Change model.pooling or its options; nothing was trained yet."
+        )
     limit = _limit(model, device, effect=(expected - before).abs().max().item())
     if not difference <= limit:
         raise ConfigurationError(
             f"What this recipe trains gives other vectors once it is saved and loaded: they differ by {difference:.2g} "
             f"(limit {limit:.2g}). Change model.lora (its target_modules) or model.tune; nothing was trained yet."
         )
+
+
+def _changed_poolings(model: SentenceTransformer, loaded: SentenceTransformer) -> list[str]:
+    """Return the names of weights after the backbone that are not as they were saved."""
+    found = loaded.state_dict()
+    after = {name: weight for name, weight in model.state_dict().items() if not name.startswith("0.")}
+    return [name for name, weight in after.items() if not torch.equal(found[name].to(weight), weight)]
 
 
 def _check_effect(model: SentenceTransformer, before: torch.Tensor) -> None:
