@@ -40,19 +40,7 @@ _ABOUT_A_SAVE = {"base_model_name_or_path", "inference_mode", "peft_version", "r
 
 
 def lora_config(peft_config: PeftConfig | Mapping[str, Any] | str) -> PeftConfig:
-    """Return the peft config for a user's short form.
-
-    Args:
-        peft_config: A ``peft`` config (returned as it is), the fields of a ``LoraConfig`` as a dict, or ``"paper"``.
-
-    Raises:
-        ConfigurationError: If the name or a field is unknown, peft refuses a value, or the installed peft is too
-            old for transformers.
-
-    Example:
-        >>> lora_config("paper").r
-        16
-    """
+    """Return the peft config for a user's short form, the fields of a ``LoraConfig`` or ``"paper"``."""
     from peft import LoftQConfig, LoraConfig
 
     check_peft()
@@ -96,11 +84,7 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
 
 
 def check_peft() -> None:
-    """Check that the installed transformers accepts the installed peft.
-
-    Raises:
-        ConfigurationError: If it is older.
-    """
+    """Check that the installed transformers accepts the installed peft."""
     from transformers.integrations import peft as integration
     from transformers.utils import check_peft_version
 
@@ -164,15 +148,7 @@ def has_adapter(model: SentenceTransformer) -> bool:
 
 
 def continue_adapter(model: SentenceTransformer, peft_config: PeftConfig | Mapping[str, Any] | str | None) -> None:
-    """Make a loaded adapter trainable again.
-
-    Args:
-        model: A model whose backbone has an adapter; changed in place.
-        peft_config: The requested config; None accepts any.
-
-    Raises:
-        ConfigurationError: If the loaded adapter has another config.
-    """
+    """Make a loaded adapter trainable again, and refuse one of another config than the one asked for."""
     backbone: Any = model.transformers_model
     name = backbone.active_adapters()[0]
     if peft_config is not None:
@@ -199,13 +175,6 @@ def check_start(peft_config: Any, *, in_4_bits: bool) -> None:
     """Refuse adapters that start from data or from changed weights of the base, or that no text would activate.
 
     Only the adapter is saved: on the unchanged base, an adapter that started by changing it would give other vectors.
-
-    Args:
-        peft_config: The adapter's config.
-        in_4_bits: Whether the base is quantised to 4 bits, where LoftQ changes only the adapter.
-
-    Raises:
-        ConfigurationError: If the config has such a start.
     """
     if getattr(peft_config, "alora_invocation_tokens", None) is not None:
         raise ConfigurationError(
@@ -316,10 +285,6 @@ def merge_adapter(model: SentenceTransformer, source: Path) -> None:
     The base is loaded again: after merging a reloaded adapter, transformers keeps the adapter's weight names, and the
     model it then saves loads with random weights. A base in 4 or 8 bits is dequantised, so that the merged model gives
     the vectors of the trained one.
-
-    Args:
-        model: A model loaded from `source`, with the base quantised as in training.
-        source: Folder with ``adapter_config.json``.
     """
     from peft import PeftModel
 

@@ -61,12 +61,6 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
     Which one does not matter to the embedding, because masks come from ``attention_mask`` and never from
     comparing ids.
-
-    Args:
-        tokenizer: Changed in place.
-
-    Raises:
-        ConfigurationError: If it has no special token at all.
     """
     if tokenizer.pad_token_id is not None:
         return

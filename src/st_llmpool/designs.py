@@ -62,11 +62,7 @@ class PoolingSpec:
         return pooling_kwargs.get("reads", self.reads)
 
     def build(self, backbone: LLMTransformer, pooling_kwargs: Mapping[str, Any]) -> Module:
-        """Return the pooling module for `backbone`.
-
-        Raises:
-            ConfigurationError: If an option is unknown or out of range.
-        """
+        """Return the pooling module for `backbone`."""
         sizes = {"embedding_dimension": backbone.get_embedding_dimension()}
         if self.reads_with(pooling_kwargs) == "layers":
             sizes["num_layers"] = len(backbone.layers)
@@ -76,11 +72,7 @@ class PoolingSpec:
             raise ConfigurationError(f"pooling_kwargs={dict(pooling_kwargs)} do not fit: {error}.") from error
 
     def resolved(self, pooling_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that ``module`` is called with: the fixed ones, then the preset's, then those given.
-
-        Raises:
-            ConfigurationError: If the preset is unknown.
-        """
+        """Return the options that ``module`` is called with: the fixed ones, then the preset's, then those given."""
         given, sizes = dict(pooling_kwargs), dict[str, Any]()
         if "preset" in given and isinstance(self.module, type) and issubclass(self.module, CrossAttentionPooling):
             preset = given.pop("preset")

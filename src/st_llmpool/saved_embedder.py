@@ -32,26 +32,12 @@ _TRAINED_WITH = ("attention", "layers", "layer_readout", "add_eos_token")
 
 
 def is_saved_embedder(base: str, *, revision: str | None = None, token: bool | str | None = None) -> bool:
-    """Return whether a folder or Hub id holds a sentence-transformers model rather than a bare language model.
-
-    Example:
-        >>> from st_llmpool.data import builtin_backbone
-        >>> is_saved_embedder(builtin_backbone())
-        False
-    """
+    """Return whether a folder or Hub id holds a sentence-transformers model rather than a bare language model."""
     return is_sentence_transformer_model(base, token=token, revision=revision)
 
 
 def read_architecture(base: str, **hub: Any) -> PreTrainedConfig:
-    """Return the backbone's config of a base model, a saved embedder or an adapter.
-
-    Args:
-        base: Hub id or folder.
-        **hub: ``trust_remote_code``, ``revision`` and ``token``.
-
-    Raises:
-        ConfigurationError: If there is no readable config.
-    """
+    """Return the backbone's config of a base model, a saved embedder or an adapter; `hub` as in from_pretrained."""
     try:
         location = {key: hub[key] for key in ("revision", "token") if key in hub}
         adapter = find_adapter_config_file(base, **location)
@@ -80,11 +66,7 @@ class SavedEmbedder:
 
     @classmethod
     def read(cls, base: str, **hub: Any) -> SavedEmbedder:
-        """Read ``modules.json``.
-
-        Raises:
-            ConfigurationError: If it cannot be read, or the first module is not a Transformer.
-        """
+        """Read ``modules.json``."""
         saved = cls(base, hub, ())
         try:
             modules = tuple(saved._json("modules.json"))
@@ -111,17 +93,7 @@ class SavedEmbedder:
     def check_pooling(
         self, name: str | None, module: Callable[..., Module], options: Mapping[str, Any], given: bool
     ) -> None:
-        """Check that the saved pooling is the requested one.
-
-        Args:
-            name: The requested pooling; None accepts the saved one.
-            module: Its class.
-            options: The options with which it would be built.
-            given: Whether the user gave any of them; otherwise the saved options are kept.
-
-        Raises:
-            ConfigurationError: If the saved pooling or its options differ.
-        """
+        """Check that the saved pooling is the one called `name`, with its `options` if the user `given` any."""
         if name is None:
             raise ConfigurationError(
                 f"{self.base!r} is a saved embedder, and pooling_kwargs are given without pooling. Name the pooling "
@@ -152,11 +124,6 @@ class SavedEmbedder:
             settings: Settings of :class:`LLMTransformer`; None keeps what was saved.
             keep: Refuse settings that differ from those of the training.
             **kwargs: ``prompts``, ``device``, ``model_kwargs`` and ``processor_kwargs`` of ``SentenceTransformer``.
-
-        Raises:
-            ConfigurationError: If a setting differs, or the Transformer cannot be an :class:`LLMTransformer`.
-            DataError: If a file is missing, damaged or does not fit.
-            AttentionError: If the measured attention of the backbone is not the configured one.
         """
         wanted = {key: value for key, value in settings.items() if value is not None}
         backbone = {self.modules[0]["type"]: _BackboneLoader(self, wanted, keep)}

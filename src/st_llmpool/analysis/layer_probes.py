@@ -25,9 +25,6 @@ class Probes:
         pairs: First text, second text, human similarity score.
         queries: Queries.
         documents: Document i answers query i; further documents answer none.
-
-    Raises:
-        DataError: If there are fewer than two pairs, or fewer documents than queries.
     """
 
     pairs: tuple[tuple[str, str, float], ...]
@@ -49,12 +46,7 @@ class Probes:
 
 
 def sample_probes() -> Probes:
-    """Return the built-in probes, 36 pairs and 12 queries in 24 documents; they show large differences only.
-
-    Example:
-        >>> len(sample_probes().texts)
-        36
-    """
+    """Return the built-in probes, 36 pairs and 12 queries in 24 documents; they show large differences only."""
     rows = [line.split("\t") for line in _TRIPLES.read_text(encoding="utf-8").splitlines()]
     firsts, same, others = (tuple(texts) for texts in zip(*rows, strict=True))
     unrelated = same[1:] + same[:1]
@@ -76,10 +68,6 @@ def search_score(queries: Tensor, documents: Tensor) -> float:
     """Return nDCG@10 by cosine, mean over queries (Q, D), where document i of (N, D) is the only answer of query i.
 
     With one answer nDCG is 1 / log2(1 + rank); the answer ranks last among ties.
-
-    Example:
-        >>> search_score(torch.eye(2), torch.eye(2))
-        1.0
     """
     cosines = normalize(queries.double(), dim=-1) @ normalize(documents.double(), dim=-1).T
     ranks = (cosines >= cosines.diagonal().unsqueeze(-1)).sum(dim=-1)

@@ -157,9 +157,6 @@ def layer_embeddings(model: SentenceTransformer, texts: Sequence[str], *, batch_
     """Return the layer readout of every layer of the backbone, (N, L, D) in float32 on the CPU.
 
     The last layer is after the final norm, as the poolings read it.
-
-    Raises:
-        ConfigurationError: If the backbone is no `LLMTransformer`.
     """
     backbone = model[0]
     if not hasattr(backbone, "layer_readout"):
@@ -195,21 +192,10 @@ def layer_embeddings(model: SentenceTransformer, texts: Sequence[str], *, batch_
 
 
 def linear_cka(first: Tensor, second: Tensor) -> Tensor:
-    """Return linear CKA between all layers of two sets (Kornblith et al. 2019, arXiv 1905.00414, eq. 3-4).
+    """Return linear CKA (L, M) between all layers of (N, L, D) and (N, M, E).
 
-    ⟨K, L⟩ / (‖K‖ ‖L‖) with the Gram matrices of the centred embeddings; NaN where one is constant over the texts.
-
-    Args:
-        first: (N, L, D).
-        second: (N, M, E), of the same texts.
-
-    Returns:
-        (L, M) in float64.
-
-    Example:
-        >>> x = torch.randn(5, 2, 3)
-        >>> linear_cka(x, 2 * x).diagonal().round(decimals=6)
-        tensor([1., 1.], dtype=torch.float64)
+    Kornblith et al. 2019, arXiv 1905.00414, eq. 3-4: ⟨K, L⟩ / (‖K‖ ‖L‖) with the Gram matrices of the
+    centred embeddings; NaN where one is constant over the texts.
     """
 
     def grams(embeddings: Tensor) -> Tensor:
@@ -222,12 +208,9 @@ def linear_cka(first: Tensor, second: Tensor) -> Tensor:
 
 
 def similarity_correlation(embeddings: Tensor) -> Tensor:
-    """Return Spearman's correlation between layers of the cosine similarities of all pairs of texts, (L, L) in float64.
+    """Return Spearman's correlation between layers (N, L, D) of the similarities of all pairs of texts, (L, L).
 
     NaN where all similarities of a layer are equal.
-
-    Args:
-        embeddings: (N, L, D).
     """
     units = normalize(embeddings.double(), dim=-1).transpose(0, 1)
     first, second = torch.triu_indices(units.shape[1], units.shape[1], offset=1)

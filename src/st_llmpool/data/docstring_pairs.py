@@ -132,12 +132,7 @@ def docstrings(
 
 
 def split_of(distribution: str) -> str:
-    """Return the split that all docstrings of a distribution belong to.
-
-    Example:
-        >>> split_of("networkx"), split_of("huggingface_hub"), split_of("torch")
-        ('test', 'validation', 'train')
-    """
+    """Return the split that all docstrings of a distribution belong to."""
     bucket = int(hashlib.sha256(f"{_SALT}:{_normalised(distribution)}".encode()).hexdigest(), 16) % 10
     return {0: "test", 1: "validation"}.get(bucket, "train")
 

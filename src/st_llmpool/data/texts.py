@@ -90,12 +90,7 @@ def load_texts(settings: TextSettings) -> Dataset:
 
 
 def load_views(settings: TextSettings) -> Dataset:
-    """Return each text of `settings` twice, in the columns ``query`` and ``positive``; raises as :func:`load_texts`.
-
-    Example:
-        >>> load_views(TextSettings("docstrings")).column_names  # doctest: +SKIP
-        ['query', 'positive']
-    """
+    """Return each text of `settings` twice, in the columns ``query`` and ``positive``."""
     import pyarrow as pa
     from datasets import Dataset
 

@@ -120,11 +120,7 @@ def load_pairs(settings: DatasetSettings, num_negatives: int | None = None) -> D
 
 
 def read_rows(settings: DatasetSettings) -> Dataset:
-    """Return the rows of `settings` with all their columns.
-
-    Raises:
-        DataError: If the file or the dataset is missing or cannot be read.
-    """
+    """Return the rows of `settings` with all their columns."""
     if settings.source == DOCSTRINGS:
         return _read_docstrings(settings)
     path = source_path(settings.source)
@@ -289,11 +285,7 @@ def _keep_negatives(settings: DatasetSettings, negatives: Sequence[Any], wanted:
 
 
 def check_texts(settings: DatasetSettings, name: str, column: Any) -> None:
-    """Refuse an Arrow column that holds anything but text, or blank text.
-
-    Raises:
-        DataError: With the row, and what to do.
-    """
+    """Refuse an Arrow column that holds anything but text, or blank text."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

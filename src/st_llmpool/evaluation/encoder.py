@@ -60,11 +60,7 @@ class FiniteEncoder(SentenceTransformerEncoderWrapper):
         prompt_type: PromptType | None = None,
         **kwargs: Any,
     ) -> Array:
-        """Return the embeddings of N texts, (N, D).
-
-        Raises:
-            InputError: If an embedding holds NaN or infinity.
-        """
+        """Return the embeddings of N texts, (N, D)."""
         embeddings = super().encode(inputs, task_metadata=task_metadata, prompt_type=prompt_type, **kwargs)
         finite = np.isfinite(np.asarray(embeddings)).all(axis=-1)
         if not finite.all():

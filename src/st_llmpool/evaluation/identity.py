@@ -18,15 +18,11 @@ _IN_EVERY_RUN = re.compile(r"model|training|checkpoints|checkpoint-\d+")
 
 
 def identify(model: SentenceTransformer, source: str | None = None) -> tuple[str, str]:
-    """Return a name and a revision that identify the model.
+    """Return a name and a revision that identify the model, loaded from `source` or in memory.
 
     A model that was loaded from the Hub by its id keeps id and commit, so that its results line up with the
     leaderboard's. Any other is `local/<folder or card name>` with `fingerprint(model)` as its revision. Folders that
     have the same name in every run, ``model`` and ``checkpoint-60``, are named after their run.
-
-    Args:
-        model: The model.
-        source: Folder or Hub id that it was loaded from; None for a model in memory.
     """
     commit = model.model_card_data.base_model_revision
     if source is not None and commit and not Path(source).exists():

@@ -160,11 +160,7 @@ def _choose(
 
 
 def find_benchmark(name: str) -> mteb.Benchmark:
-    """Return mteb's benchmark of that name.
-
-    Raises:
-        ConfigurationError: If there is none.
-    """
+    """Return mteb's benchmark of that name."""
     try:
         return mteb.get_benchmark(name)
     except KeyError as error:

@@ -15,12 +15,7 @@ T = TypeVar("T")
 
 
 def sample(keys: Sequence[str], limit: int | None) -> list[int]:
-    """Return the positions of at most `limit` keys, in order; all if `limit` is None.
-
-    Example:
-        >>> len(sample(["a", "b", "c"], 2)), sample(["a", "b", "c"], None)
-        (2, [0, 1, 2])
-    """
+    """Return the positions of at most `limit` keys, in order; all if `limit` is None."""
     if limit is None or limit >= len(keys):
         return list(range(len(keys)))
     return sorted(_by_hash(keys)[:limit])
@@ -34,18 +29,9 @@ def select_rows(table: Mapping[str, Sequence[T]], rows: Sequence[int]) -> dict[s
 def sample_retrieval(
     queries: Sequence[str], documents: Sequence[str], relevant: Mapping[str, Mapping[str, int]], limit: int | None
 ) -> tuple[set[str], set[str]]:
-    """Return the ids of at most `limit` queries and at most `limit` documents.
+    """Return the ids of at most `limit` queries and at most `limit` documents; grades above 0 are relevant.
 
     Every kept query keeps all its relevant documents; other documents fill the rest.
-
-    Args:
-        queries: Ids of the queries.
-        documents: Ids of the documents.
-        relevant: Query id to document id to grade; above 0 is relevant.
-        limit: Largest number of each; None for all.
-
-    Raises:
-        DataError: If no query's relevant documents fit.
     """
     if limit is None:
         return set(queries), set(documents)

@@ -29,16 +29,7 @@ Where: TypeAlias = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 def check_where(task: str, where: Where, tables: Mapping[str, Sequence[Column]]) -> None:
-    """Check a suite's `where` before any data are read.
-
-    Args:
-        task: Name of the task, for messages.
-        where: The suite's `where`.
-        tables: Columns of each of the task's tables.
-
-    Raises:
-        ConfigurationError: If a role, column, condition or argument does not exist or does not fit.
-    """
+    """Check a suite's `where` before any data are read."""
     kinds = {role: {column.name: column.kind for column in columns} for role, columns in tables.items()}
     for role, columns in _entries(task, "table", where, kinds):
         for column, conditions in _entries(task, f"column of {role}", columns, kinds[role]):
@@ -55,21 +46,7 @@ def check_where(task: str, where: Where, tables: Mapping[str, Sequence[Column]])
 
 
 def cut(task: str, where: Where, tables: Mapping[str, Mapping[str, list[Any]]]) -> dict[str, dict[str, list[Any]]]:
-    """Return the tables with only the rows that `where` keeps, in order.
-
-    Args:
-        task: Name of the task, for messages.
-        where: As checked by `check_where`.
-        tables: Role to column to values.
-
-    Raises:
-        DataError: If a value that ``in`` names does not occur, or no row is left.
-
-    Example:
-        >>> tables = {"test": {"text": ["a b", "c", "d e f", "g"], "label": [0, 1, 0, 2]}}
-        >>> cut("Mine", {"test": {"text": {"length": [0.5, 1.0]}, "label": {"in": [0, 1]}}}, tables)
-        {'test': {'text': ['a b', 'd e f'], 'label': [0, 0]}}
-    """
+    """Return the tables (role to column to values) with only the rows that a checked `where` keeps, in order."""
     kept = {role: dict(table) for role, table in tables.items()}
     for role, columns in where.items():
         holds = [

@@ -37,11 +37,7 @@ class Column:
 
 
 def find_table(folder: Path, role: str, file_name: str | None) -> Path:
-    """Return the file of a role, by its given name or as `role.parquet` or `role.jsonl`.
-
-    Raises:
-        DataError: If the folder or file does not exist, or its suffix is not supported.
-    """
+    """Return the file of a role, by its given name or as `role.parquet` or `role.jsonl`."""
     if not is_folder(folder):
         raise DataError(f"{folder} is not a folder; {_content(folder.parent, folder.name)}")
     candidates = [folder / file_name] if file_name else [folder / f"{role}{suffix}" for suffix in SUFFIXES]
@@ -70,19 +66,7 @@ def file_digest(path: Path) -> str:
 
 
 def read_table(path: Path, columns: Sequence[Column], file_names: Mapping[str, str]) -> dict[str, list[Any]]:
-    """Read and check some columns of a table.
-
-    Args:
-        path: A `.parquet` or `.jsonl` file.
-        columns: The columns to read.
-        file_names: Names of columns in the file, if they differ.
-
-    Returns:
-        Column name to values, one per row of the file.
-
-    Raises:
-        DataError: If a column is missing, the table is empty or not readable, or a value is not of its column's kind.
-    """
+    """Read and check some columns, called as in `file_names`, of a ``.parquet`` or ``.jsonl`` file: name to values."""
     wanted = {column: file_names.get(column.name, column.name) for column in columns}
     read = _read_parquet if path.suffix == ".parquet" else _read_json_lines
     known, found = read(path, list(wanted.values()))

@@ -133,11 +133,7 @@ LOSSES: dict[str, LossSpec] = {
 
 
 def build_loss(model: SentenceTransformer, settings: LossSettings, parts: LossParts | None = None) -> nn.Module:
-    """Build the loss that `settings` describe, with its other inputs, if any.
-
-    Raises:
-        ConfigurationError: If the model has fewer dimensions than ``matryoshka_dims`` ask for.
-    """
+    """Build the loss that `settings` describe, with its other inputs, if any."""
     parts = parts or LossParts()
     if parts.guide is not None:
         parts.guide.requires_grad_(False)  # it is a submodule of the loss, whose weights would otherwise train
@@ -153,11 +149,7 @@ def build_loss(model: SentenceTransformer, settings: LossSettings, parts: LossPa
 
 
 def check_loss(settings: LossSettings) -> None:
-    """Check the loss's name, and that its options apply and are complete.
-
-    Raises:
-        ConfigurationError: With the nearest known name, or the losses that have the option.
-    """
+    """Check the loss's name, and that its options apply and are complete."""
     check_choice("loss.name", settings.name, tuple(LOSSES))
     spec = LOSSES[settings.name]
     if spec.needs is not None and getattr(settings, spec.needs) is None:
@@ -175,11 +167,7 @@ def check_loss(settings: LossSettings) -> None:
 
 
 def check_columns(datasets: Mapping[str, Dataset], settings: LossSettings) -> None:
-    """Check that datasets have the hard negatives that the loss needs, and no more than it supports.
-
-    Raises:
-        DataError: With what to change.
-    """
+    """Check that datasets have the hard negatives that the loss needs, and no more than it supports."""
     for name, dataset in datasets.items():
         found = len(dataset.column_names)
         if found < LOSSES[settings.name].columns:

@@ -30,9 +30,6 @@ class RankingObjective:
         detach_focal: Detach the focal weights (stop-gradient).
         mixing: Mixes more negatives; None for none.
 
-    Raises:
-        ConfigurationError: If γ is negative or not finite.
-
     Example:
         >>> losses = RankingObjective(focal_gamma=0.0).losses(
         ...     torch.eye(2), torch.eye(2), torch.tensor([0, 1]), scale=1.0, batch_size=2

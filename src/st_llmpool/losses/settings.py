@@ -17,9 +17,6 @@ class MixingSettings:
         listwise: Add the blend of all of them, weighted by similarity.
         start_step: Mix from this step on; 0 is the first.
         detach: Detach mixed negatives (stop-gradient).
-
-    Raises:
-        ConfigurationError: From the constructor, if a number is out of range.
     """
 
     hardest: int = 8

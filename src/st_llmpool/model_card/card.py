@@ -154,9 +154,6 @@ def card_without_forwards(model: SentenceTransformer) -> Iterator[None]:
     """Omit figures and everything that needs a forward pass from cards written inside the block.
 
     For checkpoints and sharded models.
-
-    Args:
-        model: A model with any card data.
     """
     card = model.model_card_data
     card.without_forwards = True
@@ -242,11 +239,7 @@ def write_card_of(
 
 
 def read_front_matter(file: Path) -> Any:
-    """Return the ``ModelCardData`` of a card.
-
-    Raises:
-        DataError: If it is not YAML that a card may have.
-    """
+    """Return the ``ModelCardData`` of a card."""
     try:
         return ModelCard(read_text(file), ignore_metadata_errors=True).data
     except StLlmpoolError:

@@ -1,4 +1,4 @@
-"""Figures of cards and runs; without matplotlib nothing is drawn."""
+"""Figures of cards and runs, written as PNG; each function returns whether it drew, which takes matplotlib."""
 
 from __future__ import annotations
 
@@ -18,16 +18,7 @@ _BLUE, _PALE, _EDGE = "#2b6cb0", "#e8eef5", "#1a365d"
 
 
 def draw_curve(file: Path, points: Sequence[Sequence[float]], label: str) -> bool:
-    """Draw (step, value) points as a line.
-
-    Args:
-        file: PNG to write.
-        points: Steps and values.
-        label: Label of the values.
-
-    Returns:
-        Whether the file was written: False without points or without matplotlib.
-    """
+    """Draw (step, value) points as a line."""
     if not points:
         return False
 
@@ -53,15 +44,7 @@ def draw_layer_use(file: Path, use: LayerUse) -> bool:
 
 
 def draw_layers(file: Path, report: Mapping[str, Any]) -> bool:
-    """Draw the similarity (linear CKA) between layers, the score of each alone, and its use by the pooling.
-
-    Args:
-        file: PNG to write.
-        report: A `st_llmpool.analysis.layers.LayerAnalysis` as `to_dict` gives it.
-
-    Returns:
-        Whether the file was written.
-    """
+    """Draw the similarity (linear CKA) between layers, the score of each alone, and its use by the pooling."""
     looks = {name: report[name] for name in ("before", "after") if report[name] is not None}
     layers = range(1, len(report["after"]["search"]) + 1)
     edges = (0.5, len(layers) + 0.5)
@@ -101,19 +84,7 @@ def draw_layers(file: Path, report: Mapping[str, Any]) -> bool:
 
 
 def draw_design(file: Path, *, attention: str, read: str, pooling: str, num_layers: int, layers: Sequence[int]) -> bool:
-    """Draw the model from text to embedding, with the layers that the pooling reads filled.
-
-    Args:
-        file: PNG to write.
-        attention: Attention mode.
-        read: Input of the pooling.
-        pooling: Name of the pooling.
-        num_layers: Number of layers of the backbone.
-        layers: Numbers of the layers that are read, from 1.
-
-    Returns:
-        Whether the file was written.
-    """
+    """Draw the model from text to embedding, with the layers that the pooling reads filled."""
     from_which = set(layers)
 
     def draw(axes: Axes) -> None:

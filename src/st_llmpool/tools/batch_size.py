@@ -53,12 +53,7 @@ class BatchTrial:
     seconds: float | None = None
 
     def describe(self) -> str:
-        """Return it in words.
-
-        Example:
-            >>> BatchTrial(64, fits=True, memory=7.5, seconds=1.0).describe()
-            'A batch of 64 takes 7.50 GiB'
-        """
+        """Return it in words."""
         return f"A batch of {self.batch_size} takes {'too much' if self.memory is None else f'{self.memory:.2f} GiB'}"
 
 
@@ -215,14 +210,8 @@ def run_trial(recipe_file: str, memory: int) -> int:
     """Run one trial in this process, which may run out of memory; a CPU's memory is watched from outside.
 
     Writes a JSON object with the peak in bytes (reserved by torch on a GPU, resident on a CPU) and the seconds of the
-    last step, or the reason why the recipe is refused.
-
-    Args:
-        recipe_file: The recipe.
-        memory: Limit in bytes on a GPU.
-
-    Returns:
-        The exit code: 0, :data:`DOES_NOT_FIT` or :data:`REFUSED`.
+    last step, or the reason why the recipe is refused. `memory` is the limit in bytes on a GPU. Returns the exit code:
+    0, :data:`DOES_NOT_FIT` or :data:`REFUSED`.
     """
     stopwatch = _Stopwatch()
     if torch.cuda.is_available():

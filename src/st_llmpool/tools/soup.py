@@ -139,10 +139,6 @@ def average(weights: Sequence[Mapping[str, Tensor]]) -> Weights:
     """Return the mean of state dicts, computed in at least float32 and returned in the first one's dtypes.
 
     Tensors that are not floating point are those of the first.
-
-    Example:
-        >>> average([{"w": torch.zeros(2)}, {"w": torch.ones(2)}])
-        {'w': tensor([0.5000, 0.5000])}
     """
     mean = {}
     for name, tensor in weights[0].items():

@@ -61,15 +61,7 @@ def shared_arguments(
 
 
 def trainer_arguments(kind: type[T], **values: Any) -> T:
-    """Build the trainer's arguments, on one GPU per process.
-
-    Args:
-        kind: ``TrainingArguments`` or a subclass.
-        **values: Its fields.
-
-    Raises:
-        ConfigurationError: If the trainer refuses a value.
-    """
+    """Build the trainer's arguments, on one GPU per process."""
     try:
         arguments = kind(**values)
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:

@@ -110,12 +110,7 @@ class RichProgress(TrainerCallback):
 
 
 def describe(logs: dict[str, float]) -> str:
-    """Return one line with the main numbers of a log entry.
-
-    Example:
-        >>> describe({"loss": 1.25, "learning_rate": 2e-4, "pooling_share": 0.031, "epoch": 0.1})
-        'loss 1.2500  lr 2.0e-04  pooling changes the embedding by 3.1 %'
-    """
+    """Return one line with the main numbers of a log entry."""
     parts = []
     if "loss" in logs:
         parts.append(f"loss {float(logs['loss']):.4f}")

@@ -32,10 +32,8 @@ def seal_checkpoint(checkpoint: Path) -> None:
 def fault_of(checkpoint: Path) -> str | None:
     """Return why training cannot resume from a checkpoint, None if it can.
 
-    Without a seal (of an older version, or a run that was killed just before it) only complete files are checked.
-
-    Args:
-        checkpoint: Its folder, of any number of processes: all have written their random state before the trainer's.
+    All processes have written their random state before the trainer's. Without a seal (of an older version, or a run
+    that was killed just before it) only complete files are checked.
     """
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
@@ -74,9 +72,6 @@ def load_trained_weights(model: SentenceTransformer, checkpoint: Path) -> None:
 
     The backbone itself stays as it is, quantised or not: a checkpoint does not hold it, and reading the base a second
     time would give other shapes if it is quantised.
-
-    Raises:
-        InputError: If the checkpoint is of another model.
     """
     if has_adapter(model):
         _load_adapter(model[0].model, checkpoint)

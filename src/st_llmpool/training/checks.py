@@ -39,13 +39,6 @@ def check_recipe(recipe: Recipe, *, two_views: bool = False) -> None:
 
     What one setting may be, and which contradict each other, its own classes have checked. Here follow names, what the
     machine has, and what fits the base; then :func:`check_data`, and the optimizer's dry run.
-
-    Args:
-        recipe: The recipe.
-        two_views: Whether it contrasts two views of each text, which takes dropout.
-
-    Raises:
-        ConfigurationError: If names are unknown, this machine lacks something, or the recipe does not fit the base.
     """
     check_names(recipe)
     model, base = recipe.model, resolve_base(recipe.model.base)
@@ -87,11 +80,7 @@ def check_names(recipe: Recipe) -> None:
 
 
 def check_machine(training: TrainingSettings, *, adapter: bool) -> None:
-    """Check that this machine has the GPU and the libraries that the settings need.
-
-    Raises:
-        ConfigurationError: If it has not.
-    """
+    """Check that this machine has the GPU and the libraries that the settings need."""
     if training.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigurationError("training.precision=fp16 needs a GPU, and there is none here. Use auto, bf16 or fp32.")
     check_optimizer(training.optim)
@@ -127,11 +116,7 @@ def _check_layers(recipe: Recipe, base: str) -> None:
 
 
 def check_pooling(model: ModelSettings, base: str) -> None:
-    """Build the pooling without weights, so that a wrong option is found before the stages.
-
-    Raises:
-        ConfigurationError: If an option is unknown or out of range, or the base has no such layer.
-    """
+    """Build the pooling without weights, so that a wrong option is found before the stages."""
     text = _read_config(model, base).get_text_config(decoder=True)
     width, depth = getattr(text, "hidden_size", None), getattr(text, "num_hidden_layers", None)
     if not (isinstance(width, int) and isinstance(depth, int)):
@@ -144,11 +129,7 @@ def check_pooling(model: ModelSettings, base: str) -> None:
 
 
 def check_adapter(model: ModelSettings, base: str) -> None:
-    """Check that the adapter's targets are in the architecture, built without weights.
-
-    Raises:
-        ConfigurationError: If the base has no usable config, or the targets match nothing.
-    """
+    """Check that the adapter's targets are in the architecture, built without weights."""
     from peft import inject_adapter_in_model
 
     config = without_loftq(lora_config(model.lora))
@@ -172,9 +153,6 @@ def check_views(embedder: SentenceTransformer, model: ModelSettings) -> None:
 
     The random state is unchanged. With dropout in the adapter nothing is compared: it has no effect before its first
     step.
-
-    Raises:
-        ConfigurationError: If two passes of one text in training are equal.
     """
     if _adapter_drops(model):
         return
@@ -187,12 +165,7 @@ def check_views(embedder: SentenceTransformer, model: ModelSettings) -> None:
 
 
 def check_data(datasets: Mapping[str, Dataset], recipe: Recipe, world_size: int) -> None:
-    """Check that the datasets have the columns that the loss needs, and fill a batch on every process.
-
-    Raises:
-        ConfigurationError: If the batch cannot be split over the processes.
-        DataError: If a dataset lacks columns, is too small, or has too few distinct texts.
-    """
+    """Check that the datasets have the columns that the loss needs, and fill a batch on every process."""
     check_columns(datasets, recipe.loss)
     batch_size = recipe.training.batch_size
     check_split(batch_size, world_size)
@@ -213,11 +186,7 @@ def check_data(datasets: Mapping[str, Dataset], recipe: Recipe, world_size: int)
 
 
 def check_split(batch_size: int, world_size: int) -> None:
-    """Check that a batch can be split over the processes.
-
-    Raises:
-        ConfigurationError: With the nearest sizes that can.
-    """
+    """Check that a batch can be split over the processes."""
     if batch_size % world_size:
         lower = max(batch_size // world_size, 1) * world_size
         raise ConfigurationError(

@@ -11,23 +11,8 @@ from ..modules.errors import ConfigurationError
 def freeze_lowest_layers(backbone: nn.Module, count: int) -> None:
     """Freeze the embeddings and the first `count` layers (Telly-k, Shi et al. 2023, arXiv 2304.05216).
 
-    What lies above them trains as before: the other layers and the final norm, or their adapters. An adapter that is
-    frozen before its first step has no effect, since its product starts at zero.
-
-    Args:
-        backbone: A transformers model, with or without an adapter; changed in place.
-        count: How many layers; with 0 nothing is frozen, the embeddings neither.
-
-    Raises:
-        ConfigurationError: If `count` leaves no layer.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaModel
-        >>> sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2, vocab_size=9)
-        >>> model = LlamaModel(LlamaConfig(**sizes))
-        >>> freeze_lowest_layers(model, 1)
-        >>> sorted({name.split(".weight")[0][:8] for name, weight in model.named_parameters() if weight.requires_grad})
-        ['layers.1', 'norm']
+    With a `count` of 0 nothing is frozen. What lies above them trains as before: the other layers and the final norm,
+    or their adapters. An adapter that is frozen before its first step has no effect, since its product starts at zero.
     """
     layers = decoder_layers(backbone)
     check_freezing(count, len(layers))
@@ -44,11 +29,7 @@ def freeze_lowest_layers(backbone: nn.Module, count: int) -> None:
 
 
 def check_freezing(count: int, layers: int) -> None:
-    """Check that freezing `count` of `layers` layers leaves one to train.
-
-    Raises:
-        ConfigurationError: With the number of layers.
-    """
+    """Check that freezing `count` of `layers` layers leaves one to train."""
     if count >= layers:
         raise ConfigurationError(
             f"model.freeze_layers={count} leaves none of the base's {layers} layers to train. Use at most "

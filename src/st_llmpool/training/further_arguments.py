@@ -63,15 +63,7 @@ MANAGED: dict[str, str] = {
 
 
 def checked_arguments(values: Mapping[str, Any], where: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return trainer arguments with each value converted to the type that the trainer declares.
-
-    Args:
-        values: Argument to value.
-        where: Dotted name of their place in the file, for messages.
-        known: The names that have fields of their own, for hints.
-
-    Raises:
-        ConfigurationError: If there is no such argument, the recipe manages it elsewhere, or its value does not fit.
+    """Return trainer arguments (name to value) with each value converted to the type that the trainer declares.
 
     Example:
         >>> checked_arguments({"adam_beta2": "0.95"}, "training", {})
@@ -92,14 +84,7 @@ def checked_arguments(values: Mapping[str, Any], where: str, known: Mapping[str,
 
 
 def check_reports(report_to: str | Sequence[str]) -> None:
-    """Refuse integrations that transformers does not have, or whose package is missing.
-
-    Args:
-        report_to: As ``training.report_to``.
-
-    Raises:
-        ConfigurationError: With the known names, or the package to install.
-    """
+    """Refuse integrations that transformers does not have, or whose package is missing."""
     from transformers.integrations import integration_utils
 
     for name in [report_to] if isinstance(report_to, str) else report_to:

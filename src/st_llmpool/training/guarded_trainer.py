@@ -82,11 +82,7 @@ class GuardedTrainer:
         return True
 
     def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the optimizer.
-
-        Raises:
-            ConfigurationError: If it does not fit this model; its other arguments were checked before.
-        """
+        """Return the optimizer."""
         with refused_by_name("training.optim", self.args.optim):
             return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
 

@@ -11,12 +11,7 @@ from ..modules.errors import ConfigurationError
 
 
 def interpolate(base: Tensor, tuned: Tensor, alpha: float) -> Tensor:
-    """Return (1 - alpha) · base + alpha · tuned, computed in float32 at least, in the dtype of `tuned`.
-
-    Example:
-        >>> interpolate(torch.zeros(2), torch.ones(2), 0.25)
-        tensor([0.2500, 0.2500])
-    """
+    """Return (1 - alpha) · base + alpha · tuned, computed in float32 at least, in the dtype of `tuned`."""
     if alpha == 1:
         return tuned.clone()
     computed = torch.promote_types(tuned.dtype, torch.float32)
@@ -41,16 +36,6 @@ def merge_with_base(
 
     Returns:
         The chosen weight, and the score of each that was tried.
-
-    Raises:
-        ConfigurationError: If a weight has another shape in the base, or none has its name there.
-
-    Example:
-        >>> model = nn.Linear(1, 1, bias=False)
-        >>> _ = nn.init.ones_(model.weight)
-        >>> best = lambda: -abs(model.weight.item() - 0.5)
-        >>> merge_with_base(model, {"weight": torch.zeros(1, 1)}, [0.0, 0.5, 1.0], best)
-        (0.5, {0.0: -0.5, 0.5: -0.0, 1.0: -0.5})
     """
     if list(alphas) == [1]:
         return alphas[0], {}

@@ -67,12 +67,7 @@ def trainer_optimizer(name: str) -> str:
 
 
 def check_optimizer(name: str) -> None:
-    """Refuse an optimizer that is unknown or not installed.
-
-    Raises:
-        ConfigurationError: With the nearest known name.
-        MissingExtraError: With what to install.
-    """
+    """Refuse an optimizer that is unknown or not installed."""
     known = [*OPTIMIZERS, *(option.value for option in OptimizerNames)]
     check_choice("training.optim", name, known)
     is_quantised = any(part in name for part in ("8bit", "paged", "bnb"))
@@ -82,15 +77,7 @@ def check_optimizer(name: str) -> None:
 
 
 def check_optimization(arguments: TrainingArguments, steps: int) -> None:
-    """Make an optimizer step on one small layer, and follow the schedule from its first to its last step.
-
-    Args:
-        arguments: The trainer's.
-        steps: Optimizer steps of the run.
-
-    Raises:
-        ConfigurationError: If an argument of the optimizer or the schedule is refused, or there is a step for which
-            the schedule has no learning rate.
+    """Make an optimizer step on one small layer, and follow the schedule over all `steps` of a run.
 
     Example:
         >>> options = {"lr_scheduler_type": "polynomial", "warmup_steps": 4, "report_to": "none", "use_cpu": True}

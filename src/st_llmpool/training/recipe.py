@@ -119,9 +119,6 @@ class MaskingSettings:
             10 %, and leaves 10 % as they are.
         token: The mask token: one of the tokenizer's, or a new one that is added. None uses the tokenizer's mask
             token, else a reserved or unused special token, else a new one.
-
-    Raises:
-        ConfigurationError: From the constructor, if `mlm_probability` is not between 0 and 1.
     """
 
     RENAMED: ClassVar = {"share": "mlm_probability"}
@@ -148,9 +145,6 @@ class SparseTuningSettings:
         trials: How many sets of layers are weakened to measure it.
         suppression: What is left of a weakened adapter's effect.
         importance_rate: Learning rate of the importance.
-
-    Raises:
-        ConfigurationError: From the constructor, if a number is out of range.
     """
 
     layers: int
@@ -201,9 +195,6 @@ class TrainingSettings:
         full_determinism: Deterministic GPU kernels, slower.
         arguments: Any further field of ``SentenceTransformerTrainingArguments``. In a recipe these stand among the
             others, by their own names, such as ``adam_beta2: 0.95``.
-
-    Raises:
-        ConfigurationError: From the constructor, if a number is out of range.
     """
 
     RENAMED: ClassVar = {
@@ -303,11 +294,7 @@ class EvaluationSettings:
 
 
 def check_merge(merge: float | Sequence[float] | None, where: str = "merge") -> None:
-    """Check that the weights of a merge lie between 0 and 1.
-
-    Raises:
-        ConfigurationError: With the value and its range.
-    """
+    """Check that the weights of a merge lie between 0 and 1."""
     for alpha in merge_weights(merge):
         if not 0 <= alpha <= 1 or math.isnan(alpha):
             raise ConfigurationError(
@@ -352,9 +339,6 @@ class StageSettings:
         loss: For ``simcse`` and ``contrastive``; None is the default for the first and the recipe's for the second.
         training: Steps, learning rates and so on, complete in themselves; None is the recipe's.
         evaluation: For ``simcse`` and ``contrastive``; None is the recipe's.
-
-    Raises:
-        ConfigurationError: From the constructor, if a setting does not apply to its kind, or data are missing.
     """
 
     kind: Literal["mntp", "simcse", "contrastive"]
@@ -482,12 +466,7 @@ class Recipe(SavedRecipe):
 
 
 def with_earlier_names(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe's nested mappings under the names that fields had before they were transformers' own.
-
-    Example:
-        >>> with_earlier_names({"training": {"max_steps": 5}, "seed": 1})
-        {'training': {'steps': 5}, 'seed': 1}
-    """
+    """Return a recipe's nested mappings under the names that fields had before they were transformers' own."""
     named: dict[str, Any] = {
         "training": TrainingSettings,
         "evaluation": EvaluationSettings,

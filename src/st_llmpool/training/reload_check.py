@@ -40,10 +40,6 @@ def check_reload(model: SentenceTransformer, folder: Path, *, full: bool, trust_
         folder: Where the temporary copy goes.
         full: Whether the backbone itself trains, which needs no noise.
         trust_remote_code: As the base was loaded.
-
-    Raises:
-        ConfigurationError: If what is saved does not load, or gives other vectors.
-        WriteError: If there is no space for one copy.
     """
     moved = _trained(list(model)[1:] if full else model)
     training = model.training
@@ -112,10 +108,6 @@ def check_language_model(
         load: Returns the saved model, as those who use it load it.
         tokens: Input (1, T).
         folder: Where the temporary copy goes.
-
-    Raises:
-        ConfigurationError: If what is saved does not load, or gives other logits.
-        WriteError: If there is no space for one copy.
     """
     device, training = model.device, model.training
     moved = _trained([model]) if hasattr(model, "peft_config") else []

@@ -20,11 +20,6 @@ _LIBRARIES = ("torch", "transformers", "sentence-transformers", "accelerate", "d
 def write_report(folder: Path, trainer: Trainer, facts: dict[str, Any]) -> dict[str, Any]:
     """Write ``training.json`` and ``loss.png``.
 
-    Args:
-        folder: The run's folder.
-        trainer: Its log goes back to the first step even if the run was resumed.
-        facts: What the trainer does not know.
-
     Returns:
         What is in ``training.json``: `facts`, ``wall_seconds``, ``processes``, ``device``, ``precision``,
         ``versions``, ``steps``, ``losses``, ``learning_rates``, ``pooling_share`` and ``evaluations``, the last four

@@ -41,14 +41,6 @@ def check_output(recipe: SavedRecipe, folder: Path, *, resume: bool) -> None:
 
     A folder without a checkpoint or a finished stage holds no run yet: a first start that was refused or stopped may
     be started again with a corrected recipe.
-
-    Args:
-        recipe: The recipe of the run.
-        folder: Its folder.
-        resume: Whether to resume a run that is there.
-
-    Raises:
-        ConfigurationError: If the folder holds a run that is not resumed, another run, or something else's model.
     """
     if not (folder / "recipe.yaml").is_file():
         if (folder / "model").exists():
@@ -94,14 +86,10 @@ def _bound(settings: dict[str, Any]) -> set[str]:
 def train_in_folder(
     folder: Path, recipe: SavedRecipe, trainer: Any, check_reload: Callable[[], object], *, resume: bool
 ) -> None:
-    """Train from the last complete checkpoint of a run, or from the start.
+    """Train from the last complete checkpoint of a run if `resume` is set, else from the start.
 
-    Args:
-        folder: The run's folder, which gets the recipe.
-        recipe: The recipe of the run.
-        trainer: A :class:`GuardedTrainer`.
-        check_reload: Called on the first process before the first step of a model that is not sharded.
-        resume: Whether to look for a checkpoint; later ones, half or damaged, are removed.
+    The recipe is written into `folder` first, and later checkpoints, half or damaged, are removed. The first process
+    calls `check_reload` before the first step of a model that is not sharded.
     """
     is_first, checkpoint = trainer.args.process_index == 0, None
     if is_first:
@@ -149,9 +137,6 @@ def locked_run(folder: Path) -> Iterator[Callable[[], None]]:
 
     Yields:
         What each process calls once all can talk to each other: it raises on all what stopped the first.
-
-    Raises:
-        ConfigurationError: If another run is active there; of a single process, at once.
     """
     with ExitStack() as stack:
         refusal = None

@@ -43,9 +43,6 @@ class SparseTuning(TrainerCallback, ExportableState):
         model: The model with its adapter.
         loss: What is trained on, called with features and labels.
         seed: Of what is drawn.
-
-    Raises:
-        ConfigurationError: If the adapter is in fewer layers than are to train.
     """
 
     def __init__(
@@ -129,21 +126,7 @@ class SparseTuning(TrainerCallback, ExportableState):
 def updated_importance(
     importance: np.ndarray, sets: Sequence[Sequence[int]], rewards: Sequence[float], rate: float
 ) -> np.ndarray:
-    """Return the importance of each layer after trials in which sets of layers were weakened.
-
-    Args:
-        importance: (L,) before.
-        sets: The layers that were weakened in each trial.
-        rewards: exp(−loss) of each trial.
-        rate: Learning rate μ.
-
-    Returns:
-        (L,); formula in :class:`SparseTuning`.
-
-    Example:
-        >>> updated_importance(np.zeros(2), [[0], [1]], rewards=[0.5, 0.1], rate=10.0)
-        array([-0.5,  0.5])
-    """
+    """Return the importance (L,) after trials in which `sets` of layers were weakened; see :class:`SparseTuning`."""
     probability = _sigmoid(importance)
     advantage = np.zeros_like(importance)
     for weakened, reward in zip(sets, rewards, strict=True):
@@ -152,11 +135,7 @@ def updated_importance(
 
 
 def check_number_of_layers(settings: SparseTuningSettings, found: int) -> None:
-    """Refuse to choose more layers than the `found` ones that have a trainable adapter.
-
-    Raises:
-        ConfigurationError: With the number of layers.
-    """
+    """Refuse to choose more layers than the `found` ones that have a trainable adapter."""
     if settings.layers > found:
         raise ConfigurationError(
             f"training.sparse_tuning.layers={settings.layers} is more than the {found} layers whose adapter can train. "

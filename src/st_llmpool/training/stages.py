@@ -33,10 +33,6 @@ def run_stages(recipe: Recipe, check: Callable[[Recipe, StageSettings], Any], tr
 
     Returns:
         The folder that the last stage left, for the recipe's own training.
-
-    Raises:
-        ConfigurationError: If a stage does not fit the base or this machine.
-        DataError: If a set cannot be trained on.
     """
     for stage in recipe.stages:
         if stage.kind == "mntp":
@@ -109,17 +105,10 @@ def merge_stage(
     evaluation: EvaluationSettings,
     evaluator: BaseEvaluator | None,
 ) -> dict[str, Any]:
-    """Merge the adapter of what a stage trained, or trained on one, then its backbone with that it started from.
+    """Merge the adapter of what a stage trained, or trained on one, then its backbone with the one it started from.
 
-    Args:
-        model: Changed in place.
-        base: What its backbone started from.
-        merge: Weight of the trained model, or those to choose from.
-        evaluation: Says which metric is best.
-        evaluator: Chooses, where there is a choice.
-
-    Returns:
-        For ``training.json``: the weight of the trained model, and the score of each that was tried.
+    `model` is changed in place; `evaluator` chooses where `merge` holds several weights. Returns, for
+    ``training.json``, the weight of the trained model and the score of each weight that was tried.
     """
     device = model.device
     if has_adapter(model):

@@ -17,22 +17,7 @@ class MissingExtraError(StLlmpoolError, ModuleNotFoundError):
 
 
 def require(extra: str, *modules: str, purpose: str = "This") -> None:
-    """Check that libraries are installed; to be called before a long computation.
-
-    Args:
-        extra: Extra of the package that installs them.
-        modules: Names to import.
-        purpose: What needs them; starts the message.
-
-    Raises:
-        MissingExtraError: With the command that installs what is missing.
-
-    Example:
-        >>> require("eval", "no_such_library", purpose="Evaluation")
-        Traceback (most recent call last):
-        ...
-        st_llmpool.utils.extras.MissingExtraError: Evaluation needs no_such_library: pip install "st-llmpool[eval]"
-    """
+    """Check, before a long computation, that the `modules` of an extra that `purpose` needs can be imported."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise _missing(purpose, ", ".join(missing), extra)
@@ -58,15 +43,7 @@ def missing_extra(error: BaseException) -> MissingExtraError | None:
 
 @contextmanager
 def needs(extra: str, purpose: str) -> Iterator[None]:
-    """Re-raises a failed import in its block as a `MissingExtraError`.
-
-    Args:
-        extra: Extra of the package that installs what the block imports.
-        purpose: What needs it, as the start of a sentence.
-
-    Raises:
-        MissingExtraError: With the command that installs what is missing.
-    """
+    """Re-raise a failed import in the block as a `MissingExtraError`."""
     try:
         yield
     except MissingExtraError:

@@ -27,21 +27,12 @@ class WriteError(StLlmpoolError, OSError):
 
 
 def slug(title: str) -> str:
-    """Return `title` with characters replaced that are not allowed in file or repository names.
-
-    Example:
-        >>> slug("SentenceTransformer based on org/base")
-        'SentenceTransformer-based-on-org-base'
-    """
+    """Return `title` with characters replaced that are not allowed in file or repository names."""
     return re.sub(r"[^\w.-]+", "-", title).strip("-.")
 
 
 def is_there(path: Path) -> bool:
-    """Return whether anything has this path, even a link that leads nowhere.
-
-    Raises:
-        ConfigurationError: If no file can have it: it is too long, or holds a zero byte.
-    """
+    """Return whether anything has this path, even a link that leads nowhere."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
@@ -52,12 +43,7 @@ def is_there(path: Path) -> bool:
 
 
 def check_writable(target: Path) -> None:
-    """Check that files can be created in `target`, a folder which need not exist yet.
-
-    Raises:
-        ConfigurationError: If it, or a folder above it, is a file.
-        WriteError: If it is read-only.
-    """
+    """Check that files can be created in `target`, a folder which need not exist yet."""
     place = next(folder for folder in (target.absolute(), *target.absolute().parents) if is_there(folder))
     if not place.is_dir():
         raise ConfigurationError(f"{target} cannot be used for output, as {place} is not a folder.")
@@ -66,12 +52,7 @@ def check_writable(target: Path) -> None:
 
 
 def check_new_folder(target: Path) -> None:
-    """Check that `target` can be created; to be called before anything is computed.
-
-    Raises:
-        ConfigurationError: If it exists, or would lie in a file or in a saved model.
-        WriteError: If the folder that it would lie in is read-only.
-    """
+    """Check that `target` can be created; to be called before anything is computed."""
     if is_there(target):
         raise ConfigurationError(f"{target} exists; choose another folder, or remove it.")
     check_writable(target)
@@ -82,9 +63,6 @@ def check_new_folder(target: Path) -> None:
 
 def check_model_path(model: str) -> None:
     """Check that `model` exists if it is a path and not a Hub id; to be called before heavy imports.
-
-    Raises:
-        DataError: If it does not.
 
     Example:
         >>> check_model_path("org/model")
@@ -99,37 +77,14 @@ def check_model_path(model: str) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """Write a file atomically: neither a kill nor a power failure leaves a partial file.
-
-    Args:
-        path: The file; replaced if it exists.
-        content: Its content; text is written as UTF-8.
-        durable: Flush to disk before returning. False is for progress files that are written every second.
-
-    Raises:
-        WriteError: If the disk is full or read-only; the earlier file is intact.
-    """
+    """Write a file atomically: neither a kill nor, if `durable`, a power failure leaves a partial file."""
     with atomic_file(path, durable=durable) as partial:
         partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 @contextmanager
 def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary sibling of `path`, renamed to `path` at the end and removed on an error.
-
-    Args:
-        path: The file; replaced if it exists. Its folder must exist.
-        durable: Flush to disk before returning.
-
-    Raises:
-        WriteError: If the disk is full or read-only; the earlier file is intact.
-
-    Example:
-        >>> with atomic_file(Path("scores.txt")) as partial:
-        ...     _ = partial.write_text("0.5")
-        >>> Path("scores.txt").read_text()
-        '0.5'
-    """
+    """Yield a temporary sibling of `path`, renamed to `path` at the end and removed on an error."""
     with reraise_as_write_error(path):
         _remove_partials_of_the_dead(path)
         partial = _sibling(path)
@@ -149,21 +104,9 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling folder of `target`, renamed to `target` at the end and removed on an error.
 
+    An existing folder is refused, or with `replace` stays until the new one is complete.
+
     Processes that write the same target at once do not disturb each other: each has its own sibling.
-
-    Args:
-        target: The folder to write. Its parents are created.
-        replace: Replace an existing folder, which stays until the new one is complete.
-
-    Raises:
-        ConfigurationError: If another process created `target` in the meantime and `replace` is False.
-        WriteError: If the disk is full or read-only; what was there is intact.
-
-    Example:
-        >>> with atomic_folder(Path("results")) as folder:
-        ...     _ = (folder / "a.txt").write_text("a")
-        >>> [path.name for path in Path("results").iterdir()]
-        ['a.txt']
     """
     with reraise_as_write_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -181,14 +124,7 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def reraise_as_write_error(target: Path) -> Iterator[None]:
-    """Re-raises library errors about a full or read-only disk as a `WriteError` that names `target`.
-
-    Args:
-        target: The file or folder being written.
-
-    Raises:
-        WriteError: In place of such an error.
-    """
+    """Re-raise library errors about a full or read-only disk as a `WriteError` that names `target`."""
     try:
         yield
     except StLlmpoolError:
@@ -294,12 +230,7 @@ def _host() -> str:
 
 
 def is_alive(pid: int, started: str = "") -> bool:
-    """Return whether a process of this machine runs.
-
-    Args:
-        pid: Its id.
-        started: When it started, in the system's ticks; distinguishes it from a later process with the same id.
-    """
+    """Return whether a process of this machine runs; `started` (ticks) distinguishes a later one with its id."""
     if os.name == "nt":  # where os.kill(pid, 0) would end it
         return True
     try:

@@ -23,21 +23,6 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
     The lock is a file with the process, its start time and the machine. Only the lock of a process of this machine that
     has ended is taken over: whether a process of another machine still runs is unknown.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        ConfigurationError: If another process holds the lock.
-        WriteError: If the folder cannot be created.
-
-    Example:
-        >>> with locked_folder(Path("run")):
-        ...     with locked_folder(Path("run")):
-        ...         pass
-        Traceback (most recent call last):
-        ...
-        st_llmpool.modules.errors.ConfigurationError: 'run' is in use by process ...
     """
     if is_there(folder) and not folder.is_dir():
         what = "a link that leads nowhere" if folder.is_symlink() else "a file"

@@ -13,12 +13,7 @@ _OF_ADAPTERS = ("lora_", ".modules_to_save.", ".trainable_tokens_")
 
 
 def count_weights(parameters: Iterable[nn.Parameter]) -> int:
-    """Return the number of weights; in 4 bits, two or more lie in one number of a parameter.
-
-    Example:
-        >>> count_weights(nn.Linear(3, 2).parameters())
-        8
-    """
+    """Return the number of weights; in 4 bits, two or more lie in one number of a parameter."""
 
     def count(parameter: nn.Parameter) -> int:
         state = getattr(parameter, "quant_state", None)
@@ -28,14 +23,7 @@ def count_weights(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def count_parameters(model: SentenceTransformer) -> dict[str, int]:
-    """Return the weights of ``backbone``, ``adapter`` and ``pooling`` (all modules after the first).
-
-    Example:
-        >>> from st_llmpool import build_embedder
-        >>> from st_llmpool.data import builtin_backbone
-        >>> count_parameters(build_embedder(builtin_backbone(), pooling="scalar_mix", verify=False))["pooling"]
-        7
-    """
+    """Return the weights of ``backbone``, ``adapter`` and ``pooling`` (all modules after the first)."""
     first, *others = list(model)
     named = first.named_parameters()
     adapter = count_weights(weight for name, weight in named if any(part in name for part in _OF_ADAPTERS))

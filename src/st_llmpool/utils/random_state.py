@@ -16,16 +16,7 @@ from torch import nn
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Restore the random state of Python, numpy and torch (CPU and CUDA) at the end, also after an error.
-
-    Example:
-        >>> torch.manual_seed(1).initial_seed()
-        1
-        >>> with preserve_rng_state():
-        ...     generator = torch.manual_seed(42)
-        >>> torch.initial_seed()
-        1
-    """
+    """Restore the random state of Python, numpy and torch (CPU and CUDA) at the end, also after an error."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     cuda_started = torch.cuda.is_initialized()
     try:

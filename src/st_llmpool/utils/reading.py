@@ -2,7 +2,7 @@
 
 The libraries raise over a dozen kinds of errors for a damaged file, some only after minutes: deep nesting overflows the
 stack, a number of 5,000 digits cannot be printed, a named pipe never ends. Every reader of the package goes through
-here, so that a user sees one line.
+here, so that a user sees one line: an error of the `kind` that the caller names.
 """
 
 from __future__ import annotations
@@ -30,12 +30,7 @@ MAX_JSON = 2**28
 
 
 def shown(value: object) -> str:
-    """Return `value` as a message shows it: on one line and short.
-
-    Example:
-        >>> shown(list(range(1000)))
-        '[0, 1, 2, 3, 4, 5, ...]'
-    """
+    """Return `value` as a message shows it: on one line and short."""
     try:
         text = _SHORT.repr(value)
     except (ValueError, RecursionError):  # a number with too many digits to print
@@ -44,12 +39,7 @@ def shown(value: object) -> str:
 
 
 def exists(path: str | Path) -> bool:
-    """Return whether there is something; False too for a name that nothing can have: too long, or with a zero byte.
-
-    Example:
-        >>> exists("a" * 10_000)
-        False
-    """
+    """Return whether there is something; False too for a name that nothing can have: too long, or with a zero byte."""
     try:
         return Path(path).exists()
     except OSError:
@@ -62,15 +52,7 @@ def is_folder(path: str | Path) -> bool:
 
 
 def check_file(path: str | Path, kind: type[StLlmpoolError] = DataError) -> Path:
-    """Return `path` if it is a regular file; opening a named pipe or a device would wait for ever.
-
-    Args:
-        path: The file.
-        kind: The error to raise.
-
-    Raises:
-        StLlmpoolError: Of `kind`, if there is no such file, or it is something else.
-    """
+    """Return `path` if it is a regular file; opening a named pipe or a device would wait for ever."""
     try:
         mode = Path(path).stat().st_mode
     except (OSError, ValueError) as error:
@@ -82,27 +64,14 @@ def check_file(path: str | Path, kind: type[StLlmpoolError] = DataError) -> Path
 
 
 def check_no_pipes(folder: Path) -> None:
-    """Check that no file of a model is a pipe or device, on which every library would wait for ever.
-
-    Raises:
-        DataError: With the first that is.
-    """
+    """Check that no file of a model is a pipe or device, on which every library would wait for ever."""
     for file in folder.rglob("*"):
         if file.exists() and not (file.is_file() or file.is_dir()):
             raise DataError(f"{str(file)!r} is a pipe or device.")
 
 
 def read_text(path: str | Path, kind: type[StLlmpoolError] = DataError, *, limit: int = MAX_JSON) -> str:
-    """Read a UTF-8 file, with or without a byte order mark.
-
-    Args:
-        path: The file.
-        kind: The error to raise.
-        limit: The most bytes.
-
-    Raises:
-        StLlmpoolError: Of `kind`, if there is no such regular file, it is too large, or not UTF-8.
-    """
+    """Read a UTF-8 file, with or without a byte order mark."""
     file = check_file(path, kind)
     try:
         if file.stat().st_size > limit:
@@ -116,11 +85,7 @@ def read_text(path: str | Path, kind: type[StLlmpoolError] = DataError, *, limit
 
 
 def not_utf8(content: bytes, error: UnicodeDecodeError | None = None) -> str:
-    """Return why bytes are not UTF-8 text, and what to do; empty if they seem to be.
-
-    Args:
-        content: The file's bytes, or its first ones.
-        error: Of decoding them.
+    """Return why a file's (first) bytes are not UTF-8 text, and what to do; empty if they seem to be.
 
     Example:
         >>> not_utf8("text".encode("utf-16"))
@@ -140,15 +105,7 @@ def not_utf8(content: bytes, error: UnicodeDecodeError | None = None) -> str:
 
 
 def read_json(path: str | Path, kind: type[StLlmpoolError] = DataError) -> Any:
-    """Read a JSON file.
-
-    Args:
-        path: The file.
-        kind: The error to raise.
-
-    Raises:
-        StLlmpoolError: Of `kind`, as :func:`read_text` and :func:`parse_json`.
-    """
+    """Read a JSON file."""
     return parse_json(read_text(path, kind), str(path), kind)
 
 
@@ -161,16 +118,7 @@ def read_json_object(path: str | Path, kind: type[StLlmpoolError] = DataError) -
 
 
 def parse_json(text: str, where: str, kind: type[StLlmpoolError] = DataError) -> Any:
-    """Parse JSON.
-
-    Args:
-        text: The JSON text.
-        where: What it is, for messages.
-        kind: The error to raise.
-
-    Raises:
-        StLlmpoolError: Of `kind`, if it is not JSON, or :func:`check_plain` refuses it.
-    """
+    """Parse JSON."""
     try:
         content = json.loads(text)
     except RecursionError as error:
@@ -182,30 +130,14 @@ def parse_json(text: str, where: str, kind: type[StLlmpoolError] = DataError) ->
 
 
 def read_json_lines(path: str | Path, kind: type[StLlmpoolError] = DataError) -> Iterator[Any]:
-    """Yield the values of a JSON Lines file, skipping blank lines.
-
-    Args:
-        path: The file.
-        kind: The error to raise.
-
-    Raises:
-        StLlmpoolError: Of `kind`, as :func:`read_lines` and :func:`parse_json`, with the number of the line.
-    """
+    """Yield the values of a JSON Lines file, skipping blank lines."""
     for number, line in enumerate(read_lines(path, kind), start=1):
         if line.strip():
             yield parse_json(line, f"Line {number} of {str(path)!r}", kind)
 
 
 def read_lines(path: str | Path, kind: type[StLlmpoolError] = DataError) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file, without their ends.
-
-    Args:
-        path: The file.
-        kind: The error to raise.
-
-    Raises:
-        StLlmpoolError: Of `kind`, if there is no such regular file, or it is not UTF-8.
-    """
+    """Yield the lines of a UTF-8 file, without their ends."""
     file = check_file(path, kind)
     try:
         with file.open("rb") as lines:
@@ -226,13 +158,6 @@ def check_rows(path: str | Path, kind: type[StLlmpoolError] = DataError) -> None
 
     Arrow's JSON reader ends the process at deep nesting, and takes text that is not UTF-8; pandas moves the columns of
     a row that is longer than the header.
-
-    Args:
-        path: The file; its suffix says its format.
-        kind: The error to raise.
-
-    Raises:
-        StLlmpoolError: Of `kind`, with the line.
     """
     suffix, name = Path(path).suffix, str(path)
     if suffix in (".csv", ".tsv"):
@@ -269,23 +194,12 @@ def _check_cells(lines: Iterator[str], name: str, kind: type[StLlmpoolError], *,
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Read a YAML file of settings: a recipe, a study, a suite.
-
-    Raises:
-        ConfigurationError: As :func:`read_text` and :func:`parse_yaml`.
-    """
+    """Read a YAML file of settings: a recipe, a study, a suite."""
     return parse_yaml(read_text(path, ConfigurationError, limit=MAX_YAML), str(path))
 
 
 def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML that holds settings: text, finite numbers, booleans, lists, mappings.
-
-    Args:
-        text: The YAML text.
-        where: What it is, for messages.
-
-    Raises:
-        ConfigurationError: If it is not YAML, names a key twice, or :func:`check_plain` refuses it.
 
     Example:
         >>> parse_yaml("steps: 10", "recipe.yaml")
@@ -311,15 +225,7 @@ def check_plain(
 ) -> None:
     """Refuse what breaks later, far from the file: deep nesting, huge numbers, text that cannot be encoded.
 
-    Args:
-        content: What a file held.
-        where: What the file is, for messages.
-        kind: The error to raise.
-        finite: Refuse NaN and infinity too, which no setting means.
-        limit: The most values, those that aliases repeat included.
-
-    Raises:
-        StLlmpoolError: Of `kind`, with the value.
+    With `finite` also NaN and infinity, and with `limit` more values than that, those that aliases repeat included.
     """
     level: list[object] = [content]
     count = 0

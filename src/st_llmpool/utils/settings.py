@@ -28,16 +28,6 @@ def from_mapping(settings: type[T], values: object, where: str = "") -> T:
         The dataclass, every value of its field's type (``1e-4``, text in YAML 1.1, becomes a float). A field with the
         metadata ``rest``, a function of the values, their place and the fields, holds the keys that no field has. A
         key in the class's ``RENAMED`` (old name to new) is refused with its new name.
-
-    Raises:
-        ConfigurationError: If a key is unknown or missing, or a value does not fit its field.
-
-    Example:
-        >>> @dataclasses.dataclass
-        ... class Options:
-        ...     learning_rate: float = 1e-3
-        >>> from_mapping(Options, {"learning_rate": "1e-4"})
-        Options(learning_rate=0.0001)
     """
     if not isinstance(values, Mapping):
         raise ConfigurationError(f"{where or 'The file'} must hold keys and values; found {shown(values)}.")
@@ -104,15 +94,7 @@ class Range(NamedTuple):
 
 
 def check_ranges(settings: object, where: str, ranges: Mapping[str, Range]) -> None:
-    """Check numbers of a dataclass; None passes.
-
-    Args:
-        settings: The dataclass.
-        where: Dotted name of its place in the file, for messages; empty at the top.
-        ranges: Field to what it may be.
-
-    Raises:
-        ConfigurationError: With name, value and range.
+    """Check numbers of a dataclass that stands at `where` in its file; None passes.
 
     Example:
         >>> check_ranges(types.SimpleNamespace(steps=1, rate=None), "training", {"steps": Range(1), "rate": Range(0)})
@@ -124,26 +106,14 @@ def check_ranges(settings: object, where: str, ranges: Mapping[str, Range]) -> N
 
 
 def check_filled(settings: object, *names: str) -> None:
-    """Refuse empty text, which as a path is the current directory.
-
-    Raises:
-        ConfigurationError: With the name.
-    """
+    """Refuse empty text, which as a path is the current directory."""
     for name in names:
         if not str(getattr(settings, name)).strip():
             raise ConfigurationError(f"{name}={getattr(settings, name)!r} is empty. Name a folder; '.' is this one.")
 
 
 def with_overrides(values: object, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return a copy of what a recipe's file holds, with changes.
-
-    Args:
-        values: What the file holds.
-        overrides: As for :func:`override`.
-
-    Raises:
-        ConfigurationError: If the file holds no mapping, or a change leads nowhere.
-    """
+    """Return a copy of what a recipe's file holds, with changes as for :func:`override`."""
     if not isinstance(values, dict):
         raise ConfigurationError(f"A recipe must hold keys and values; found {shown(values)}.")
     changed = _copy(values)  # overrides change it in place
@@ -154,21 +124,7 @@ def with_overrides(values: object, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def override(values: dict[str, Any], assignment: str) -> None:
-    """Change one value of a nested mapping, in place.
-
-    Args:
-        values: What a YAML file holds.
-        assignment: ``dotted.key=value``; the value is read as YAML, a number in the key is a place in a list.
-
-    Raises:
-        ConfigurationError: If `assignment` has no ``=`` or its key leads nowhere.
-
-    Example:
-        >>> values = {"data": [{"source": "pairs.jsonl"}]}
-        >>> override(values, "data.0.limit=100")
-        >>> values
-        {'data': [{'source': 'pairs.jsonl', 'limit': 100}]}
-    """
+    """Change one value of a nested mapping in place: ``dotted.key=value``, with numbers for places in lists."""
     key, separator, text = assignment.partition("=")
     if not separator or not key:
         raise ConfigurationError(f"{shown(assignment)} is not key=value, such as training.learning_rate=1e-4.")
@@ -186,12 +142,7 @@ def override(values: dict[str, Any], assignment: str) -> None:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with the values of `over` in their places; mappings merge, all else is replaced.
-
-    Example:
-        >>> merge({"loss": {"scale": 20, "name": "infonce"}}, {"loss": {"scale": 50}})
-        {'loss': {'scale': 50, 'name': 'infonce'}}
-    """
+    """Return `base` with the values of `over` in their places; mappings merge, all else is replaced."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -200,12 +151,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(before: Any, after: Any, where: str = "") -> list[str]:
-    """Return the dotted names of the settings that differ between two nested mappings.
-
-    Example:
-        >>> differences({"loss": {"scale": 20, "name": "infonce"}}, {"loss": {"scale": 50, "name": "infonce"}})
-        ['loss.scale']
-    """
+    """Return the dotted names of the settings that differ between two nested mappings."""
     if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
         return [] if before == after else [where]
     names = dict.fromkeys([*before, *after])
@@ -250,16 +196,7 @@ def _index(place: list[Any], part: str, path: str) -> int:
 
 
 def converted(kind: Any, value: Any, where: str) -> Any:
-    """Return `value` as a `kind`.
-
-    Args:
-        kind: A type, as in an annotation.
-        value: What a file holds.
-        where: Dotted name of its place, for the message.
-
-    Raises:
-        ConfigurationError: If it does not fit.
-    """
+    """Return `value`, which a file holds at `where`, as a `kind`: a type, as in an annotation."""
     origin = get_origin(kind)
     if kind is Any:
         return value

@@ -7,12 +7,7 @@ from collections.abc import Iterable
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless there is one.
-
-    Example:
-        >>> counted(1, "test"), counted(1200, "test")
-        ('1 test', '1,200 tests')
-    """
+    """Return a number with its noun, in the plural unless there is one."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
@@ -27,27 +22,13 @@ def printable(text: str) -> str:
 
 
 def listed(values: Iterable[object], most: int = 10) -> str:
-    """Return the different values, with the number of those beyond the first few.
-
-    Args:
-        values: The values, in order.
-        most: How many are named.
-
-    Example:
-        >>> listed("abca"), listed("abc", most=2)
-        ('a, b, c', 'a, b and 1 more')
-    """
+    """Return the different values, with the number of those beyond the first `most`."""
     names = list(dict.fromkeys(map(str, values)))
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Return ascending numbers with runs shortened.
-
-    Example:
-        >>> ranges([1, 2, 3, 4, 8])
-        '1-4, 8'
-    """
+    """Return ascending numbers with runs shortened."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -58,15 +39,6 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def markdown(text: str, *, start: bool = False) -> str:
-    r"""Return `text` on one line with what Markdown would read as markup escaped.
-
-    Args:
-        text: Plain text.
-        start: Whether it starts a block, where a number, a dash or the like would start a list or a heading.
-
-    Example:
-        >>> markdown("*a|b* and _c_ [d](e)"), markdown("1. x", start=True)
-        ('\\*a\\|b\\* and \\_c\\_ [d]\\(e)', '1\\. x')
-    """
+    r"""Return `text` on one line with Markdown's markup escaped; with `start` also what would start a block."""
     text = re.sub(r"[\\`*<|]|&(?=[#\w])|(?<![^\W_])_|_(?![^\W_])|(?<=\])\(", r"\\\g<0>", " ".join(text.split()))
     return re.sub(r"^(\d*)(?=[-+#>=~\[]|(?<=\d)[.)])", r"\1\\", text) if start else text

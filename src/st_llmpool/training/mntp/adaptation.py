@@ -122,9 +122,6 @@ def check_adapt(recipe: AdaptRecipe) -> str:
 
     Returns:
         The base's Hub id or folder.
-
-    Raises:
-        ConfigurationError: If a library or a GPU is missing, the base cannot be read, or the adapter does not fit it.
     """
     base = resolve_base(recipe.base)
     if is_saved_embedder(base, revision=recipe.revision):

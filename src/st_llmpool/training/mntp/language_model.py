@@ -23,21 +23,10 @@ _SPARE = re.compile(r"mask|reserved|unused|extra_id|placeholder", re.IGNORECASE)
 
 
 def choose_mask_token(tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -> str:
-    """Return the mask token: one that the tokenizer has, or one that it does not have yet.
+    """Return `wanted`, the tokenizer's mask token, its first reserved or unused special token, or ``<mask>``.
 
     The padding token is never used: many bases have read it at the end of each document (Qwen's ``<|endoftext|>``),
     so that it carries a meaning.
-
-    Args:
-        tokenizer: Stays as it is.
-        wanted: A name; None uses the tokenizer's mask token, else a special token that is reserved or unused by its
-            name, else ``<mask>``.
-
-    Example:
-        >>> from transformers import AutoTokenizer
-        >>> from st_llmpool.data import builtin_backbone
-        >>> choose_mask_token(AutoTokenizer.from_pretrained(builtin_backbone()))
-        '<mask>'
     """
     if wanted is not None:
         return wanted
@@ -49,21 +38,10 @@ def choose_mask_token(tokenizer: PreTrainedTokenizerBase, wanted: str | None = N
 
 
 def use_mask_token(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, token: str) -> int:
-    """Make `token` the tokenizer's mask token, and give it embeddings if it is new.
+    """Make `token` the tokenizer's mask token, give it embeddings in `model` if it is new, and return its id.
 
     A new token gets the mean of the old embeddings, in the input and, if they are not tied, in the output matrix, which
     no longer than needed grow: many models have rows to spare. Drawing it at random would make resuming inexact.
-
-    Args:
-        tokenizer: Changed in place.
-        model: Changed in place if the token is new.
-        token: The token.
-
-    Returns:
-        Its id.
-
-    Raises:
-        ConfigurationError: If a new token cannot have an id of its own, here and in the tokenizer that is saved.
     """
     known = tokenizer.get_vocab()
     tokenizer.add_special_tokens({"mask_token": token})
@@ -117,11 +95,7 @@ def _rows(model: PreTrainedModel) -> list[Tensor]:
 
 
 def load_tokenizer(recipe: AdaptRecipe, base: str) -> PreTrainedTokenizerBase:
-    """Return the base's tokenizer.
-
-    Raises:
-        ConfigurationError: If it cannot be read.
-    """
+    """Return the base's tokenizer."""
     try:
         return AutoTokenizer.from_pretrained(base, trust_remote_code=recipe.trust_remote_code, revision=recipe.revision)
     except (OSError, ValueError) as error:
@@ -135,11 +109,7 @@ def stored_dtype(recipe: AdaptRecipe, base: str) -> torch.dtype:
 
 
 def load_language_model(recipe: AdaptRecipe, base: str, *, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the base with its head, in `dtype`.
-
-    Raises:
-        ConfigurationError: If it cannot be read, is an encoder, or has no trained head.
-    """
+    """Return the base with its head, in `dtype`."""
     given = {"attn_implementation": recipe.attn_implementation} if recipe.attn_implementation else {}
     hub = {"trust_remote_code": recipe.trust_remote_code, "revision": recipe.revision}
     try:
@@ -162,11 +132,7 @@ def load_language_model(recipe: AdaptRecipe, base: str, *, dtype: torch.dtype) -
 
 
 def apply_attention(model: PreTrainedModel, recipe: AdaptRecipe) -> None:
-    """Set the recipe's attention and prove it on the loaded weights.
-
-    Raises:
-        AttentionError: If the proof fails.
-    """
+    """Set the recipe's attention and prove it on the loaded weights."""
     set_attention(model, recipe.attention)
     report = verify_attention(model)
     if not (report.verdict == "partial" and recipe.allow_partial):

@@ -115,9 +115,6 @@ def masked_score(
 def most_frequent_token(pieces: Dataset) -> int:
     """Return the token that is most frequent in `pieces`, without special ones; of equally frequent ones the first.
 
-    Args:
-        pieces: Columns ``input_ids`` and ``special``.
-
     Example:
         >>> from datasets import Dataset
         >>> most_frequent_token(Dataset.from_dict({"input_ids": [[7, 5, 5], [7, 7]], "special": [[1, 0, 0], [1, 0]]}))

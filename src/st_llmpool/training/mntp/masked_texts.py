@@ -40,16 +40,7 @@ class Vocabulary:
 
 
 def maskable(ids: Tensor, special: Tensor) -> Tensor:
-    """Return the places (M,) that may be masked: no special token, and not the first, which has no predecessor.
-
-    Args:
-        ids: (T,) Tokens of one text without padding.
-        special: (T,) 1 for special tokens.
-
-    Example:
-        >>> maskable(torch.tensor([5, 6, 7, 2]), torch.tensor([0, 0, 0, 1]))
-        tensor([1, 2])
-    """
+    """Return the places (M,) that may be masked: no special token (1 in `special`), and not the first."""
     allowed = special == 0
     allowed[0] = False
     return allowed.nonzero().flatten()
@@ -69,12 +60,6 @@ def mask_tokens(
 
     Returns:
         The tokens to read, (T,), and the labels, (T,): the token that stood in each chosen place, ``IGNORE`` elsewhere.
-
-    Example:
-        >>> vocabulary = Vocabulary(mask=9, ordinary=torch.arange(5, 8))
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> mask_tokens(torch.tensor([5, 6]), torch.tensor([1]), MaskingSettings(), vocabulary, generator)
-        (tensor([5, 9]), tensor([-100,    6]))
     """
     count = max(1, round(settings.mlm_probability * len(places)))
     chosen = places[torch.randperm(len(places), generator=generator)[:count]]
@@ -178,15 +163,7 @@ class MaskedTexts(TorchDataset):
 
 
 def collate(examples: Sequence[Example], *, padding_side: str = "right") -> dict[str, Tensor]:
-    """Pad examples of one batch.
-
-    Args:
-        examples: From :class:`MaskedTexts`.
-        padding_side: ``left`` or ``right``.
-
-    Returns:
-        ``input_ids`` (B, T), zero where there is padding, ``attention_mask`` (B, T) and ``labels`` (B, T).
-    """
+    """Pad examples to ``input_ids`` (B, T), zero where there is padding, ``attention_mask`` and ``labels``."""
     from torch.nn.utils.rnn import pad_sequence
 
     def pad(tensors: list[Tensor], value: int) -> Tensor:
