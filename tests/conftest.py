@@ -131,7 +131,17 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The text sets that lie beside a checkout in the project's own workplace; elsewhere the test skips."""
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    return _shared("data")
+
+
+@pytest.fixture(scope="session")
+def shared_data2() -> Path:
+    """As `shared_data`: the sets of the suite `open`."""
+    return _shared("data2")
+
+
+def _shared(name: str) -> Path:
+    folder = Path(__file__).resolve().parents[2] / "shared" / name
     if not folder.is_dir():
         pytest.skip(f"needs the text sets in {folder}, which this checkout does not have")
     return folder

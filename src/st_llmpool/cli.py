@@ -280,6 +280,10 @@ def evaluate(
     limit: Annotated[
         int | None, _option("Largest number of rows, queries or documents per task of the suite.", min=1)
     ] = None,
+    instruct: Annotated[
+        str | None, _option('Template for the suite\'s instructions, such as "Instruct: {}; Query: "; none by default.')
+    ] = None,
+    allow_missing: Annotated[bool, _option("Leave out tasks of the suite that have no data.")] = False,
     batch_size: _BatchSize = 32,
     trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
@@ -299,6 +303,8 @@ def evaluate(
         benchmark=benchmark,
         tasks=task,
         limit=limit,
+        instruct=instruct,
+        allow_missing=allow_missing,
         output_dir=out,
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,

@@ -56,7 +56,9 @@ def test_task_names_must_differ(suite_of):
 
 
 def test_unknown_suite_and_task_are_refused_with_the_nearest(suite):
-    with pytest.raises(DataError, match=r"'squd' is neither a file nor one of builtin, squad, .* Did you mean 'squad'"):
+    with pytest.raises(
+        DataError, match=r"'squd' is neither a file nor one of builtin, open, squad, .* Did you mean 'squad'"
+    ):
         read_suite("squd")
     with pytest.raises(ConfigurationError, match=r"has no task 'TinySerch'.*Did you mean 'TinySearch'"):
         load_suite(suite, tasks=["TinySerch"])
@@ -81,7 +83,7 @@ def test_wrong_data_are_refused_when_the_suite_is_loaded(suite, table, content, 
 
 
 def test_missing_folder_is_named_with_the_nearest(suite_of, tmp_path):
-    with pytest.raises(DataError, match=r"serch is not a folder.*holds .*Did you mean 'search'"):
+    with pytest.raises(DataError, match=r"lacks 1 of the 1 data sets .*: serch\..*Did you mean 'search'"):
         load_suite(suite_of(SEARCH | {"folder": "serch"}))
     with pytest.raises(DataError, match=r"say where they are .data_dir, or --data DIR"):
         load_suite("squad")
@@ -140,6 +142,44 @@ def test_builtin_suite_searches_docstrings_of_the_test_split(monkeypatch):
 def test_squad_suite_reads_the_shared_sets(shared_data):
     tasks = load_suite("squad", shared_data, limit=50)
     assert [task.metadata.type for task in tasks] == ["Retrieval", "STS", "Classification", "Clustering", "Clustering"]
+
+
+def test_open_suite_reads_every_shared_set_as_one_task(shared_data2):
+    tasks = load_suite("open", shared_data2, limit=20)
+    folders = {path.name for path in shared_data2.iterdir() if path.is_dir()} - {"train_pairs"}
+    assert {task.metadata.dataset["path"] for task in tasks} == folders
+    assert len(tasks) == len(folders)
+    assert {task.metadata.type for task in tasks} == set(tasks_module.TASK_TYPES)
+
+
+def test_a_task_has_a_corpus_and_a_language(suite_of):
+    (own,) = load_suite(suite_of(SEARCH))
+    (named,) = load_suite(suite_of(SEARCH | {"corpus": "manuals", "language": "deu-Latn"}))
+    assert (own.corpus, own.metadata.eval_langs) == ("search", ["eng-Latn"])
+    assert (named.corpus, named.metadata.eval_langs) == ("manuals", ["deu-Latn"])
+    assert own.metadata.revision == named.metadata.revision  # the scores are the same
+
+
+def test_an_instruction_is_a_prompt_only_where_a_template_is_given(suite_of):
+    suite = suite_of(SEARCH | {"instruction": "Find it"}, {"name": "S", "type": "STS", "folder": "sts"})
+    plain, followed = load_suite(suite), load_suite(suite, instruct="Task: {} | ")
+    assert [task.metadata.prompt for task in plain] == [None, None]
+    assert [task.metadata.prompt for task in followed] == [{"query": "Task: Find it | "}, None]
+    assert plain[0].metadata.revision != followed[0].metadata.revision
+
+
+@pytest.mark.logs_warning
+def test_missing_sets_are_left_out_only_on_request(suite_of, caplog):
+    suite = suite_of(
+        SEARCH, {"name": "Gone", "type": "STS", "folder": "gone"}, {"name": "Lost", "type": "STS", "folder": "lost"}
+    )
+    with pytest.raises(DataError, match=r"lacks 2 of the 3 data sets .*: gone, lost\."):
+        load_suite(suite)
+    with caplog.at_level("WARNING"):
+        assert [task.metadata.name for task in load_suite(suite, allow_missing=True)] == ["TinySearch"]
+    assert "Left out, without data: Gone, Lost." in caplog.text
+    with pytest.raises(DataError, match="lacks 1 of the 1"):
+        load_suite(suite, tasks=["Gone"], allow_missing=True)
 
 
 def test_every_error_is_of_our_family(suite_of):

@@ -38,13 +38,15 @@ def evaluate(
     benchmark: str | None = None,
     tasks: Sequence[str] | None = None,
     limit: int | None = None,
+    instruct: str | None = None,
+    allow_missing: bool = False,
     batch_size: int = 32,
     show_progress: bool = True,
     trust_remote_code: bool = False,
     revision: str | None = None,
     token: str | None = None,
 ) -> EvaluationResult:
-    """Score a model; write mteb's result files to `output_dir/results` and the main scores to `scores.json`.
+    r"""Score a model; write mteb's result files to `output_dir/results` and the main scores to `scores.json`.
 
     Existing results for the same weights, settings and data are reused, so an interrupted run is resumed. Local data
     are checked before the model is loaded; mteb's are downloaded when needed. The global random state is preserved.
@@ -58,6 +60,9 @@ def evaluate(
         benchmark: An mteb benchmark, such as "MTEB(eng, v2)", instead of a suite. Needs a network.
         tasks: Tasks to run, of the suite or benchmark, else of mteb; None for all of the suite or benchmark.
         limit: Largest number of rows, queries or documents per task of the suite.
+        instruct: Template for the instructions of the suite's tasks, such as ``"Instruct: {}\nQuery: "``, for models
+            that follow instructions; None leaves them out.
+        allow_missing: Leave out tasks of the suite that have no data, with a warning that lists them.
         batch_size: Batch size.
         show_progress: Show mteb's progress bars.
         trust_remote_code: Run code of the model that is not the installed package's.
@@ -73,7 +78,7 @@ def evaluate(
         >>> result = evaluate("my-model", suite="squad", data_dir="data", output_dir="results")  # doctest: +SKIP
         >>> rich.print(result.to_rich())  # doctest: +SKIP
     """
-    for name, value in {"suite": suite, "data_dir": data_dir, "limit": limit}.items():
+    for name, value in {"suite": suite, "data_dir": data_dir, "limit": limit, "instruct": instruct}.items():
         if benchmark is not None and value is not None:
             raise ConfigurationError(
                 f"{name}={str(value)!r} is of a local suite and does not apply to benchmark={benchmark!r}: leave one "
@@ -83,7 +88,7 @@ def evaluate(
         raise ConfigurationError(f"batch_size={batch_size} must be at least 1.")
     check_writable(Path(output_dir))
     with preserve_rng_state():
-        chosen = _choose(suite or "builtin", data_dir, benchmark, tasks, limit)
+        chosen = _choose(suite or "builtin", data_dir, benchmark, tasks, limit, instruct, allow_missing)
         source = None if isinstance(model, SentenceTransformer) else str(model)
         if not isinstance(model, SentenceTransformer):
             model = load_model(str(source), trust_remote_code=trust_remote_code, revision=revision, token=token)
@@ -144,6 +149,8 @@ def _choose(
     benchmark: str | None,
     tasks: Sequence[str] | None,
     limit: int | None,
+    instruct: str | None,
+    allow_missing: bool,
 ) -> list[AbsTask]:
     """Return the tasks to run, in the order in which they were named."""
     if benchmark is not None:
@@ -151,7 +158,8 @@ def _choose(
     else:
         names = [task.name for task in read_suite(suite).tasks]
         wanted = [name for name in names if tasks is None or name in tasks]
-        own = {task.metadata.name: task for task in load_suite(suite, data_dir, tasks=wanted, limit=limit)}
+        found = load_suite(suite, data_dir, tasks=wanted, limit=limit, instruct=instruct, allow_missing=allow_missing)
+        own = {task.metadata.name: task for task in found}
     if tasks is None:
         return list(own.values())
     if not tasks:

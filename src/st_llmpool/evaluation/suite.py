@@ -7,7 +7,10 @@ tasks:
     type: Retrieval            # Retrieval, Reranking, STS, PairClassification, Classification, Clustering
     folder: manual             # in the data folder, with corpus, queries and qrels, .parquet or .jsonl
     columns: {id: _id}         # column of the task: column of the file, if they differ
+    corpus: manual             # tasks of one corpus are not independent evidence; by default the folder
+    language: eng-Latn         # as mteb writes it
     prompt: {query: "query: "} # for models without a prompt of their own
+    instruction: Find the page # a prompt too where the evaluation is given a template (`instruct`)
     where:                     # keep a slice: table, column, condition; all must hold
       corpus: {title: {in: [Engines, Brakes]}}
       queries: {text: {starts: [how, why], length: [0.0, 0.5]}}
@@ -26,7 +29,7 @@ test table, are dropped too. It is part of the task's revision.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..modules.errors import ConfigurationError, DataError, nearest
@@ -49,7 +52,10 @@ class TaskSpec:
         files: Role to file name, if it is not `role.parquet` or `role.jsonl`.
         columns: Column of the task to its name in the files, if that differs.
         metric: Main score; by default that of mteb's tasks of the type.
+        corpus: Name of the collection that the texts are from; None is the folder or source.
+        language: Language and script, such as ``eng-Latn``.
         prompt: Prompt, or one each for `query` and `document`, for models without one.
+        instruction: What the task asks for, in words, for models that follow instructions; see `instructed`.
         limit: Largest number of rows, queries or documents, applied after `where`.
         where: Rows to keep, see `slices`.
     """
@@ -60,10 +66,28 @@ class TaskSpec:
     source: str | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     columns: Mapping[str, str] = field(default_factory=dict)
+    corpus: str | None = None
+    language: str = "eng-Latn"
     metric: str | None = None
     prompt: str | Mapping[str, str] | None = None
+    instruction: str | None = None
     limit: int | None = None
     where: Where = field(default_factory=dict)
+
+    def instructed(self, template: str) -> TaskSpec:
+        r"""Return the task with its instruction as the prompt: of queries in search, of every text elsewhere.
+
+        Args:
+            template: Such as ``"Instruct: {}\nQuery: "``.
+
+        Example:
+            >>> TaskSpec("Mine", "STS", instruction="Find similar texts").instructed("Instruct: {}; ").prompt
+            'Instruct: Find similar texts; '
+        """
+        if self.instruction is None or self.prompt is not None:
+            return self
+        prompt = template.replace("{}", self.instruction)
+        return replace(self, prompt={"query": prompt} if self.type in ("Retrieval", "Reranking") else prompt)
 
 
 @dataclass(frozen=True)
@@ -94,7 +118,7 @@ def shipped_suites() -> list[str]:
 
     Example:
         >>> shipped_suites()
-        ['builtin', 'squad', 'squad_slices']
+        ['builtin', 'open', 'squad', 'squad_slices']
     """
     return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +20,8 @@ from ..data import docstring_pairs
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..utils.extras import importing_mteb
 from ..utils.random_state import preserve_rng_state
+from ..utils.reading import is_folder
+from ..utils.words import listed
 from .sampling import sample, sample_retrieval, select_rows
 from .slices import Where, check_where, cut
 from .suite import TaskSpec, read_suite
@@ -39,6 +42,8 @@ with importing_mteb():
     from mteb.abstasks.task_metadata import TaskMetadata
     from mteb.get_tasks import TASK_LIST
     from mteb.types import PromptType
+
+logger = logging.getLogger(__name__)
 
 SPLIT = "test"
 
@@ -63,12 +68,20 @@ class LocalTask(AbsTask):
     read: ClassVar[Callable[[], dict[str, Table]]]
     limit: ClassVar[int | None]
     where: ClassVar[Where]
+    corpus: ClassVar[str]
 
     def load_data(self, num_proc: int | None = None, **kwargs: object) -> None:
         """Read the tables, once."""
         if not self.data_loaded:
             self.dataset = self.build(self.select(type(self).read()))
             self.data_loaded = True
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return mteb's scores and the name of the corpus."""
+        scores: dict[str, Any] = super().evaluate(*args, **kwargs)
+        for values in scores.values():
+            values["corpus"] = self.corpus
+        return scores
 
     def select(self, tables: dict[str, Table]) -> dict[str, Table]:
         """Return the rows that the suite's `where` keeps, and the rows of other tables that belong to them."""
@@ -298,14 +311,18 @@ def load_suite(
     *,
     tasks: Sequence[str] | None = None,
     limit: int | None = None,
+    instruct: str | None = None,
+    allow_missing: bool = False,
 ) -> list[LocalTask]:
-    """Return the mteb tasks of a suite, after checking all their data.
+    r"""Return the mteb tasks of a suite, after checking all their data.
 
     Args:
         name_or_file: A shipped suite or a YAML file.
         data_dir: Parent of the tasks' folders; by default the suite file's folder.
         tasks: Names of the tasks; None for all.
         limit: Largest number of rows, queries or documents per task, chosen deterministically.
+        instruct: Template for the tasks' instructions, such as ``"Instruct: {}\nQuery: "``; None leaves them out.
+        allow_missing: Leave out tasks whose folder does not exist, with a warning that lists them.
 
     Raises:
         ConfigurationError: If the suite or an argument names something that does not exist.
@@ -330,6 +347,21 @@ def load_suite(
         if any(task.folder for task in chosen):
             raise DataError(f"suite {suite.name} reads folders: say where they are (data_dir, or --data DIR).")
         folder = Path()
+    if instruct is not None:
+        chosen = [task.instructed(instruct) for task in chosen]
+    for task in chosen:
+        _task_class(task)  # what is wrong in the file comes before what is missing on disk
+    missing = [task for task in chosen if task.folder and not is_folder(folder / task.folder)]
+    if missing and (len(missing) == len(chosen) or not allow_missing):
+        names = [path.name for path in folder.iterdir()] if is_folder(folder) else []
+        raise DataError(
+            f"{folder} lacks {len(missing)} of the {len(chosen)} data sets of suite {suite.name}: "
+            f"{listed((str(task.folder) for task in missing), most=50)}. Add them, or leave these tasks out with "
+            f"allow_missing (--allow-missing).{nearest(str(missing[0].folder), names)}"
+        )
+    if missing:
+        logger.warning("Left out, without data: %s.", ", ".join(task.name for task in missing))
+        chosen = [task for task in chosen if task not in missing]
     with preserve_rng_state():
         return [make_task(task, folder, limit) for task in chosen]
 
@@ -368,11 +400,12 @@ def make_task(spec: TaskSpec, data_dir: Path, limit: int | None = None) -> Local
             "prompt": dict(spec.prompt) if isinstance(spec.prompt, Mapping) else spec.prompt,
             "category": "t2c" if base in (LocalClassification, LocalClustering) else "t2t",
             "eval_splits": [SPLIT],
-            "eval_langs": ["eng-Latn"],
+            "eval_langs": [spec.language],
             "main_score": spec.metric or base.default_metric,
         }
     )
     attributes = {"metadata": metadata, "read": staticmethod(read), "limit": smallest, "where": spec.where}
+    attributes["corpus"] = spec.corpus or spec.source or spec.folder
     task: LocalTask = type(spec.name, (base,), attributes)()
     task.load_data()
     task.unload_data()
@@ -418,7 +451,8 @@ def _task_class(spec: TaskSpec) -> type[LocalTask]:
 def _revision(spec: TaskSpec, limit: int | None, paths: Mapping[str, Path]) -> str:
     """Return a hash of everything but the model that the scores depend on."""
     content: Any = SOURCES[spec.source]() if spec.source else {role: file_digest(path) for role, path in paths.items()}
-    settings = {key: value for key, value in asdict(spec).items() if key not in ("folder", "files", "limit")}
+    apart = ("folder", "files", "limit", "corpus", "language", "instruction")
+    settings = {key: value for key, value in asdict(spec).items() if key not in apart}
     if not spec.where:  # tasks from before there were slices keep their revision
         del settings["where"]
     key = json.dumps([_FORMAT, settings, limit, content], sort_keys=True)

@@ -160,6 +160,7 @@ def _scores(result: TaskResult) -> Iterator[dict[str, Any]]:
         for scores in subsets:
             languages = " ".join(sorted(map(str, scores.get("languages") or ())))
             place = {"split": split, "subset": scores["hf_subset"], "item": "", "languages": languages}
+            place["corpus"] = str(scores.get("corpus", ""))  # of local tasks
             for metric, value in scores.items():
                 if value is None:
                     yield place | {"metric": metric, "score": float("nan")}

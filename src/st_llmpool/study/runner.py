@@ -107,7 +107,13 @@ class StudyRunner:
         if not report_only:
             for run in self.runs:
                 check_names(run.to_recipe(self.data_dir, self.work / run.id / "training"))
-            self.tasks = load_suite(study.suite, self.data_dir, limit=study.limit)
+            self.tasks = load_suite(
+                study.suite,
+                self.data_dir,
+                limit=study.limit,
+                instruct=study.instruct,
+                allow_missing=study.allow_missing,
+            )
         self.records  # noqa: B018 # raises if runs of other settings are there
         self._stop = threading.Event()
         self._processes: set[subprocess.Popen[bytes]] = set()

@@ -132,6 +132,8 @@ class Study:
         contrasts: At most six pre-registered pairs ``A:B``; None is those of `DEFAULT_CONTRASTS` that the study has.
         suite: A suite of local tasks.
         limit: Largest number of rows, queries or documents per task.
+        instruct: Template for the instructions of the suite's tasks; None leaves them out.
+        allow_missing: Leave out tasks of the suite that have no data.
         batch_size: Batch size of the evaluation.
         threads: CPU threads of a run; None divides the cores among parallel runs. The last digits of sums depend on
             it, so set it if results must not depend on ``--jobs``.
@@ -151,6 +153,8 @@ class Study:
     contrasts: list[str] | None = None
     suite: str = "squad_slices"
     limit: int | None = None
+    instruct: str | None = None
+    allow_missing: bool = False
     batch_size: int = 32
     threads: int | None = None
     layers: bool = True
@@ -236,8 +240,13 @@ class Study:
 
     @cached_property
     def _tasks_digest(self) -> str:
-        """A hash of the suite's settings; mteb's revisions cover the data."""
-        tasks = [asdict(task) for task in read_suite(self.suite).tasks]
+        """A hash of the suite's settings that scores depend on; mteb's revisions cover the data."""
+        chosen = read_suite(self.suite).tasks
+        if self.instruct is not None:
+            chosen = tuple(task.instructed(self.instruct) for task in chosen)
+        tasks = [asdict(task) for task in chosen]
+        for task in tasks:
+            del task["corpus"], task["language"], task["instruction"]
         return hashlib.sha256(json.dumps(tasks, sort_keys=True).encode()).hexdigest()[:16]
 
     def _run(self, base: str, design: DesignSettings, seed: int) -> PlannedRun:

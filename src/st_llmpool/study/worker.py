@@ -89,6 +89,8 @@ def carry_out(study: Study, run: PlannedRun, *, output_dir: Path, work: Path, da
         suite=study.suite,
         data_dir=data_dir,
         limit=study.limit,
+        instruct=study.instruct,
+        allow_missing=study.allow_missing,
         batch_size=study.batch_size,
         show_progress=False,
     )
