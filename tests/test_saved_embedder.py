@@ -17,7 +17,8 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling, S
 from transformers import BertConfig, LlamaConfig
 
 from st_llmpool import DESIGNS, build_embedder
-from st_llmpool.modules.errors import ConfigurationError, InputError
+from st_llmpool.hub.loading import load_model
+from st_llmpool.modules.errors import ConfigurationError, DataError, InputError
 from st_llmpool.saved_embedder import is_saved_embedder, read_architecture
 from tests.conftest import TINY_CONFIG, save_tiny_llm
 
@@ -216,6 +217,17 @@ def test_a_module_list_that_cannot_be_read_is_refused_by_name(tiny_llm, tmp_path
         (folder / "modules.json").write_text(json.dumps(content))
         with pytest.raises((ConfigurationError, InputError), match=r"modules\.json"):
             build_embedder(str(folder))
+
+
+def test_one_without_its_module_list_is_not_taken_for_a_language_model(own, tmp_path):
+    folder = shutil.copytree(own[1], tmp_path / "model")
+    (folder / "modules.json").unlink()
+    for options in ({}, {"pooling": "mean"}, {"pooling_init": "new"}):
+        with pytest.raises(DataError, match=r"has a st_llmpool\.json and no modules\.json: save or download it again"):
+            build_embedder(folder, **options)
+    for trusted in (False, True):
+        with pytest.raises(DataError, match=r"modules\.json is missing"):
+            load_model(folder, trust_remote_code=trusted)
 
 
 def test_a_prompt_that_leaves_no_room_is_named_at_once_and_refused_where_it_is_used(tiny_llm, caplog):

@@ -22,8 +22,9 @@ from transformers.utils import find_adapter_config_file
 
 from .attention_proof import config_attention
 from .hub.loading import load_model
-from .modules.errors import ConfigurationError
+from .modules.errors import ConfigurationError, DataError
 from .modules.llm_transformer import LLMTransformer, resolve_layers
+from .modules.seal import MANIFEST
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,11 @@ _TRAINED_WITH = ("attention", "layers", "layer_readout", "add_eos_token")
 
 
 def is_saved_embedder(base: str, *, revision: str | None = None, token: bool | str | None = None) -> bool:
-    """Return whether a folder or Hub id holds a sentence-transformers model rather than a bare language model."""
-    return is_sentence_transformer_model(base, token=token, revision=revision)
+    """Return whether a folder or Hub id is a sentence-transformers model; DataError if it lost its modules.json."""
+    found: bool = is_sentence_transformer_model(base, token=token, revision=revision)
+    if not found and load_file_path(base, MANIFEST, token=token, revision=revision) is not None:
+        raise DataError(f"{base} has a {MANIFEST} and no modules.json: save or download it again.")
+    return found
 
 
 def read_architecture(base: str, **hub: Any) -> PreTrainedConfig:

@@ -18,13 +18,16 @@ STS_ONLY = {"name": "TinySts", "type": "STS", "folder": "sts"}
 
 
 @pytest.fixture
-def forbid_loading(monkeypatch):
-    """Any attempt to load a model fails the test."""
+def unloaded(monkeypatch, tmp_path):
+    """A folder with a model's list of modules; any attempt to load a model fails the test."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("st_llmpool.evaluation.run.SentenceTransformer.__init__", refuse)
+    (tmp_path / "unloaded").mkdir()
+    (tmp_path / "unloaded" / "modules.json").write_text("[]")
+    return tmp_path / "unloaded"
 
 
 def test_result_files_are_those_of_mteb(suite, tmp_path, model):
@@ -115,16 +118,16 @@ def test_name_that_the_suite_does_not_have_is_a_task_of_mteb(suite, tmp_path, mo
         ({"batch_size": 0}, ConfigurationError, "batch_size=0"),
     ],
 )
-def test_wrong_arguments_are_refused_before_a_model_is_loaded(tmp_path, forbid_loading, arguments, error, message):
+def test_wrong_arguments_are_refused_before_a_model_is_loaded(tmp_path, unloaded, arguments, error, message):
     with pytest.raises(error, match=message):
-        evaluate("some/model", output_dir=tmp_path / "out", **arguments)
+        evaluate(unloaded, output_dir=tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_place_that_cannot_be_used_is_refused_first(tmp_path, forbid_loading):
+def test_an_output_place_that_cannot_be_used_is_refused_first(tmp_path, unloaded):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigurationError, match="file is not a folder"):
-        evaluate("some/model", output_dir=tmp_path / "file" / "out", suite="squad")
+        evaluate(unloaded, output_dir=tmp_path / "file" / "out", suite="squad")
 
 
 def test_data_that_cannot_be_downloaded_are_one_line_with_the_way_out(tmp_path, model, monkeypatch):
@@ -134,7 +137,7 @@ def test_data_that_cannot_be_downloaded_are_one_line_with_the_way_out(tmp_path, 
     assert "\n" not in str(error.value)
 
 
-def test_unknown_benchmark_is_refused_with_the_hint_of_mteb(tmp_path, forbid_loading, monkeypatch):
+def test_unknown_benchmark_is_refused_with_the_hint_of_mteb(tmp_path, unloaded, monkeypatch):
     def unknown(name):  # as the real one, which takes seconds to build its registry
         raise KeyError(f"'{name}' not found. Did you mean: MTEB(eng, v2)?")
 
@@ -142,10 +145,16 @@ def test_unknown_benchmark_is_refused_with_the_hint_of_mteb(tmp_path, forbid_loa
     with pytest.raises(
         ConfigurationError, match=r"no benchmark 'MTEB\(eng, v3\)' not found. Did you mean: MTEB\(eng, v2"
     ):
-        evaluate("some/model", benchmark="MTEB(eng, v3)", output_dir=tmp_path)
+        evaluate(unloaded, benchmark="MTEB(eng, v3)", output_dir=tmp_path)
 
 
-def test_wrong_data_are_refused_before_a_model_is_loaded(tmp_path, suite, forbid_loading):
+def test_foreign_code_is_refused_before_data_are_read(unloaded, tmp_path):
+    (unloaded / "modules.json").write_text('[{"type": "evil.Evil", "path": ""}]')
+    with pytest.raises(ConfigurationError, match=r"type 'evil\.Evil'.*--trust-remote-code"):
+        evaluate(unloaded, suite="squad", data_dir=tmp_path / "none", output_dir=tmp_path / "out")
+
+
+def test_wrong_data_are_refused_before_a_model_is_loaded(tmp_path, suite, unloaded):
     write_table(suite.parent / "sts/test.parquet", {"sentence1": ["a"]})
     with pytest.raises(DataError, match=r"sts/test.parquet has no column 'sentence2'"):
-        evaluate("some/model", suite=suite, output_dir=tmp_path / "out")
+        evaluate(unloaded, suite=suite, output_dir=tmp_path / "out")

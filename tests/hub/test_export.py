@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +36,14 @@ def save(model: SentenceTransformer, folder: Path) -> Path:
 
 
 def test_a_native_export_loads_without_flag_and_gives_the_same_vectors(tiny_llm, tmp_path, monkeypatch):
-    model = build_embedder(tiny_llm, attention="bidirectional", pooling="mean", prompts={"query": "the dog: "})
+    prompts = {"query": "the dog: ", "document": "a fox: ", "STS": "Find: "}
+    model = build_embedder(tiny_llm, attention="bidirectional", pooling="mean", prompts=prompts)
+    processes, start = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: [processes.append(args), start(*args, **kwargs)][1])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "json.py").write_text("raise RuntimeError('the fresh process imports from the current folder')")
     export(save(model, Path("ours")), Path("native"), native=True, trust_remote_code=True)
+    assert len(processes) == 1, "one for all prompts: each takes seconds to import"
     native = SentenceTransformer(str(tmp_path / "native"))
     np.testing.assert_allclose(native.encode(TEXTS), model.encode(TEXTS), atol=1e-6)
     np.testing.assert_allclose(native.encode_query(TEXTS), model.encode_query(TEXTS), atol=1e-6)

@@ -170,6 +170,13 @@ def test_what_is_no_choice_of_models_is_refused(models, tiny_llm, tmp_path):
         soup([tiny_llm, models[0]], tmp_path / "soup", trust_remote_code=True)
 
 
+def test_foreign_code_is_refused_before_data_are_read(models, tmp_path):
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "modules.json").write_text('[{"type": "evil.Evil", "path": ""}]')
+    with pytest.raises(ConfigurationError, match=r"type 'evil\.Evil'.*--trust-remote-code"):
+        soup([models[0], tmp_path / "evil"], tmp_path / "out", suite="squad", data_dir=tmp_path / "none")
+
+
 def test_models_of_ours_need_no_flag(models, tmp_path):
     assert soup(models, tmp_path / "soup").ingredients == models
 

@@ -10,7 +10,7 @@ import datasets
 from sentence_transformers import SentenceTransformer
 
 from ..fast_inference import optimized_inference
-from ..hub.loading import load_model
+from ..hub.loading import check_code, load_model
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..utils.extras import importing_mteb
 from ..utils.files import check_writable, write_atomically
@@ -87,11 +87,14 @@ def evaluate(
     if batch_size < 1:
         raise ConfigurationError(f"batch_size={batch_size} must be at least 1.")
     check_writable(Path(output_dir))
+    hub = {"trust_remote_code": trust_remote_code, "revision": revision, "token": token}
+    source = None if isinstance(model, SentenceTransformer) else str(model)
+    if source is not None:
+        check_code(source, **hub)
     with preserve_rng_state():
         chosen = _choose(suite or "builtin", data_dir, benchmark, tasks, limit, instruct, allow_missing)
-        source = None if isinstance(model, SentenceTransformer) else str(model)
         if not isinstance(model, SentenceTransformer):
-            model = load_model(str(source), trust_remote_code=trust_remote_code, revision=revision, token=token)
+            model = load_model(str(source), **hub)
         encoder = FiniteEncoder(model, chosen, identify(model, source))
         meta, cache = encoder.mteb_model_meta, ResultCache(output_dir)
         _drop_stale(cache, meta, chosen)

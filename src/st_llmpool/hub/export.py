@@ -153,8 +153,8 @@ def _vectors(model: SentenceTransformer) -> dict[str, np.ndarray]:
 
 
 def _compare(folder: Path, expected: dict[str, np.ndarray], *, tolerance: float, native: bool) -> None:
-    for prompt, vectors in expected.items():
-        fresh = embed_in_fresh_process(folder, prompt=prompt, trust_remote_code=not native)
+    found = embed_in_fresh_process(folder, prompts=list(expected), trust_remote_code=not native)
+    for (prompt, vectors), fresh in zip(expected.items(), found, strict=True):
         difference = float(np.abs(fresh - vectors).max())
         if not difference <= tolerance:  # also for NaN
             way_out = "Share the portable form instead." if native else "Nothing was written; please report this."

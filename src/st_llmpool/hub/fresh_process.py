@@ -22,28 +22,28 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 order = json.loads(sys.argv[1])
 model = SentenceTransformer(order["model"], trust_remote_code=order["trust_remote_code"], device="cpu")
-with_prompt = {"prompt": order["prompt"]} if order["prompt"] else {}
 vectors = []
-for side in ("right", "left"):
-    model.tokenizer.padding_side = side
-    vectors += [model.encode(order["texts"], **with_prompt), model.encode(order["texts"], batch_size=1, **with_prompt)]
-np.save(order["result"], np.stack(vectors))
+for prompt in order["prompts"]:
+    for side in ("right", "left"):
+        model.tokenizer.padding_side = side
+        vectors += [model.encode(order["texts"], prompt=prompt or None, batch_size=size) for size in (32, 1)]
+np.save(order["result"], np.stack(vectors).reshape(len(order["prompts"]), 4, len(order["texts"]), -1))
 """
 
 
 def embed_in_fresh_process(
-    folder: Path, texts: Sequence[str] = PROBES, *, prompt: str = "", trust_remote_code: bool
+    folder: Path, texts: Sequence[str] = PROBES, *, prompts: Sequence[str] = ("",), trust_remote_code: bool
 ) -> np.ndarray:
     """Load `folder` with plain sentence-transformers in a new interpreter and embed `texts` in four ways.
 
     Args:
         folder: A saved model.
         texts: Texts to embed.
-        prompt: Prepended to every text.
+        prompts: The texts are embedded with each of them prepended; an empty one is the model's default.
         trust_remote_code: Passed to ``SentenceTransformer``; a native model does not need it.
 
     Returns:
-        Vectors (4, B, D) in float32: padded right, one by one, padded left, one by one.
+        Vectors (P, 4, B, D) in float32 for P prompts: padded right, one by one, padded left, one by one.
 
     Raises:
         InputError: If the fresh process cannot load the model, with its error message.
@@ -53,7 +53,7 @@ def embed_in_fresh_process(
         order = {
             "model": str(folder),
             "texts": list(texts),
-            "prompt": prompt,
+            "prompts": list(prompts),
             "trust_remote_code": trust_remote_code,
             "result": str(result),
         }

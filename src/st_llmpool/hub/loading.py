@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import errors, snapshot_download
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.util import ORIGINAL_TRANSFORMER_MODELS, import_from_string
+from sentence_transformers.util import ORIGINAL_TRANSFORMER_MODELS, import_from_string, load_file_path
 
 from ..modules.errors import ConfigurationError, DataError, StLlmpoolError
 from ..modules.seal import check_seal
@@ -58,6 +58,10 @@ def load_model(
     if os.path.isdir(name):
         check_no_pipes(Path(name))
     if trust_remote_code:
+        if (
+            load_file_path(name, "modules.json", token=token, revision=revision) is None
+        ):  # none of our modules checks it
+            check_seal(name, token=token, revision=revision)
         with checked_code(name, None):
             return SentenceTransformer._load_with_module_classes(
                 name, module_classes or {}, trust_remote_code=True, revision=revision, **options
@@ -69,6 +73,16 @@ def load_model(
         if not code.own:  # our own modules check it
             check_seal(name, revision=revision, token=token)
         return _load_with_classes(name, code.own, module_classes or {}, revision=revision, **options)
+
+
+def check_code(
+    model: str | Path, *, trust_remote_code: bool = False, revision: str | None = None, token: str | None = None
+) -> None:
+    """Raise what :func:`load_model` raises for untrusted code; to be called before data are read."""
+    if not trust_remote_code:
+        code = find_code(_code_of(str(model), revision, token)[0])
+        if code.foreign or code.unasked:
+            raise foreign_code_error(str(model), code)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from ..data.round_robin import Assignment, round_robin
 from ..data.training_data import DatasetSettings, read_rows
 from ..designs import build_embedder, resolve_base
 from ..fast_inference import optimize_inference
-from ..hub.loading import load_model
+from ..hub.loading import check_code, load_model
 from ..modules.errors import ConfigurationError, DataError, InputError, StLlmpoolError, nearest
 from ..utils.files import atomic_file, check_writable, write_atomically
 from ..utils.reading import shown
@@ -132,6 +132,7 @@ def select(
         if file.exists():
             raise ConfigurationError(f"{file} exists; name another file as out, or remove it.")
     check_writable(out.parent)
+    check_code(resolve_base(model), trust_remote_code=trust_remote_code)
     sources = {str(source): read_rows(DatasetSettings(str(source))) for source in pool}
     targets = read_rows(DatasetSettings(str(target)))
     if len(targets) == 0:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from ..adapters import merge_adapter
 from ..data.training_data import DatasetSettings, load_pairs
 from ..evaluation import SuiteEvaluator
-from ..hub.loading import checked_code, load_model
+from ..hub.loading import check_code, checked_code, load_model
 from ..model_card.card import EmbedderCardData
 from ..modules.attention import set_attention
 from ..modules.errors import ConfigurationError
+from ..saved_embedder import is_saved_embedder
 from ..training.held_out import held_out_evaluator
 from ..utils.files import atomic_folder, check_new_folder
 from ..utils.random_state import preserve_rng_state
@@ -106,9 +107,14 @@ def soup(
     if validation is not None and suite is not None:
         raise ConfigurationError("A greedy soup is scored on validation pairs or on a suite; give only one of them.")
     folders = {name: _folder(name, token) for name in names}
-    kinds = {_is_embedder(folder) for folder in folders.values()}
+    for folder in folders.values():
+        check_code(folder, trust_remote_code=trust_remote_code)
+    kinds = {is_saved_embedder(str(folder)) for folder in folders.values()}
     if len(kinds) > 1:
-        kind = {name: "an embedding model" if _is_embedder(folder) else "a base" for name, folder in folders.items()}
+        kind = {
+            name: "an embedding model" if is_saved_embedder(str(folder)) else "a base"
+            for name, folder in folders.items()
+        }
         raise ConfigurationError(
             f"Embedding models and base language models cannot be averaged with each other: {kind}."
         )
@@ -186,10 +192,6 @@ def _folder(name: str, token: str | None) -> Path:
     if not any((folder / file).is_file() for file in ("modules.json", "config.json")):
         raise ConfigurationError(f"{name} is not a saved model: it has neither modules.json nor config.json.")
     return folder
-
-
-def _is_embedder(folder: Path) -> bool:
-    return (folder / "modules.json").is_file()
 
 
 def _load_embedder(name: str, folder: Path, trust_remote_code: bool) -> _Ingredient:
@@ -287,6 +289,6 @@ def _save(
     }
     with atomic_folder(out) as folder:
         first.model.save_pretrained(str(folder))
-        if not _is_embedder(folder):
+        if not isinstance(first.model, SentenceTransformer):
             first.tokenizer.save_pretrained(str(folder))
         (folder / "soup.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
