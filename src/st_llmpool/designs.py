@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 #: Sizes of the poolings on :class:`CrossAttention` by name; those of ``"compact"`` are the class's own defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     "compact": {},
-    "paper": {"num_latents": 768, "num_heads": 32, "head_dim": 2048, "mlp_ratio": 4},
+    "paper": {"num_latents": 768, "num_heads": 32, "head_dim": 2048, "mlp_ratio": 4, "init_std": 1.0},
 }
 
 
@@ -91,6 +91,7 @@ POOLINGS: dict[str, PoolingSpec] = {
     "cls": PoolingSpec(Pooling, "tokens", "the first token", {"pooling_mode": "cls"}),
     "last_layer": PoolingSpec(LatentAttentionPooling, "tokens", "trainable attention over the last layer's tokens"),
     "multi_layer": PoolingSpec(MultiLayerPooling, "layers", "trainable attention over every layer's summary"),
+    "linear": PoolingSpec(poolings.LinearPooling, "tokens", "trainable linear map of the plain readout"),
     "scalar_mix": PoolingSpec(ScalarMixPooling, "layers", "one trained weight per layer"),
     "hopfield": PoolingSpec(
         poolings.HopfieldPooling, "tokens", "trainable patterns retrieve from the tokens, in several steps"
@@ -122,7 +123,8 @@ class Design:
 
 _PAPER = {"preset": "paper", "readout_skip": False}
 
-#: The five designs of Tang and Yang 2024 (arXiv 2409.02727) with our defaults and with theirs, and the baseline.
+#: The five designs of Tang and Yang 2024 (arXiv 2409.02727) with our defaults and with theirs, the baseline, and the
+#: two that cross attention and readout with it and design 1, which the paper leaves out.
 DESIGNS: dict[str, Design] = {
     "1": Design("causal", "eos"),
     "2": Design("causal", "last_layer"),
@@ -135,6 +137,8 @@ DESIGNS: dict[str, Design] = {
     "paper-4": Design("bidirectional", "last_layer", _PAPER),
     "paper-5": Design("bidirectional", "multi_layer", _PAPER),
     "mean-bidirectional": Design("bidirectional", "mean"),
+    "eos-bidirectional": Design("bidirectional", "eos"),
+    "mean-causal": Design("causal", "mean"),
 }
 
 

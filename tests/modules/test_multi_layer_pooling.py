@@ -32,11 +32,16 @@ def slow_pool(pooling: MultiLayerPooling, rows: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("queries", ["latents", "inputs"])
 @pytest.mark.parametrize("layer_weights", [True, False])
+@pytest.mark.parametrize("layer_norm", [True, False])
 @pytest.mark.parametrize("readout_skip", [True, False])
-def test_embedding_is_the_formula(features, queries, layer_weights, readout_skip):
-    pooling = trained_pooling(queries=queries, layer_weights=layer_weights, readout_skip=readout_skip)
+def test_embedding_is_the_formula(features, queries, layer_weights, layer_norm, readout_skip):
+    settings = {"layer_weights": layer_weights, "layer_norm": layer_norm, "readout_skip": readout_skip}
+    pooling = trained_pooling(queries=queries, **settings)
     embedding = pooling(dict(features))["sentence_embedding"]
     for index, summaries in enumerate(features["layer_summaries"]):
+        if layer_norm:
+            centered = summaries - summaries.mean(dim=1, keepdim=True)
+            summaries = centered / (centered.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()
         expected = slow_pool(pooling, summaries + (pooling.layer_table.detach() if layer_weights else 0))
         if readout_skip:
             expected = features["readout"][index] + pooling.to_embedding.weight.detach() @ expected
@@ -47,6 +52,35 @@ def test_embedding_is_the_formula(features, queries, layer_weights, readout_skip
 def test_untrained_pooling_is_exactly_the_readout(features, dtype):
     features = {name: tensor.to(dtype) for name, tensor in features.items()}
     assert torch.equal(MultiLayerPooling(8, 4)(dict(features))["sentence_embedding"], features["readout"])
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_layer_weights_act_alike_at_any_scale_of_the_summaries_only_with_the_layer_norm(features, scale):
+    features["layer_summaries"] *= scale
+    effects = {}
+    for layer_norm in (True, False):
+        pooling = trained_pooling(layer_norm=layer_norm, readout_skip=False)
+        before = pooling(dict(features))["sentence_embedding"]
+        with torch.no_grad():
+            pooling.layer_table.zero_()
+        effects[layer_norm] = float((pooling(dict(features))["sentence_embedding"] - before).norm() / before.norm())
+    assert effects[True] > 0.1
+    assert effects[False] < 0.1 or scale < 100
+
+
+@pytest.mark.parametrize(("settings", "spread"), [({}, 0.02), ({"init_std": 1.0}, 1.0), ({"layer_norm": True}, 1.0)])
+def test_layer_weights_start_small_or_at_the_scale_of_what_they_are_added_to(settings, spread):
+    torch.manual_seed(0)
+    pooling = MultiLayerPooling(64, num_layers=32, num_latents=64, num_heads=2, **settings)
+    assert float(pooling.layer_table.std()) == pytest.approx(spread, rel=0.1)
+    assert float(pooling.cross_attention.latents.std()) == pytest.approx(settings.get("init_std", 0.02), rel=0.1)
+
+
+@pytest.mark.parametrize(("heads", "head_dim", "rate"), [(2, 4, 1e-3), (4, 128, 5e-4), (32, 2048, 1e-3 / 256)])
+def test_the_default_learning_rate_falls_with_the_width(heads, head_dim, rate):
+    with torch.device("meta"):
+        pooling = MultiLayerPooling(8, num_layers=2, num_heads=heads, head_dim=head_dim)
+    assert pooling.default_learning_rate == pytest.approx(rate)
 
 
 def test_first_step_of_training_moves_the_skip_and_the_second_everything(features):

@@ -23,12 +23,15 @@ from st_llmpool.modules.trainable_pooling import TrainablePooling
 from st_llmpool.poolings.attsets_pooling import AttSetsPooling
 from st_llmpool.poolings.generalized_mean_pooling import GeneralizedMeanPooling
 from st_llmpool.poolings.hopfield_pooling import HopfieldPooling
+from st_llmpool.poolings.linear_pooling import LinearPooling
 from st_llmpool.poolings.ponet_pooling import PoNetPooling
 from st_llmpool.poolings.pyramid_pooling import PyramidPooling
 
 BUILDERS = {
     "multi_layer": lambda: MultiLayerPooling(16, num_layers=3),
     "multi_layer, inputs query, no skip": lambda: MultiLayerPooling(16, 3, queries="inputs", readout_skip=False),
+    "multi_layer, layer norm": lambda: MultiLayerPooling(16, num_layers=3, layer_norm=True),
+    "linear": lambda: LinearPooling(16),
     "last_layer": lambda: LatentAttentionPooling(16, mlp_ratio=2.5),
     "last_layer, inputs query": lambda: LatentAttentionPooling(16, queries="inputs"),
     "scalar_mix": lambda: ScalarMixPooling(16, num_layers=3),

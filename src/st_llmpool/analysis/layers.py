@@ -243,9 +243,12 @@ def layer_attention(pooling: Any, features: Mapping[str, Any]) -> Tensor | None:
         return pooling.layer_scores.softmax(dim=0).expand(len(features["layer_summaries"]), -1)
     if not hasattr(pooling, "layer_weights") or pooling.queries == "inputs":
         return None
-    summaries = features["layer_summaries"].float()
-    rows = summaries + pooling.layer_table if pooling.layer_weights else summaries
-    return pooling.cross_attention.weights(rows).mean(dim=(2, 3))
+    rows = features["layer_summaries"].float()
+    if getattr(pooling, "layer_norm", False):  # models of before it lack the setting
+        rows = torch.nn.functional.layer_norm(rows, rows.shape[-1:])
+    rows = rows + pooling.layer_table if pooling.layer_weights else rows
+    block = pooling.cross_attention
+    return block._scores(block.norm_inputs(rows), None).softmax(dim=1).mean(dim=(2, 3))
 
 
 @torch.no_grad()

@@ -138,7 +138,7 @@ class FastInference:
         return self._padded(features, spans, module.run, cost=cost)
 
     def _applies(self, module: Any, features: Features, spans: TokenSpans) -> bool:
-        if torch.compiler.is_compiling() or spans.is_flat or "position_ids" in features:
+        if torch.compiler.is_compiling() or spans.text is not None or "position_ids" in features:
             return False
         if self.longest is not None and spans.mask.shape[1] > self.longest:
             return False

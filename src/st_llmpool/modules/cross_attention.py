@@ -48,14 +48,13 @@ class CrossAttention(nn.Module):
     """
 
     def __init__(
-        self, embedding_dimension: int, sizes: Sizes, *, queries: Literal["latents", "inputs"] = "latents"
+        self, embedding_dimension: int, sizes: Sizes, *, queries: str = "latents", init_std: float = 0.02
     ) -> None:
         super().__init__()
         inner, hidden = sizes.num_heads * sizes.head_dim, max(1, round(sizes.mlp_ratio * embedding_dimension))
-        self.sizes = sizes
-        self.queries = queries
+        self.sizes, self.queries = sizes, queries
         # Small, so that texts make the result and not a constant vector; LN_z scales the queries up anyway.
-        self.latents = nn.Parameter(torch.randn(sizes.num_latents, embedding_dimension) * 0.02)
+        self.latents = nn.Parameter(torch.randn(sizes.num_latents, embedding_dimension) * init_std)
         self.norm_inputs = nn.LayerNorm(embedding_dimension)
         self.norm_latents = nn.LayerNorm(embedding_dimension)
         self.to_query = nn.Linear(embedding_dimension, inner, bias=False)
@@ -82,11 +81,6 @@ class CrossAttention(nn.Module):
         weights = scores.masked_fill(~mask[:, :, None, None], -math.inf).softmax(dim=1)
         attended = self.latents + self._read_inputs(weights, normed, folded)
         return self._mean_feed_forward(attended, attended.new_full(attended.shape[:2], 1 / attended.shape[1]))
-
-    def weights(self, inputs: Tensor) -> Tensor:
-        """Return the attention weights (B, K, H, R), whose sum is 1 over the inputs, or the latents if inputs query."""
-        scores = self._scores(self.norm_inputs(inputs.float()), self._constants())
-        return scores.softmax(dim=1 if self.queries == "latents" else -1)
 
     def _scores(self, normed: Tensor, folded: _Folded | None) -> Tensor:
         """Return (B, K, H, R)."""
@@ -214,6 +208,7 @@ class CrossAttentionPooling(TrainablePooling):
         embedding_dimension: Hidden size D of the backbone.
         num_latents, num_heads, head_dim, mlp_ratio: As :class:`Sizes`; ``head_dim=None`` is D / H.
         queries: ``"latents"`` or ``"inputs"``.
+        init_std: Standard deviation of the latents at the start, 1 in the paper; not saved.
         readout_skip: As :class:`TrainablePooling`, with U (D, D). False: embedding = pooled.
     """
 
@@ -229,9 +224,11 @@ class CrossAttentionPooling(TrainablePooling):
         mlp_ratio: float = 1,
         queries: Literal["latents", "inputs"] = "latents",
         readout_skip: bool = True,
+        init_std: float = 0.02,
     ) -> None:
         super().__init__(embedding_dimension, readout_skip=readout_skip)
         check_choice("queries", queries, ("latents", "inputs"))
+        check_number("init_std", init_std, 0, 100)
         check_sizes(num_heads=num_heads)
         head_dim = max(1, embedding_dimension // num_heads) if head_dim is None else head_dim
         sizes = Sizes(num_latents, num_heads, head_dim, mlp_ratio)
@@ -241,6 +238,8 @@ class CrossAttentionPooling(TrainablePooling):
         check_sizes(embedding_dimension=embedding_dimension, hidden=max(1, round(mlp_ratio * embedding_dimension)))
         self.num_latents, self.num_heads, self.head_dim, self.mlp_ratio = num_latents, num_heads, head_dim, mlp_ratio
         self.queries = queries
-        self.cross_attention = CrossAttention(embedding_dimension, sizes, queries=queries)
+        self.cross_attention = CrossAttention(embedding_dimension, sizes, queries=queries, init_std=init_std)
+        # Adam moves every weight alike, so that a sum over a width moves with it (Yang et al. 2022, arXiv 2203.03466).
+        self.default_learning_rate = 1e-3 * min(1, 256 / max(embedding_dimension, num_heads * head_dim))
         if readout_skip:
             self.to_embedding = zero_linear(embedding_dimension, embedding_dimension)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,11 +56,6 @@ class TokenSpans:
             mask = mask & ((position >= skipped) | (position == position[:, -1:]))
         return cls(mask)
 
-    @property
-    def is_flat(self) -> bool:
-        """True if the texts are concatenated without padding."""
-        return self.text is not None
-
     def to(self, device: torch.device) -> TokenSpans:
         """Return the spans on `device`; a model spread over devices has layers away from its inputs."""
         moved: Any = (part if part is None else part.to(device) for part in (self.mask, self.text, self.last))
@@ -92,8 +87,7 @@ class TokenSpans:
 
     def _counts(self) -> Tensor:
         """Return how many tokens of each text of flat input may be seen, (B,)."""
-        last: Any = self.last
-        text: Any = self.text
+        last, text = cast("tuple[Tensor, Tensor]", (self.last, self.text))
         return torch.zeros_like(last).index_add_(0, text, self.mask.long())
 
 

@@ -237,7 +237,7 @@ class LLMTransformer(Transformer, PortableModule):
         """Run the backbone on one batch and read it out; adds ``token_embeddings``, readout and summaries."""
         # Asked of the parameters: inside a reentrant checkpoint the tensors do not say that they are trained.
         trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.model.parameters())
-        if self._counts_positions and not spans.is_flat and "past_key_values" not in kwargs:
+        if self._counts_positions and spans.text is None and "past_key_values" not in kwargs:
             # set_attention's hook does this too, but the base class calls the backbone's forward, past its hooks.
             kwargs = {"position_ids": position_ids_from(features["attention_mask"]), **kwargs}
         with capture_layers(spans, self.layer_readout, keep_raw=trained) as capture:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .cross_attention import CrossAttentionPooling
 from .errors import check_choice
@@ -22,6 +23,7 @@ class MultiLayerPooling(CrossAttentionPooling):
         embedding_dimension: Hidden size D of the backbone.
         num_layers: How many layers L the backbone hands over, ``len(LLMTransformer.layers)``.
         layer_weights: False leaves W out, for ablations.
+        layer_norm: X = LN(S) + W: layers differ in scale, and a W that is small beside all of them cannot act.
         **settings: As :class:`CrossAttentionPooling`; with ``queries="inputs"`` the layers query the latents.
 
     Raises:
@@ -40,22 +42,29 @@ class MultiLayerPooling(CrossAttentionPooling):
         True
     """
 
-    config_keys = [*CrossAttentionPooling.config_keys, "num_layers", "layer_weights"]
+    config_keys = [*CrossAttentionPooling.config_keys, "num_layers", "layer_weights", "layer_norm"]
 
     def __init__(
-        self, embedding_dimension: int, num_layers: int, *, layer_weights: bool = True, **settings: Any
+        self,
+        embedding_dimension: int,
+        num_layers: int,
+        *,
+        layer_weights: bool = True,
+        layer_norm: bool = False,
+        **settings: Any,
     ) -> None:
         super().__init__(embedding_dimension, **settings)
         check_sizes(embedding_dimension=embedding_dimension, num_layers=num_layers)
-        check_choice("layer_weights", layer_weights, (True, False))
-        self.num_layers = num_layers
-        self.layer_weights = layer_weights
-        if layer_weights:
-            # Small, so that an untrained table does not drown the summaries of a backbone with small activations.
-            self.layer_table = nn.Parameter(torch.randn(num_layers, embedding_dimension) * 0.02)
+        for name, value in {"layer_weights": layer_weights, "layer_norm": layer_norm}.items():
+            check_choice(name, value, (True, False))
+        self.num_layers, self.layer_weights, self.layer_norm = num_layers, layer_weights, layer_norm
+        if layer_weights:  # at the scale of LN(S); else small, as some backbones' activations are
+            scale = 1.0 if layer_norm else settings.get("init_std", 0.02)
+            self.layer_table = nn.Parameter(torch.randn(num_layers, embedding_dimension) * scale)
 
     def pool(self, features: dict[str, Any]) -> Tensor:
         """Return the embeddings (B, D)."""
         summaries = self.layer_summaries(features, self.num_layers)
-        rows = summaries.float() + self.layer_table if self.layer_weights else summaries
+        rows = F.layer_norm(summaries.float(), summaries.shape[-1:]) if self.layer_norm else summaries.float()
+        rows = rows + self.layer_table if self.layer_weights else rows
         return self.embeddings_from(features, self.cross_attention(rows), dtype=summaries.dtype)

@@ -178,8 +178,7 @@ def _sha256(file: Path) -> str:
 
 
 def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts
+    return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
 
 
 def _listed(items: Iterable[object]) -> str:

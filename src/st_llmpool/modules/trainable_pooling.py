@@ -49,8 +49,7 @@ class TrainablePooling(PortableModule):
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Add ``sentence_embedding`` (B, D) to the features; `kwargs` are other modules'."""
-        device = next(iter(self.parameters()), torch.empty(0)).device.type
-        # The meta device has no autocast.
+        device = next(iter(self.parameters()), torch.empty(0)).device.type  # "meta" has no autocast
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             features["sentence_embedding"] = self.pool(features)
         return features

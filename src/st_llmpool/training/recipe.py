@@ -173,7 +173,8 @@ class TrainingSettings:
         batch_size: Queries in a batch, over all devices together, so that a recipe means the same on any number.
         gradient_accumulation_steps: Batches per optimizer step; negatives come from one batch.
         learning_rate: Of the adapter or the backbone; None is 2e-4 for an adapter, 2e-5 for the full backbone.
-        pooling_learning_rate: Of the pooling, which starts from scratch.
+        pooling_learning_rate: Of the pooling, which starts from scratch; None is 1e-3 up to a width of 256 and falls
+            as 1 / width beyond: 4e-4 at 640, 4e-6 at the paper's 65,536.
         lr_scheduler_type: ``linear``, ``cosine`` or another of transformers.
         warmup_steps: Steps; below 1 a fraction of all steps.
         weight_decay: Decoupled weight decay.
@@ -212,7 +213,7 @@ class TrainingSettings:
     batch_size: int = 64
     gradient_accumulation_steps: int = 1
     learning_rate: float | None = None
-    pooling_learning_rate: float = 1e-3
+    pooling_learning_rate: float | None = None
     lr_scheduler_type: str = "linear"
     warmup_steps: float = 0.1
     weight_decay: float = 0.0

@@ -300,9 +300,12 @@ def _prompts(recipe: Recipe) -> dict[str, str]:
 
 def _learning_rates(model: SentenceTransformer, recipe: Recipe) -> dict[str, float]:
     """Return patterns of parameter names, as a loss names them, with their learning rates."""
-    poolings = trainable_poolings(model)
-    places = [place for place, module in enumerate(model) if any(module is pooling for pooling in poolings)]
-    return {rf"^model\.{place}\.": recipe.training.pooling_learning_rate for place in places}
+    poolings, given = trainable_poolings(model), recipe.training.pooling_learning_rate
+    return {
+        rf"^model\.{place}\.": module.default_learning_rate if given is None else given
+        for place, module in enumerate(model)
+        if any(module is pooling for pooling in poolings)
+    }
 
 
 def _trainer(
