@@ -64,6 +64,30 @@ def test_a_run_with_a_checkpoint_does_not(make_recipe):
     assert train(recipe, resume=True).report["steps"] == 2
 
 
+def test_a_run_is_not_resumed_on_other_rows(make_recipe, tmp_path, write_pairs):
+    file = Path(write_pairs(tmp_path / "mine.jsonl", rows=12))
+    recipe = make_recipe({"data": [{"source": str(file)}], "training": {"save_steps": 1}})
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, callbacks=[At(2, fail)])
+    texts = file.read_text()
+    file.write_text(texts.replace("fox", "cat"))
+    with pytest.raises(ConfigurationError, match=r"on other data: mine \(12 rows then, 12 different ones now\)"):
+        train(recipe, resume=True)
+    file.write_text(texts)
+    assert train(recipe, resume=True).report["steps"] == 2
+
+
+def test_an_adaptation_is_not_resumed_on_other_texts(tmp_path, tiny_lm, words_file):
+    texts = Path(shutil.copy(words_file, tmp_path / "words.txt"))
+    recipe = make_adaptation(tmp_path / "run", tiny_lm, str(texts))
+    adapt(recipe)
+    for done in ("model", "checkpoints/checkpoint-4", "checkpoints/checkpoint-5"):
+        shutil.rmtree(tmp_path / "run" / done)
+    texts.write_text(texts.read_text().replace("fox", "cat"))
+    with pytest.raises(ConfigurationError, match="on other data: the training texts"):
+        adapt(recipe, resume=True)
+
+
 def test_a_first_start_says_nothing_of_checkpoints_and_a_lost_one_is_named(make_recipe, caplog):
     recipe = make_recipe()
     with caplog.at_level(logging.INFO, "st_llmpool"):

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from accelerate.utils import broadcast_object_list
 
 from ..modules.errors import ConfigurationError, StLlmpoolError
+from ..utils.files import write_atomically
 from ..utils.locks import locked_folder
+from ..utils.reading import read_json_object
 from ..utils.settings import differences
 from .checkpoints import last_checkpoint, processes_of
 from .recipe import SavedRecipe
 
 logger = logging.getLogger(__name__)
 
+#: The file in a run's folder that records which rows it trains on.
+DATA = "data.json"
 #: What may differ between a run and its resumption: nothing that changes the weights.
 _FREE_TO_CHANGE = {
     "output_dir",
@@ -97,6 +105,7 @@ def train_in_folder(
         recipe.to_yaml(folder / "recipe.yaml")
     if resume:
         checkpoint = _checkpoint_of(folder / "checkpoints", trainer.args.world_size)
+    check_on_first_process(is_first, partial(_check_rows, folder / DATA, trainer.train_dataset, checkpoint))
     if is_first:
         _remove_checkpoints_after(checkpoint, folder / "checkpoints")
     if checkpoint is None:
@@ -106,6 +115,37 @@ def train_in_folder(
     elif not trainer.restore_finished(checkpoint):
         trainer.args.eval_on_start = False  # else it would count twice
         trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def _check_rows(file: Path, data: Any, checkpoint: Path | None) -> None:
+    """Record the rows of a run at its start; refuse to resume it on others."""
+    sets = data if isinstance(data, Mapping) else {"the training texts": getattr(data, "pieces", data)}
+    now = {name: {"rows": len(rows), "sha256": _digest(rows)} for name, rows in sets.items()}
+    before = read_json_object(file) if checkpoint is not None and file.is_file() else now
+    changed = [
+        f"{name} ({(before.get(name) or {}).get('rows', 0):,} rows then, {len(rows):,} different ones now)"
+        for name, rows in sets.items()
+        if before.get(name) != now[name]
+    ]
+    if changed:
+        raise ConfigurationError(
+            f"{str(file.parent)!r} was started on other data: {', '.join(changed)}. Restore them, or choose another "
+            f"output_dir."
+        )
+    write_atomically(file, json.dumps(now, indent=1))
+
+
+def _digest(rows: Any) -> str:
+    """Hash texts and tokens; a teacher's scores may differ in their last bits."""
+    digest = hashlib.sha256()
+    for batch in rows.with_format("arrow").iter(batch_size=10_000):
+        for name, column in zip(batch.column_names, batch.columns, strict=True):
+            digest.update(name.encode())
+            if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+                digest.update("\0".join(column.to_pylist()).encode("utf-8", "surrogatepass"))
+            elif pa.types.is_list(column.type) and pa.types.is_integer(column.type.value_type):
+                digest.update(pc.list_flatten(column).to_numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _checkpoint_of(folder: Path, world_size: int) -> Path | None:
