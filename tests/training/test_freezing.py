@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from transformers import AutoModel, BertConfig, GPT2Config, OPTConfig
 
 from st_llmpool.modules.errors import ConfigurationError
+from st_llmpool.modules.multi_layer_pooling import MultiLayerPooling
 from st_llmpool.training import train
-from st_llmpool.training.freezing import freeze_lowest_layers
+from st_llmpool.training.freezing import freeze_lowest_layers, freeze_pooling
 
 SMALL = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 3, "vocab_size": 16}
 OPT = OPTConfig(**SMALL, ffn_dim=8, word_embed_proj_dim=8, max_position_embeddings=8)
@@ -57,3 +58,23 @@ def test_frozen_layers_keep_their_weights_and_the_others_do_not(tune, make_recip
 def test_more_layers_than_there_are_is_an_error_that_says_how_many():
     with pytest.raises(ConfigurationError, match=r"none of the base's 3 layers.*at most 2"):
         freeze_lowest_layers(AutoModel.from_config(OPT), 3)
+
+
+def test_frozen_parts_of_a_pooling_keep_their_first_values_and_the_others_train(tmp_path, make_recipe):
+    weights = []
+    for steps in (2, 3):
+        model = {"freeze_pooling": ["latents", "to_query"]}
+        recipe = make_recipe(
+            {"output_dir": str(tmp_path / str(steps)), "model": model, "training": {"max_steps": steps}}
+        )
+        weights.append(load_file(train(recipe).model_dir / "1_MultiLayerPooling/model.safetensors"))
+    kept = {name for name, weight in weights[0].items() if torch.equal(weight, weights[1][name])}
+    assert kept == {"cross_attention.latents", "cross_attention.to_query.weight"}
+
+
+def test_parts_that_a_pooling_lacks_and_freezing_all_are_refused():
+    pooling = MultiLayerPooling(8, num_layers=2)
+    with pytest.raises(ConfigurationError, match=r"no part 'latent'; there are .*Did you mean 'latents'"):
+        freeze_pooling(pooling, ["latent"])
+    with pytest.raises(ConfigurationError, match="leaves no weight"):
+        freeze_pooling(pooling, ["cross_attention", "layer_table", "to_embedding"])

@@ -20,7 +20,7 @@ from ..modules.trainable_pooling import TrainablePooling
 from ..saved_embedder import is_saved_embedder, read_architecture
 from ..utils.extras import require
 from ..utils.random_state import preserve_modes
-from .freezing import check_freezing
+from .freezing import check_freezing, freeze_pooling
 from .further_arguments import check_reports
 from .optimizers import check_optimizer
 from .recipe import ModelSettings, Recipe, TrainingSettings
@@ -125,7 +125,8 @@ def check_pooling(model: ModelSettings, base: str) -> None:
     layers = resolve_layers("all" if model.layers is None else model.layers, depth)
     backbone: Any = SimpleNamespace(get_embedding_dimension=lambda: width, layers=layers)
     with torch.device("meta"):
-        POOLINGS[arguments["pooling"] or "multi_layer"].build(backbone, arguments["pooling_kwargs"])
+        pooling = POOLINGS[arguments["pooling"] or "multi_layer"].build(backbone, arguments["pooling_kwargs"])
+    freeze_pooling(pooling, model.freeze_pooling)
 
 
 def check_adapter(model: ModelSettings, base: str) -> None:

@@ -1,11 +1,13 @@
-"""Freeze the lowest layers of a backbone, whose general features rarely need to change."""
+"""Freeze the lowest layers of a backbone, whose general features rarely need to change, or weights of a pooling."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from torch import nn
 
 from ..modules.attention import decoder_layers
-from ..modules.errors import ConfigurationError
+from ..modules.errors import ConfigurationError, nearest
 
 
 def freeze_lowest_layers(backbone: nn.Module, count: int) -> None:
@@ -35,3 +37,21 @@ def check_freezing(count: int, layers: int) -> None:
             f"model.freeze_layers={count} leaves none of the base's {layers} layers to train. Use at most "
             f"{layers - 1}, or model.tune=pooling, which trains the pooling alone."
         )
+
+
+def freeze_pooling(pooling: nn.Module, names: Iterable[str]) -> None:
+    """Freeze weights of a pooling, such as its ``latents``, at the values that they start from.
+
+    Raises:
+        ConfigurationError: If it has no weight or part of that name, or nothing is left to train.
+    """
+    weights = {name: parameter for name, parameter in pooling.named_parameters() if parameter.requires_grad}
+    known = sorted({part for name in weights for part in name.split(".")} - {"weight", "bias"})
+    for wanted in names:
+        if wanted not in known:
+            hint = nearest(wanted, known)
+            raise ConfigurationError(f"model.freeze_pooling: no part {wanted!r}; there are {', '.join(known)}.{hint}")
+        for name, parameter in weights.items():
+            parameter.requires_grad_(parameter.requires_grad and wanted not in name.split("."))
+    if weights and not any(parameter.requires_grad for parameter in weights.values()):
+        raise ConfigurationError("model.freeze_pooling leaves no weight of the pooling to train. Name fewer parts.")

@@ -76,6 +76,7 @@ class ModelSettings:
             ``init_lora_weights: loftq`` (2310.08659).
         freeze_layers: Freeze the embeddings and the first N layers (Telly-k, Shi et al. 2023, arXiv 2304.05216); an
             adapter in them has no effect.
+        freeze_pooling: Parts of the pooling that keep the values they start from, such as ``[latents]``.
         quantization: ``nf4`` or ``int8`` (bitsandbytes) for the frozen backbone under an adapter.
         allow_partial: Accept layers that cannot be made bidirectional.
         attn_implementation: As in transformers.
@@ -97,6 +98,7 @@ class ModelSettings:
     tune: Literal["lora", "full", "pooling"] = "lora"
     lora: str | dict[str, Any] = "paper"
     freeze_layers: int = 0
+    freeze_pooling: list[str] = field(default_factory=list)
     quantization: Literal["nf4", "int8"] | None = None
     allow_partial: bool = False
     attn_implementation: str | None = None

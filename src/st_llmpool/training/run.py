@@ -33,7 +33,7 @@ from ..utils.random_state import preserve_rng_state
 from ..utils.reading import read_json_object
 from .arguments import dtype_of, enable_gradient_checkpointing, shared_arguments, trainer_arguments
 from .checks import base_width, check_data, check_recipe, check_views, design_arguments
-from .freezing import freeze_lowest_layers
+from .freezing import freeze_lowest_layers, freeze_pooling
 from .held_out import held_out_evaluator
 from .optimizers import OPTIMIZERS, check_optimization
 from .pooling_change import NEGLIGIBLE, trainable_poolings
@@ -259,6 +259,8 @@ def _build_model(recipe: Recipe, base: str, arguments: SentenceTransformerTraini
     if settings.tune == "pooling":
         model[0].requires_grad_(False)
     freeze_lowest_layers(model[0].model, settings.freeze_layers)
+    for pooling in trainable_poolings(model):
+        freeze_pooling(pooling, settings.freeze_pooling)
     for parameter in model.parameters():
         if parameter.requires_grad:  # small steps round to nothing on 16-bit weights; autocast computes in 16 bits
             parameter.data = parameter.data.float()
