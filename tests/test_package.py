@@ -36,7 +36,7 @@ STOREYS = [
     {"modules"},
     {"poolings", "attention_proof", "base_tokenizer", "paper_weights", "utils"},
     {"adapters", "fast_inference", "hub.folder_code"},
-    {"hub.loading"},
+    {"hub.loading", "summary_cache"},
     {"saved_embedder", "data", "model_card"},
     {"designs"},
     {"losses", "training", "evaluation"},

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 import signal
 import subprocess
 import sys
@@ -8,10 +10,13 @@ import time
 import pandas as pd
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from st_llmpool.study import worker
 from st_llmpool.study.records import finished, read_scores
+from st_llmpool.study.settings import DesignSettings
 from st_llmpool.study.worker import carry_out
+from tests.study.conftest import TOPICS
 
 
 def test_a_stopped_run_goes_on_and_gives_the_numbers_of_one_that_was_not(tiny_study, study_data, tmp_path, monkeypatch):
@@ -84,3 +89,30 @@ def test_designs_see_the_same_texts_in_the_same_order(tiny_study, study_data, tm
         carry_out(tiny_study, run, output_dir=tmp_path / "out", work=tmp_path / "work", data_dir=study_data)
     assert len(seen[0]) == 4
     assert seen[0] == seen[1]
+
+
+def test_the_runs_of_a_study_on_frozen_backbones_encode_each_text_once(tiny_study, study_data, tmp_path):
+    """For training, validation and suite, over designs, readouts and seeds; once for each attention."""
+    model = {"tune": "pooling", "max_seq_length": 16}
+    designs = [
+        DesignSettings("mix", change={"model": {"attention": "bidirectional", "pooling": "scalar_mix"}}),
+        DesignSettings("5"),
+        DesignSettings("5", "eos", change={"model": {"layer_readout": "eos"}}),
+    ]
+    recipe = {**tiny_study.recipe, "model": model}
+    study = dataclasses.replace(tiny_study, designs=designs, recipe=recipe, seeds=[0, 1], contrasts=None, frozen=True)
+    counts, records = [], []
+    for run in study.runs():
+        before = cached_texts(tmp_path / "work" / "cache")
+        folders = {"output_dir": tmp_path / "out", "work": tmp_path / "work", "data_dir": study_data}
+        records.append(carry_out(study, run, **folders))
+        counts.append(cached_texts(tmp_path / "work" / "cache") - before)
+    pairs = [json.loads(line) for line in (study_data / "pairs.jsonl").read_text().splitlines()]
+    texts = {text for pair in pairs for text in pair.values()} | {text for own in TOPICS.values() for text in own}
+    assert len(texts) <= counts[0] <= len(texts) + 3  # those of the reload check
+    assert counts[1:] == [0] * 5
+    assert all(record.training["steps"] == 4 for record in records)
+
+
+def cached_texts(folder):
+    return sum(len(load_file(file)["keys"]) for file in folder.rglob("*.safetensors"))

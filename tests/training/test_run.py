@@ -15,6 +15,7 @@ from st_llmpool.modules.errors import ConfigurationError, InputError
 from st_llmpool.training import Recipe, train
 from st_llmpool.training import run as run_file
 from st_llmpool.training.trainer import EmbedderTrainer
+from st_llmpool.utils.settings import merge
 
 TUNES = {
     "full": {"tune": "full"},
@@ -379,3 +380,49 @@ def test_a_saved_embedder_as_the_base_is_trained_on_with_all_that_it_has(make_re
 def test_a_recipe_that_contradicts_the_saved_embedder_is_refused(make_recipe, saved_embedder, settings, message):
     with pytest.raises(ConfigurationError, match=message):
         train(make_recipe({"model": {"base": saved_embedder, **settings}}))
+
+
+def test_a_run_on_cached_summaries_is_the_run_without_and_is_resumed_like_it(make_recipe, write_pairs, tmp_path):
+    """Losses, evaluations, weights and the saved model; with float32 to the rounding of other batches."""
+    held_out = write_pairs(tmp_path / "held_out.jsonl", rows=6, seed=9)
+    values = {
+        "model": {"tune": "pooling"},
+        "data": [{"source": write_pairs(tmp_path / "train.jsonl", rows=12, seed=8), "instruction": "Find:"}],
+        "training": {"max_steps": 4, "save_steps": 2, "pooling_learning_rate": 1e-3},
+        "evaluation": {"data": [{"source": held_out, "instruction": "Find:"}], "eval_steps": 2},
+    }
+    plain = train(make_recipe(values))
+    cached = make_recipe(values, f"training.cache={tmp_path / 'cache'}", "training.cache_dtype=float32")
+    cached = changed_output(cached, tmp_path / "cached")
+    result = train(cached)
+    assert np.allclose(result.report["losses"], plain.report["losses"], atol=1e-5)
+    for (_, one), (_, two) in zip(result.report["evaluations"], plain.report["evaluations"], strict=True):
+        assert one == pytest.approx(two, abs=1e-6)
+    expected = weights(plain.model)
+    for name, tensor in weights(result.model).items():
+        assert torch.allclose(tensor, expected[name], atol=1e-5), name
+    loaded = SentenceTransformer(str(result.model_dir), trust_remote_code=True, device="cpu")
+    texts = ["a text", "another one"]
+    assert np.allclose(loaded.encode(texts), plain.model.encode(texts), atol=1e-5)
+    shutil.copytree(tmp_path / "cached", tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "model")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "checkpoint-4")
+    resumed = train(changed_output(cached, tmp_path / "stopped"), resume=True)
+    assert resumed.report["losses"] == result.report["losses"]
+    assert_same_weights(resumed.model, result.model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"tune": "lora"}}, "holds what a frozen backbone gives"),
+        ({"loss": {"name": "gist", "guide": "g"}}, "whose guide reads tokens"),
+        ({"model": {"tune": "pooling", "pooling": "last_layer"}}, "model.pooling=last_layer reads every token"),
+        ({"model": {"tune": "pooling", "pooling": "gem"}}, "model.pooling=gem reads every token"),
+    ],
+)
+def test_a_recipe_that_cannot_use_the_cache_is_refused_by_name(make_recipe, tmp_path, changes, message):
+    values = {"model": {"tune": "pooling"}, "training": {"cache": str(tmp_path / "cache")}}
+    with pytest.raises(ConfigurationError, match=message):
+        train(make_recipe(merge(values, changes)))
+    assert not (tmp_path / "cache").exists()

@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 from ..fast_inference import optimized_inference
 from ..hub.loading import check_code, load_model
 from ..modules.errors import ConfigurationError, DataError, nearest
+from ..summary_cache import cached_summaries
 from ..utils.extras import importing_mteb
 from ..utils.files import check_writable, write_atomically
 from ..utils.random_state import preserve_rng_state
@@ -42,6 +43,8 @@ def evaluate(
     allow_missing: bool = False,
     batch_size: int = 32,
     show_progress: bool = True,
+    cache: str | Path | None = None,
+    cache_dtype: str = "float16",
     trust_remote_code: bool = False,
     revision: str | None = None,
     token: str | None = None,
@@ -65,6 +68,8 @@ def evaluate(
         allow_missing: Leave out tasks of the suite that have no data, with a warning that lists them.
         batch_size: Batch size.
         show_progress: Show mteb's progress bars.
+        cache: Folder for the backbone's layer summaries, which poolings on one backbone share; None for none.
+        cache_dtype: As :func:`st_llmpool.summary_cache.cached_summaries`.
         trust_remote_code: Run code of the model that is not the installed package's.
         revision: Branch, tag or commit of a Hub model.
         token: Hub token.
@@ -96,17 +101,18 @@ def evaluate(
         if not isinstance(model, SentenceTransformer):
             model = load_model(str(source), **hub)
         encoder = FiniteEncoder(model, chosen, identify(model, source))
-        meta, cache = encoder.mteb_model_meta, ResultCache(output_dir)
-        _drop_stale(cache, meta, chosen)
-        with optimized_inference(model) as used:
+        meta, results = encoder.mteb_model_meta, ResultCache(output_dir)
+        _drop_stale(results, meta, chosen)
+        cached = nullcontext() if cache is None else cached_summaries(model, cache, dtype=cache_dtype)
+        with cached, optimized_inference(model) as used:
             try:
-                rows = run_tasks(encoder, chosen, cache, batch_size, show_progress)
+                rows = run_tasks(encoder, chosen, results, batch_size, show_progress)
             except ConnectionError as error:
                 raise DataError(
                     f"Data of mteb cannot be downloaded: {error}. mteb's own tasks need a network or a filled cache; a "
                     f"local suite (suite=..., --suite) needs neither."
                 ) from error
-    folder = cache.get_task_result_path(chosen[0].metadata.name, meta).parent
+    folder = results.get_task_result_path(chosen[0].metadata.name, meta).parent
     result = EvaluationResult(str(meta.name), str(meta.revision), rows, folder, str(used))
     write_atomically(Path(output_dir) / "scores.json", result.to_json())
     return result

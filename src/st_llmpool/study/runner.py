@@ -32,7 +32,7 @@ from ..utils.files import write_atomically
 from ..utils.words import counted
 from .records import RunRecord, finished, read_record, read_scores, reuse_runs, write_results
 from .settings import PlannedRun, Study
-from .worker import LOCKED, PROGRESS, lock_of
+from .worker import LOCKED, PROGRESS, cache_of, lock_of
 
 _RETRY_SECONDS = 10.0  # between two attempts at a run that another process has locked
 _LOG_LINES = 15
@@ -106,7 +106,7 @@ class StudyRunner:
         self.runs = study.runs()
         if not report_only:
             for run in self.runs:
-                check_names(run.to_recipe(self.data_dir, self.work / run.id / "training"))
+                check_names(run.to_recipe(self.data_dir, self.work / run.id / "training", cache_of(study, self.work)))
             self.tasks = load_suite(
                 study.suite,
                 self.data_dir,

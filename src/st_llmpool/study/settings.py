@@ -101,12 +101,13 @@ class PlannedRun:
         content = json.dumps([_FORMAT, recipe, self.seed, self.evaluation], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
-    def to_recipe(self, data_dir: Path | None, output_dir: Path) -> Recipe:
+    def to_recipe(self, data_dir: Path | None, output_dir: Path, cache: Path | None = None) -> Recipe:
         """Return the recipe to train with.
 
         Args:
             data_dir: Folder that replaces ``{data}``.
             output_dir: Folder of the training run.
+            cache: Folder for the layer summaries, which a run whose backbone is frozen reads.
 
         Raises:
             ConfigurationError: If a value does not fit, or `data_dir` is needed and missing.
@@ -115,7 +116,10 @@ class PlannedRun:
         if _DATA in text and data_dir is None:
             raise ConfigurationError(f"the study reads data from {_DATA}: name that folder (data_dir, or --data DIR).")
         values = json.loads(text.replace(_DATA, json.dumps(str(data_dir))[1:-1]))
-        return Recipe.from_dict({**values, "output_dir": str(output_dir), "seed": self.seed})
+        recipe = Recipe.from_dict({**values, "output_dir": str(output_dir), "seed": self.seed})
+        if cache is not None and recipe.model.tune == "pooling":
+            recipe.training.cache = str(cache)
+        return recipe
 
 
 @dataclass
@@ -138,6 +142,7 @@ class Study:
         threads: CPU threads of a run; None divides the cores among parallel runs. The last digits of sums depend on
             it, so set it if results must not depend on ``--jobs``.
         layers: Analyse the layers in the runs of the first seed.
+        frozen: Runs with ``model.tune: pooling`` share one cache of layer summaries, ``cache`` in the work folder.
         withdrawn: Why the verdicts are withdrawn; the report then has this and no verdicts.
 
     Raises:
@@ -158,6 +163,7 @@ class Study:
     batch_size: int = 32
     threads: int | None = None
     layers: bool = True
+    frozen: bool = False
     withdrawn: str = ""
 
     def __post_init__(self) -> None:

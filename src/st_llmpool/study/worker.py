@@ -79,7 +79,7 @@ def carry_out(study: Study, run: PlannedRun, *, output_dir: Path, work: Path, da
 
     folder = work / run.id
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = run.to_recipe(data_dir, folder / "training")
+    recipe = run.to_recipe(data_dir, folder / "training", cache_of(study, work))
     result = train(recipe, resume=True, callbacks=[ProgressFile(folder)])
     write_progress(folder, "evaluating")
     started = time.monotonic()
@@ -93,6 +93,8 @@ def carry_out(study: Study, run: PlannedRun, *, output_dir: Path, work: Path, da
         allow_missing=study.allow_missing,
         batch_size=study.batch_size,
         show_progress=False,
+        cache=recipe.training.cache,
+        cache_dtype=recipe.training.cache_dtype,
     )
     write_progress(folder, f"evaluated by {scores.inference}")
     record = RunRecord(
@@ -107,6 +109,11 @@ def carry_out(study: Study, run: PlannedRun, *, output_dir: Path, work: Path, da
     write_record(record, results, output_dir)
     shutil.rmtree(folder / "training" / "checkpoints", ignore_errors=True)  # the optimizer's state
     return record
+
+
+def cache_of(study: Study, work: Path) -> Path | None:
+    """Return the folder of the layer summaries that all runs of a study share, None if its backbones train."""
+    return work / "cache" if study.frozen else None
 
 
 def lock_of(run_id: str, output_dir: Path) -> FileLock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,9 @@ from ..modules.errors import ConfigurationError, DataError, check_choice
 from ..modules.llm_transformer import resolve_layers
 from ..modules.trainable_pooling import TrainablePooling
 from ..saved_embedder import is_saved_embedder, read_architecture
+from ..summary_cache.cached_backbone import reads_tokens
 from ..utils.extras import require
+from ..utils.files import check_writable
 from ..utils.random_state import preserve_modes
 from .freezing import check_freezing, freeze_pooling
 from .further_arguments import check_reports
@@ -72,6 +75,11 @@ def check_names(recipe: Recipe) -> None:
             f"model.tune=pooling with model.pooling={pooling!r} trains nothing, since that pooling has no weights. "
             f"Use model.tune=lora, or a pooling with weights such as multi_layer."
         )
+    if recipe.training.cache is not None:
+        spec, options = POOLINGS[pooling], design_arguments(model)["pooling_kwargs"] or {}
+        if spec.reads_with(options) == "tokens":
+            raise reads_tokens(f"model.pooling={pooling}")
+        check_writable(Path(recipe.training.cache))
     check_machine(recipe.training, adapter=model.tune == "lora")
     if model.quantization is not None:
         require("train", "bitsandbytes", purpose="model.quantization")

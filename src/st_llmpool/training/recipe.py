@@ -196,6 +196,9 @@ class TrainingSettings:
         save_total_limit: How many checkpoints to keep.
         report_to: ``none``, or integrations of transformers: ``wandb``, ``trackio``, ``mlflow``, ``tensorboard``, ...
         full_determinism: Deterministic GPU kernels, slower.
+        cache: Folder for the layer summaries of the training and evaluation texts: the frozen backbone of
+            ``model.tune=pooling`` then reads each text once (:func:`st_llmpool.summary_cache.cached_summaries`).
+        cache_dtype: ``float16`` (relative error at most 2**-11) or ``float32`` (exact).
         arguments: Any further field of ``SentenceTransformerTrainingArguments``. In a recipe these stand among the
             others, by their own names, such as ``adam_beta2: 0.95``.
     """
@@ -231,6 +234,8 @@ class TrainingSettings:
     save_total_limit: int = 2
     report_to: str | list[str] = "none"
     full_determinism: bool = False
+    cache: str | None = None
+    cache_dtype: Literal["float16", "float32"] = "float16"
     arguments: dict[str, Any] = field(default_factory=dict, metadata={"rest": checked_arguments})
 
     def __post_init__(self) -> None:
@@ -525,6 +530,13 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             f"training.sparse_tuning chooses among the layers of an adapter, and model.tune={model.tune} has none. "
             f"Use model.tune=lora, or drop it; model.freeze_layers freezes layers of a full model."
         )
+    if training.cache is not None and (model.tune != "pooling" or recipe.stages):
+        yield (
+            f"training.cache={training.cache!r} holds what a frozen backbone gives, and here it trains. Use "
+            f"model.tune=pooling without stages, or drop it."
+        )
+    if training.cache is not None and loss.name == "gist":
+        yield "training.cache does not apply to loss.name=gist, whose guide reads tokens. Use infonce or distill."
     if training.batch_size < 2:
         yield (
             f"training.batch_size={training.batch_size} leaves a query without negatives of other queries, so there is "

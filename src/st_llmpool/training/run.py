@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from ..losses.hard_negative_mixing import HardNegativeMixing
 from ..model_card.card import card_without_forwards, training_facts
 from ..modules.errors import ConfigurationError
 from ..saved_embedder import is_saved_embedder
+from ..summary_cache import cached_summaries
 from ..utils.files import atomic_folder
 from ..utils.parameters import count_weights
 from ..utils.random_state import preserve_rng_state
@@ -164,17 +165,32 @@ def _train(
     if recipe.loss.teacher is not None:
         datasets = _with_teacher_scores(recipe.loss.teacher, datasets, recipe, arguments)
     vars(model.model_card_data)["training_examples"] = recipe.card_examples  # before the trainer picks them
-    trainer = _trainer(recipe, model, arguments, datasets, prepared.evaluator, callbacks)
-    model.truncate_dim = recipe.model.truncate_dim  # after the loss was built, which trains all dimensions
-    full, trusted = recipe.model.tune == "full", recipe.model.trust_remote_code
-    check = partial(check_reload, model, folder, full=full, trust_remote_code=trusted)
-    train_in_folder(folder, recipe, trainer, check, resume=resume)
+    with _cached(recipe, model, datasets):
+        trainer = _trainer(recipe, model, arguments, datasets, prepared.evaluator, callbacks)
+        model.truncate_dim = recipe.model.truncate_dim  # after the loss was built, which trains all dimensions
+        full, trusted = recipe.model.tune == "full", recipe.model.trust_remote_code
+        check = partial(check_reload, model, folder, full=full, trust_remote_code=trusted)
+        train_in_folder(folder, recipe, trainer, check, resume=resume)
     rows = {name: len(dataset) for name, dataset in datasets.items()}
     at_end = None
     if start is not None or stage is not None:  # an adapter's base, a stage's model, is nowhere but in this run
         merge = None if stage is None else stage.merge
         at_end = partial(merge_stage, model, base, merge, recipe.evaluation, prepared.evaluator)
     return _finish(trainer, recipe, folder, rows, at_end)
+
+
+@contextmanager
+def _cached(recipe: Recipe, model: SentenceTransformer, datasets: DatasetDict) -> Iterator[None]:
+    """With ``training.cache``: encode the training texts, and train on what the cache holds."""
+    if recipe.training.cache is None:
+        yield
+        return
+    with cached_summaries(model, recipe.training.cache, dtype=recipe.training.cache_dtype) as cache:
+        for item in recipe.data:
+            rows = datasets[item.label]
+            for column in [name for name in rows.column_names if name != "label"]:  # a teacher's scores
+                cache.fill(rows[column], item.instruction if column == "query" else None)
+        yield
 
 
 def _finished(recipe: Recipe, folder: Path) -> TrainingResult:

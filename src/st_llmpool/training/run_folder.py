@@ -41,6 +41,7 @@ _FREE_TO_CHANGE = {
     "training.report_to",
     "training.dataloader_num_workers",
     "training.run_name",
+    "training.cache",
 }
 
 
