@@ -55,6 +55,7 @@ SMALL = {
         *(f"stages.{stage}.training.{small}" for stage in (0, 1) for small in ("max_steps=1", "batch_size=8")),
         *("training.max_steps=1", "training.batch_size=8"),
     ],
+    "st-llmpool train frozen.yaml": ["training.max_steps=2", "training.batch_size=8"],
     "st-llmpool adapt": ["training.max_steps=2", "training.batch_size=4"],
 }
 #: The same within code and commands.
