@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from ..utils.settings import Range, check_ranges
+from ..utils.settings import NonNegativeInt, PositiveInt, Range, Settings
 
 
 @dataclass
-class MixingSettings:
+class MixingSettings(Settings):
     """New negatives that are mixed from a query's hardest ones; :class:`HardNegativeMixing` says how.
 
     Attributes:
@@ -19,15 +20,13 @@ class MixingSettings:
         detach: Detach mixed negatives (stop-gradient).
     """
 
-    hardest: int = 8
-    pairwise: int = 2
-    listwise: bool = True
-    start_step: int = 0
-    detach: bool = True
+    where = "loss.mixing"
 
-    def __post_init__(self) -> None:
-        ranges = {"hardest": Range(2), "pairwise": Range(0), "start_step": Range(0)}
-        check_ranges(self, "loss.mixing", ranges)
+    hardest: Annotated[int, Range(2)] = 8
+    pairwise: NonNegativeInt = 2
+    listwise: bool = True
+    start_step: NonNegativeInt = 0
+    detach: bool = True
 
     @property
     def count(self) -> int:
@@ -36,7 +35,7 @@ class MixingSettings:
 
 
 @dataclass
-class LossSettings:
+class LossSettings(Settings):
     """The loss.
 
     Attributes:
@@ -57,23 +56,16 @@ class LossSettings:
             reports every size; ``model.truncate_dim`` says which one the saved model gives.
     """
 
+    where = "loss"
+
     name: str = "infonce"
-    scale: float = 20.0
-    num_negatives: int | None = None
-    mini_batch_size: int | None = None
+    scale: Annotated[float, Range(0, 1e4, is_open=True)] = 20.0
+    num_negatives: NonNegativeInt | None = None
+    mini_batch_size: PositiveInt | None = None
     gather_across_devices: bool = True
-    focal_gamma: float = 0.0
+    focal_gamma: Annotated[float, Range(0, 100)] = 0.0
     focal_detach: bool = True
     mixing: MixingSettings | None = None
     guide: str | None = None
     teacher: str | None = None
     matryoshka_dims: list[int] | None = None
-
-    def __post_init__(self) -> None:
-        ranges = {
-            "scale": Range(0, 1e4, is_open=True),
-            "num_negatives": Range(0),
-            "mini_batch_size": Range(1),
-            "focal_gamma": Range(0, 100),
-        }
-        check_ranges(self, "loss", ranges)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 
@@ -17,11 +17,23 @@ from ..losses.settings import LossSettings
 from ..modules.errors import ConfigurationError, check_choice
 from ..utils.files import write_atomically
 from ..utils.reading import read_yaml
-from ..utils.settings import Range, check_filled, check_ranges, from_mapping, merge, to_mapping, with_overrides
+from ..utils.settings import (
+    NonNegativeInt,
+    PositiveInt,
+    Range,
+    Settings,
+    check_filled,
+    from_mapping,
+    merge,
+    to_mapping,
+    with_overrides,
+)
 from .further_arguments import checked_arguments
 
 #: Longest text in tokens, where a recipe says nothing and its base is no saved embedder.
 DEFAULT_LENGTH = 512
+
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # what numpy takes
 
 #: Preset name -> the values it sets; the file and the command line come after it and win. How the poolings are built
 #: is not among them: that is what the designs `paper-1` to `paper-5` are for.
@@ -53,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class ModelSettings:
+class ModelSettings(Settings):
     """The model to build, and which part of it trains.
 
     Attributes:
@@ -84,6 +96,8 @@ class ModelSettings:
         revision: Branch, tag or commit of the base.
     """
 
+    where = "model"
+
     base: str
     design: str | None = None
     attention: Literal["bidirectional", "causal"] | None = None
@@ -93,11 +107,11 @@ class ModelSettings:
     layers: Literal["all"] | list[int] | None = None
     layer_readout: Literal["eos", "mean"] | None = None
     include_prompt: bool | None = None
-    max_seq_length: int | None = None
-    truncate_dim: int | None = None
+    max_seq_length: PositiveInt | None = None
+    truncate_dim: PositiveInt | None = None
     tune: Literal["lora", "full", "pooling"] = "lora"
     lora: str | dict[str, Any] = "paper"
-    freeze_layers: int = 0
+    freeze_layers: NonNegativeInt = 0
     freeze_pooling: list[str] = field(default_factory=list)
     quantization: Literal["nf4", "int8"] | None = None
     allow_partial: bool = False
@@ -107,8 +121,7 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         check_filled(self, "base")
-        ranges = {"max_seq_length": Range(1), "truncate_dim": Range(1), "freeze_layers": Range(0)}
-        check_ranges(self, "model", ranges)
+        super().__post_init__()
 
 
 @dataclass
@@ -138,7 +151,7 @@ class MaskingSettings:
 
 
 @dataclass
-class SparseTuningSettings:
+class SparseTuningSettings(Settings):
     """Adapters of a few layers at a time, by importance; :class:`SparseTuning` says how.
 
     Attributes:
@@ -149,16 +162,16 @@ class SparseTuningSettings:
         importance_rate: Learning rate of the importance.
     """
 
-    layers: int
-    interval: int = 10
-    trials: int = 3
+    where = "training.sparse_tuning"
+
+    layers: PositiveInt
+    interval: PositiveInt = 10
+    trials: Annotated[int, Range(2)] = 3  # one would be its own mean, and never a reason to change anything
     suppression: float = 0.25
-    importance_rate: float = 10.0
+    importance_rate: Annotated[float, Range(0)] = 10.0
 
     def __post_init__(self) -> None:
-        # One trial would be its own mean, and never a reason to change anything.
-        ranges = {"layers": Range(1), "interval": Range(1), "trials": Range(2), "importance_rate": Range(0)}
-        check_ranges(self, "training.sparse_tuning", ranges)
+        super().__post_init__()
         if not 0 <= self.suppression < 1:
             raise ConfigurationError(
                 f"training.sparse_tuning.suppression={self.suppression} must be 0 or more, and below 1 (no change)."
@@ -166,7 +179,7 @@ class SparseTuningSettings:
 
 
 @dataclass
-class TrainingSettings:
+class TrainingSettings(Settings):
     """How to train.
 
     Attributes:
@@ -203,6 +216,7 @@ class TrainingSettings:
             others, by their own names, such as ``adam_beta2: 0.95``.
     """
 
+    where = "training"
     RENAMED: ClassVar = {
         "steps": "max_steps",
         "epochs": "num_train_epochs",
@@ -213,49 +227,31 @@ class TrainingSettings:
         "no_duplicates": "batch_sampler (no_duplicates or batch_sampler)",
     }
 
-    max_steps: int | None = None
-    num_train_epochs: float = 1.0
-    batch_size: int = 64
-    gradient_accumulation_steps: int = 1
-    learning_rate: float | None = None
-    pooling_learning_rate: float | None = None
+    max_steps: PositiveInt | None = None
+    num_train_epochs: Annotated[float, Range(0, is_open=True)] = 1.0
+    batch_size: PositiveInt = 64
+    gradient_accumulation_steps: PositiveInt = 1
+    # AdamW's steps have the size of the rate: above 1 nothing is left of a weight. A pooling may stay as it starts.
+    learning_rate: Annotated[float, Range(0, 1, is_open=True)] | None = None
+    pooling_learning_rate: Annotated[float, Range(0, 1)] | None = None
     lr_scheduler_type: str = "linear"
-    warmup_steps: float = 0.1
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    warmup_steps: Annotated[float, Range(0)] = 0.1
+    weight_decay: Annotated[float, Range(0, 1e3)] = 0.0
+    max_grad_norm: Annotated[float, Range(0)] = 1.0
     optim: str = "adamw_torch"
     sparse_tuning: SparseTuningSettings | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
     batch_sampler: Literal["no_duplicates", "batch_sampler"] = "no_duplicates"
-    dataloader_num_workers: int = 0
-    logging_steps: int = 10
-    save_steps: int = 200
-    save_total_limit: int = 2
+    dataloader_num_workers: Annotated[int, Range(0, 1024)] = 0
+    logging_steps: PositiveInt = 10
+    save_steps: PositiveInt = 200
+    save_total_limit: PositiveInt = 2
     report_to: str | list[str] = "none"
     full_determinism: bool = False
     cache: str | None = None
     cache_dtype: Literal["float16", "float32"] = "float16"
     arguments: dict[str, Any] = field(default_factory=dict, metadata={"rest": checked_arguments})
-
-    def __post_init__(self) -> None:
-        rate = Range(0, 1, is_open=True)  # AdamW's steps have the size of the rate: above 1 nothing is left of a weight
-        ranges = {
-            "max_steps": Range(1),
-            "num_train_epochs": Range(0, is_open=True),
-            "batch_size": Range(1),
-            "gradient_accumulation_steps": Range(1),
-            "learning_rate": rate,
-            "pooling_learning_rate": Range(0, 1),  # 0 leaves the pooling as it starts
-            "warmup_steps": Range(0),
-            "weight_decay": Range(0, 1e3),
-            "max_grad_norm": Range(0),
-            "dataloader_num_workers": Range(0, 1024),
-            "logging_steps": Range(1),
-            "save_steps": Range(1),
-            "save_total_limit": Range(1),
-        }
-        check_ranges(self, "training", ranges)
 
     def rate_of(self, tune: str) -> float:
         """Return the learning rate, or its default for what trains."""
@@ -263,7 +259,7 @@ class TrainingSettings:
 
 
 @dataclass
-class EvaluationSettings:
+class EvaluationSettings(Settings):
     """Evaluation while training; off where neither `data` nor `suite` is given.
 
     Attributes:
@@ -277,18 +273,16 @@ class EvaluationSettings:
         batch_size: Batch size.
     """
 
+    where = "evaluation"
     RENAMED: ClassVar = {"steps": "eval_steps", "at_start": "eval_on_start", "keep_best": "load_best_model_at_end"}
 
-    eval_steps: int = 100
+    eval_steps: PositiveInt = 100
     data: list[DatasetSettings] = field(default_factory=list)
     suite: str | None = None
     data_dir: str | None = None
     eval_on_start: bool = False
     load_best_model_at_end: bool = False
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "evaluation", {"eval_steps": Range(1), "batch_size": Range(1)})
+    batch_size: PositiveInt = 64
 
     @property
     def metric(self) -> str:
@@ -325,7 +319,7 @@ def merge_weights(merge: float | Sequence[float] | None) -> list[float]:
 
 
 @dataclass
-class StageSettings:
+class StageSettings(Settings):
     """A stage before the recipe's own training; it starts from the previous stage's model.
 
     Attributes:
@@ -349,13 +343,15 @@ class StageSettings:
         evaluation: For ``simcse`` and ``contrastive``; None is the recipe's.
     """
 
+    where = "stages"
+
     kind: Literal["mntp", "simcse", "contrastive"]
     texts: list[TextSettings] = field(default_factory=list)
     held_out: list[TextSettings] = field(default_factory=list)
     data: list[DatasetSettings] = field(default_factory=list)
     tune: Literal["lora", "full"] | None = None
     lora: str | dict[str, Any] | None = None
-    max_seq_length: int | None = None
+    max_seq_length: PositiveInt | None = None
     merge: float | list[float] | None = None
     masking: MaskingSettings | None = None
     loss: LossSettings | None = None
@@ -371,7 +367,7 @@ class StageSettings:
                 raise ConfigurationError(
                     f"stages: {name} does not apply to kind={self.kind}, which has {', '.join(sorted(own))}. Remove it."
                 )
-        check_ranges(self, "stages", {"max_seq_length": Range(1)})
+        super().__post_init__()
         needed = "data" if self.kind == "contrastive" else "texts"
         if not getattr(self, needed):
             raise ConfigurationError(f"stages: kind={self.kind} needs {needed}, such as [{{source: train.parquet}}].")
@@ -386,7 +382,7 @@ _STAGE_FIELDS = {
 }
 
 
-class SavedRecipe:
+class SavedRecipe(Settings):
     """A recipe, as a dataclass, with its YAML file."""
 
     @classmethod
@@ -447,13 +443,13 @@ class Recipe(SavedRecipe):
     training: TrainingSettings = field(default_factory=TrainingSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     stages: list[StageSettings] = field(default_factory=list)
-    seed: int = 0
+    seed: Seed = 0
     card_examples: bool = False
     preset: str | None = None
 
     def __post_init__(self) -> None:
         check_filled(self, "output_dir")
-        check_ranges(self, "", {"seed": Range(0, 2**32 - 1)})  # what numpy takes
+        super().__post_init__()
         for contradiction in _contradictions(self):
             raise ConfigurationError(contradiction)
 

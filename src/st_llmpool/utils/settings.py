@@ -8,7 +8,7 @@ import os
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from ..modules.errors import ConfigurationError, nearest
 from .reading import check_plain, parse_yaml, shown
@@ -93,16 +93,23 @@ class Range(NamedTuple):
         return (self.low < value if self.is_open else self.low <= value) and value <= self.high and value < math.inf
 
 
-def check_ranges(settings: object, where: str, ranges: Mapping[str, Range]) -> None:
-    """Check numbers of a dataclass that stands at `where` in its file; None passes.
+PositiveInt = Annotated[int, Range(1)]
+NonNegativeInt = Annotated[int, Range(0)]
 
-    Example:
-        >>> check_ranges(types.SimpleNamespace(steps=1, rate=None), "training", {"steps": Range(1), "rate": Range(0)})
-    """
-    for name, allowed in ranges.items():
-        value = getattr(settings, name)
-        if value is not None and not allowed.holds(value):
-            raise ConfigurationError(f"{_join(where, name)}={value} must be {allowed}.")
+
+class Settings:
+    """Base of dataclasses of settings: a number must be within the `Range` that its field is annotated with."""
+
+    #: Dotted name of the settings' place in a file.
+    where: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
+            value = getattr(self, name)
+            for part in (kind, *get_args(kind)):  # of `PositiveInt | None` too
+                for allowed in getattr(part, "__metadata__", ()):
+                    if value is not None and not allowed.holds(value):
+                        raise ConfigurationError(f"{_join(self.where, name)}={value} must be {allowed}.")
 
 
 def check_filled(settings: object, *names: str) -> None:

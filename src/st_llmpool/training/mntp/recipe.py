@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from ...data.texts import TextSettings
 from ...modules.errors import ConfigurationError
-from ...utils.settings import Range, check_filled, check_ranges
+from ...utils.settings import PositiveInt, Range, Settings, check_filled
 from ..optimizers import OPTIMIZERS
-from ..recipe import MaskingSettings, SavedRecipe, TrainingSettings, check_merge
+from ..recipe import MaskingSettings, SavedRecipe, Seed, TrainingSettings, check_merge
 
 
 @dataclass
-class AdaptEvaluationSettings:
+class AdaptEvaluationSettings(Settings):
     """On what the masked accuracy is measured.
 
     Attributes:
@@ -23,15 +23,13 @@ class AdaptEvaluationSettings:
         batch_size: Batch size.
     """
 
+    where = "evaluation"
     RENAMED: ClassVar = {"steps": "eval_steps"}
 
     texts: list[TextSettings] = field(default_factory=list)
-    limit: int = 500
-    eval_steps: int | None = None
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "evaluation", dict.fromkeys(("limit", "eval_steps", "batch_size"), Range(1)))
+    limit: PositiveInt = 500
+    eval_steps: PositiveInt | None = None
+    batch_size: PositiveInt = 64
 
 
 @dataclass
@@ -75,7 +73,7 @@ class AdaptRecipe(SavedRecipe):
     tune: Literal["lora", "full"] = "lora"
     lora: str | dict[str, Any] = "paper"
     merge: float | list[float] | None = None
-    max_seq_length: int = 512
+    max_seq_length: Annotated[int, Range(2)] = 512  # of two tokens one is predicted, from the other
     long_texts: Literal["cut", "truncate"] = "cut"
     training: TrainingSettings = field(default_factory=TrainingSettings)
     evaluation: AdaptEvaluationSettings = field(default_factory=AdaptEvaluationSettings)
@@ -83,15 +81,14 @@ class AdaptRecipe(SavedRecipe):
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     revision: str | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_filled(self, "output_dir", "base")
         if not self.texts:
             raise ConfigurationError("texts is empty: name at least one set, such as texts: [{source: texts.txt}].")
         check_merge(self.merge)
-        # Of two tokens one is predicted, from the other.
-        check_ranges(self, "", {"max_seq_length": Range(2), "seed": Range(0, 2**32 - 1)})
+        super().__post_init__()
         if self.training.optim in OPTIMIZERS:
             raise ConfigurationError(
                 f"training.optim={self.training.optim} is for contrastive training only; use one of transformers here, "
