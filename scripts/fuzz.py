@@ -183,8 +183,7 @@ class Outcome:
 
 def targets() -> dict[str, Target]:
     """Return what is fuzzed, by name; imports the package here, so that ``--help`` is quick."""
-    from st_llmpool.data.texts import TextSettings, load_texts
-    from st_llmpool.data.training_data import DatasetSettings, load_pairs
+    from st_llmpool.data.training_data import DatasetSettings, TextSettings, load_pairs, load_texts
     from st_llmpool.designs import POOLINGS
     from st_llmpool.evaluation.suite import read_suite
     from st_llmpool.evaluation.tasks import make_task

@@ -17,7 +17,7 @@ from transformers import AutoModel, BitsAndBytesConfig, LlamaConfig, LlamaModel
 from st_llmpool import build_embedder
 from st_llmpool.adapters import load_again, lora_config, merge_adapter
 from st_llmpool.modules.errors import ConfigurationError
-from st_llmpool.training.checkpoints import load_trained_weights
+from st_llmpool.training.run_folder import load_trained_weights
 
 LOFTQ = {"r": 8, "lora_alpha": 32, "init_lora_weights": "loftq"}
 TEXTS = ["fox", "the quick brown fox jumps over the lazy dog"]

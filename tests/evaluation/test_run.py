@@ -7,12 +7,18 @@ import mteb
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from mteb.mocks.mock_tasks import MockRetrievalTask, MockSTSTask
-from sentence_transformers import SentenceTransformer
+from rich.console import Console
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.evaluation import BaseEvaluator
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Dropout
 
-from st_llmpool.evaluation import evaluate
+from st_llmpool.evaluation import SuiteEvaluator, evaluate
+from st_llmpool.evaluation.run import EvaluationResult, TaskScore
 from st_llmpool.modules.errors import ConfigurationError, DataError
-from tests.evaluation.tiny_suite import STS, static_model, write_table
+from tests.evaluation.tiny_suite import STS, static_model, texts, write_table
 
 STS_ONLY = {"name": "TinySts", "type": "STS", "folder": "sts"}
 
@@ -158,3 +164,79 @@ def test_wrong_data_are_refused_before_a_model_is_loaded(tmp_path, suite, unload
     write_table(suite.parent / "sts/test.parquet", {"sentence1": ["a"]})
     with pytest.raises(DataError, match=r"sts/test.parquet has no column 'sentence2'"):
         evaluate(unloaded, suite=suite, output_dir=tmp_path / "out")
+
+
+def test_tables_show_every_task(suite_of, tmp_path, model):
+
+    result = evaluate(model, suite=suite_of(STS_ONLY), output_dir=tmp_path, show_progress=False)
+    console = Console(record=True, width=100)
+    console.print(result.to_rich())
+    score = f"{result.scores['TinySts']:.4f}"
+    for shown in (console.export_text(), result.to_markdown()):
+        assert "TinySts" in shown
+        assert score in shown
+    assert json.loads(result.to_json())["rows"][0]["metric"] == "cosine_spearman"
+
+
+def test_score_that_is_not_defined_is_null_in_json():
+    result = EvaluationResult("local/m", "1", (TaskScore("Sts", "STS", "cosine_spearman", float("nan")),))
+    assert json.loads(result.to_json())["rows"][0]["score"] is None
+
+
+QUICK = ["TinySearch", "TinySts", "TinyCandidates"]
+
+
+def test_scores_are_those_of_an_evaluation_with_the_same_limit(suite, tmp_path, model):
+    evaluator = SuiteEvaluator(suite, tasks=QUICK, limit=10, name="tiny")
+    metrics = evaluator(model)
+    result = evaluate(model, suite=suite, tasks=QUICK, limit=10, output_dir=tmp_path, show_progress=False)
+    assert metrics["tiny_mean"] == pytest.approx(np.mean(list(result.scores.values())), abs=1e-5)
+    for row in result.rows:
+        assert metrics[f"tiny_{row.task}_{row.metric}"] == pytest.approx(row.score, abs=1e-5)
+    assert evaluator.primary_metric == "tiny_mean"
+
+
+def test_second_call_gives_the_same_scores(suite, model):
+    evaluator = SuiteEvaluator(suite, tasks=["TinyTopics"])
+    assert evaluator(model) == evaluator(model)
+
+
+class SameScore(BaseEvaluator):
+    def __call__(self, *args, **kwargs):
+        return {"mean": 0.5}
+
+
+def test_evaluation_does_not_change_the_training(suite, tmp_path):
+    pairs = Dataset.from_dict({"anchor": texts(40, 1), "positive": texts(40, 2)})
+
+    def train(evaluator):
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        model = SentenceTransformer(modules=[*static_model(), Dropout(0.3)], device="cpu")
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path / "run"),
+            max_steps=12,
+            per_device_train_batch_size=4,
+            learning_rate=0.1,
+            eval_strategy="steps",
+            eval_steps=3,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        loss = MultipleNegativesRankingLoss(model)
+        trainer = SentenceTransformerTrainer(model, arguments, pairs, evaluator=evaluator, loss=loss)
+        trainer.train()
+        return model[0].embedding.weight.detach(), trainer.state.log_history
+
+    plain, _ = train(SameScore())  # the trainer itself draws a seed for every evaluation
+    evaluated, log = train(SuiteEvaluator(suite, tasks=QUICK, limit=10))
+    torch.testing.assert_close(evaluated, plain, rtol=0, atol=0)
+    assert [entry["step"] for entry in log if "eval_mean" in entry] == [3, 6, 9, 12]
+
+
+def test_wrong_suite_is_refused_at_construction(suite):
+    with pytest.raises(DataError, match="--data DIR"):
+        SuiteEvaluator("squad")
+    with pytest.raises(ConfigurationError, match="tasks is empty"):
+        SuiteEvaluator(suite, tasks=[])

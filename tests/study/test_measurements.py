@@ -5,7 +5,7 @@ import json
 import pytest
 
 from st_llmpool import build_embedder
-from st_llmpool.analysis.layer_probes import sample_probes
+from st_llmpool.analysis.layers import sample_probes
 from st_llmpool.evaluation import load_suite
 from st_llmpool.modules.errors import ConfigurationError
 from st_llmpool.study.measurements import measure_run, suite_probes

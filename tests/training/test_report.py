@@ -1,12 +1,21 @@
 """training.json says what the trainer's log holds, and what only the run knows."""
 
+from __future__ import annotations
+
+import io
 import json
 from importlib.metadata import version
 from types import SimpleNamespace
 
+import pytest
+import torch
+from rich.console import Console
+from sentence_transformers.sentence_transformer.modules import Pooling
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from st_llmpool.modules import ScalarMixPooling
 from st_llmpool.modules.errors import __version__
-from st_llmpool.training.callbacks import ElapsedTimeCallback
-from st_llmpool.training.report import write_report
+from st_llmpool.training.report import ElapsedTimeCallback, PoolingChange, RichProgress, write_report
 
 LOG = [
     {"step": 1, "loss": 2.5, "learning_rate": 1e-3, "pooling_share": 0.0, "epoch": 0.1},
@@ -40,3 +49,70 @@ def test_machine_time_and_versions_are_those_of_the_run(tmp_path):
     assert report["wall_seconds"] == 12.3
     assert report["versions"]["st_llmpool"] == __version__
     assert report["versions"]["torch"] == version("torch")
+
+
+def show(*, is_terminal: bool) -> str:
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=120)
+    progress = RichProgress(console)
+    args, state, control = TrainingArguments(output_dir="unused"), TrainerState(max_steps=4), TrainerControl()
+    progress.on_train_begin(args, state, control)
+    state.global_step = 2
+    progress.on_step_end(args, state, control)
+    logs = {"loss": 1.5, "learning_rate": 1e-4, "pooling_share": 0.02}
+    state.log_history.append(logs)
+    progress.on_log(args, state, control, logs=logs)
+    progress.on_log(args, state, control, logs={"eval_ndcg": 0.25, "eval_runtime": 3.0})
+    progress.on_log(args, state, control, logs={"train_runtime": 9.0, "train_loss": 1.0})
+    progress.on_train_end(args, state, control)
+    return console.file.getvalue()
+
+
+def test_without_a_terminal_each_log_entry_is_one_line():
+    assert show(is_terminal=False).rstrip().splitlines() == [  # rich 14.0 ends with an empty line
+        "step 2/4  loss 1.5000  lr 1.0e-04  pooling changes the embedding by 2.0 %",
+        "step 2/4  ndcg 0.2500",
+    ]
+
+
+def test_a_terminal_shows_steps_numbers_and_the_time_left():
+    text = show(is_terminal=True)
+    assert all(
+        part in text
+        for part in (
+            "2/4",
+            "loss 1.5000",
+            "lr 1.0e-04",
+            "pooling changes the embedding by 2.0 %",
+            "left",
+            "ndcg 0.2500",
+        )
+    )
+
+
+def features(summaries, readout):
+    return {"layer_summaries": torch.tensor(summaries), "readout": torch.tensor(readout)}
+
+
+def test_the_change_is_the_mean_over_the_texts_since_the_last_reading():
+    pooling = ScalarMixPooling(embedding_dimension=2, num_layers=1)
+    change = PoolingChange([pooling])
+    # Layer normalisation of (1, 3) is (-1, 1).
+    pooling(features([[[1.0, 3.0]], [[1.0, 3.0]]], [[-1.0, 1.0], [-2.0, 2.0]]))  # changes 0 and 1/2
+    pooling(features([[[1.0, 3.0]]], [[1.0, 1.0]]))  # difference (-2, 0), change sqrt 2
+    assert change.pop_mean() == pytest.approx((0 + 0.5 + 2**0.5) / 3, abs=1e-4)
+    assert change.pop_mean() is None
+
+
+def test_evaluation_does_not_count():
+    pooling = ScalarMixPooling(embedding_dimension=2, num_layers=1).eval()
+    change = PoolingChange([pooling])
+    pooling(features([[[1.0, 3.0]]], [[1.0, 1.0]]))
+    assert change.pop_mean() is None
+
+
+def test_nothing_is_measured_after_remove_or_on_a_pooling_without_weights():
+    pooling = ScalarMixPooling(embedding_dimension=2, num_layers=1)
+    change = PoolingChange([Pooling(2), pooling])
+    change.remove()
+    pooling(features([[[1.0, 3.0]]], [[1.0, 1.0]]))
+    assert change.pop_mean() is None

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from st_llmpool.training import Recipe, train
-from st_llmpool.utils.locks import locked_folder
+from st_llmpool.utils.files import locked_folder
 
 HARD = ["loss.focal_gamma=0.5", "loss.mixing.hardest=3", "loss.mixing.detach=false"]
 SPARSE = ["training.sparse_tuning={layers: 1, interval: 1, importance_rate: 1000}"]
@@ -79,8 +79,8 @@ SPOILT = """
 import json, sys
 from pathlib import Path
 from st_llmpool.training import AdaptRecipe, Recipe, adapt, train
-from st_llmpool.training.guarded_trainer import TrainingError
-from st_llmpool.training.mntp.trainer import MaskedTokenTrainer
+from st_llmpool.training.trainer import TrainingError
+from st_llmpool.training.mntp.masked_next_token import MaskedTokenTrainer
 from st_llmpool.training.trainer import EmbedderTrainer
 
 def spoil(kind, what):

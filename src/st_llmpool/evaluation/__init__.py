@@ -9,15 +9,14 @@ from ..utils.extras import importing_mteb
 
 if TYPE_CHECKING:
     from .bm25 import bm25_baseline
-    from .run import evaluate
+    from .run import SuiteEvaluator, evaluate
     from .suite import read_suite, shipped_suites
-    from .suite_evaluator import SuiteEvaluator
     from .tasks import load_suite
 
 __all__ = ["SuiteEvaluator", "bm25_baseline", "evaluate", "load_suite", "read_suite", "shipped_suites"]
 
 _FILES = {
-    "SuiteEvaluator": ".suite_evaluator",
+    "SuiteEvaluator": ".run",
     "bm25_baseline": ".bm25",
     "evaluate": ".run",
     "load_suite": ".tasks",

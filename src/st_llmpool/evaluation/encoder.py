@@ -1,19 +1,25 @@
-"""mteb's encoder around a SentenceTransformer, refusing embeddings that are not finite.
+"""A model as mteb calls it: named by its weights, with its prompts, refusing embeddings that are not finite.
 
-mteb scores NaN silently: a comparison with NaN is false, so a broken text merely ranks last.
+mteb files results by name and revision, and by default takes the name from the card: all unnamed models, and all
+fine-tuned copies of one base, would get the scores of whichever came first. It scores NaN silently: a comparison with
+NaN is false, so a broken text merely ranks last.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
+from ..model_card.identity import fingerprint
 from ..modules.errors import InputError
 from ..utils.extras import importing_mteb
+from ..utils.files import slug
 from .tasks import LocalTask
 
 with importing_mteb():
@@ -89,3 +95,29 @@ def _suite_prompts(tasks: Iterable[AbsTask], own: Mapping[str, str]) -> dict[str
         if isinstance(given, str) and not get_prompt(dict(own), task.metadata, None):
             prompts[task.metadata.name] = given
     return prompts
+
+
+_IN_EVERY_RUN = re.compile(r"model|training|checkpoints|checkpoint-\d+")
+
+
+def identify(model: SentenceTransformer, source: str | None = None) -> tuple[str, str]:
+    """Return a name and a revision that identify the model, loaded from `source` or in memory.
+
+    A model that was loaded from the Hub by its id keeps id and commit, so that its results line up with the
+    leaderboard's. Any other is `local/<folder or card name>` with `fingerprint(model)` as its revision. Folders that
+    have the same name in every run, ``model`` and ``checkpoint-60``, are named after their run.
+    """
+    commit = model.model_card_data.base_model_revision
+    if source is not None and commit and not Path(source).exists():
+        return source, commit
+    title = _of_folder(Path(source).resolve()) if source is not None else model.model_card_data.model_name
+    return f"local/{slug((title or 'unnamed').removeprefix('local/'))}", fingerprint(model)
+
+
+def _of_folder(folder: Path) -> str:
+    """Return a folder's name, prefixed by the run's if every run has such a folder."""
+    parts = [folder.name]
+    if _IN_EVERY_RUN.fullmatch(folder.name):
+        run = next((parent.name for parent in folder.parents if not _IN_EVERY_RUN.fullmatch(parent.name)), "")
+        parts = [run, *([] if folder.name == "model" else parts)]
+    return "-".join(filter(None, parts)) or folder.name

@@ -1,13 +1,18 @@
-"""Evaluate a model on a local suite, on mteb tasks by name, or on an mteb benchmark."""
+"""Evaluate a model on a local suite, on mteb tasks by name, on an mteb benchmark, or on a suite during training."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import datasets
+from rich.table import Table
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.evaluation import BaseEvaluator
 
 from ..fast_inference import optimized_inference
 from ..hub.loading import check_code, load_model
@@ -16,9 +21,7 @@ from ..summary_cache import cached_summaries
 from ..utils.extras import importing_mteb
 from ..utils.files import check_writable, write_atomically
 from ..utils.random_state import preserve_rng_state
-from .encoder import FiniteEncoder
-from .identity import identify
-from .result import EvaluationResult, TaskScore
+from .encoder import FiniteEncoder, identify
 from .suite import read_suite
 from .tasks import MTEB_TASKS, load_suite
 
@@ -198,3 +201,139 @@ def _drop_stale(cache: ResultCache, meta: ModelMeta, tasks: Sequence[AbsTask]) -
         path = cache.get_task_result_path(task.metadata.name, meta)
         if path.exists() and TaskResult.from_disk(path).dataset_revision != task.metadata.revision:
             path.unlink()
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """The main score of a model on a task, averaged over the task's splits and subsets.
+
+    NaN if it is undefined, as a correlation is when all embeddings are equal.
+    """
+
+    task: str
+    type: str
+    metric: str
+    score: float
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Scores of one model.
+
+    Args:
+        model: Name of the model in mteb's result files.
+        revision: Its revision there.
+        rows: One for each task, in the order of the suite.
+        folder: Folder of mteb's result files, with every metric, split and subset (and nDCG@10 by query for retrieval
+            from a local suite); None if none were written.
+        inference: Fast paths that were used, see `optimize_inference`.
+
+    Example:
+        >>> result = EvaluationResult("local/m", "1", (TaskScore("LocalSts", "STS", "cosine_spearman", 0.5),))
+        >>> print(result.to_markdown())
+        | Task | Type | Metric | Score |
+        | --- | --- | --- | ---: |
+        | LocalSts | STS | cosine_spearman | 0.5000 |
+        >>> result.scores
+        {'LocalSts': 0.5}
+    """
+
+    model: str
+    revision: str
+    rows: tuple[TaskScore, ...]
+    folder: Path | None = None
+    inference: str = ""
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Task name to main score."""
+        return {row.task: row.score for row in self.rows}
+
+    def to_rich(self) -> Table:
+        """Return a table for `rich.print`."""
+        table = Table(
+            "Task", "Type", "Metric", title=f"{self.model} @ {self.revision[:8]}", caption=self.inference or None
+        )
+        table.add_column("Score", justify="right")
+        for row in self.rows:
+            table.add_row(row.task, row.type, row.metric, f"{row.score:.4f}")
+        return table
+
+    def to_markdown(self) -> str:
+        """Return a table in Markdown."""
+        lines = ["| Task | Type | Metric | Score |", "| --- | --- | --- | ---: |"]
+        lines += [f"| {row.task} | {row.type} | {row.metric} | {row.score:.4f} |" for row in self.rows]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """Return model, revision and rows as JSON; a score that is not defined is null."""
+        rows = [asdict(row) | {"score": row.score if math.isfinite(row.score) else None} for row in self.rows]
+        return json.dumps({"model": self.model, "revision": self.revision, "rows": rows}, indent=2)
+
+
+class SuiteEvaluator(BaseEvaluator):
+    """Score a model on a local suite at every evaluation step, without changing the training.
+
+    The random state is preserved, so data order and dropout are those of a training without evaluation. Every call
+    scores the same rows; nothing is cached.
+
+    Args:
+        suite: A shipped suite or a suite file.
+        data_dir: Parent of the suite's data folders.
+        tasks: Names of the tasks to run; None for all.
+        limit: Largest number of rows, queries or documents per task; None for all.
+        batch_size: Batch size.
+        name: Prefix of the metrics.
+
+    Raises:
+        ConfigurationError: As `load_suite`.
+        DataError: As `load_suite`.
+
+    Returns on call:
+        `{"[name_]<task>_<metric>": score, ..., "[name_]mean": mean of the scores}`; the mean is the primary metric.
+
+    Example:
+        >>> evaluator = SuiteEvaluator("squad", "data", limit=200)  # doctest: +SKIP
+        >>> SentenceTransformerTrainer(model, args, train, evaluator=evaluator, loss=loss)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        suite: str | Path = "builtin",
+        data_dir: str | Path | None = None,
+        *,
+        tasks: Sequence[str] | None = None,
+        limit: int | None = 200,
+        batch_size: int = 32,
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        self.tasks = load_suite(suite, data_dir, tasks=tasks, limit=limit)
+        if not self.tasks:
+            raise ConfigurationError("tasks is empty; leave it out to run all tasks.")
+        self.suite = str(suite)
+        self.limit = limit
+        self.batch_size = batch_size
+        self.name = name
+        self.primary_metric = f"{name}_mean" if name else "mean"
+
+    def __call__(
+        self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """Return the scores, and record them in the model card.
+
+        Raises:
+            InputError: If the model gives an embedding that is not finite.
+        """
+        with preserve_rng_state(), optimized_inference(model):
+            tasks = [type(task)() for task in self.tasks]  # fresh ones: a task has its own random generator
+            rows = run_tasks(FiniteEncoder(model, tasks), tasks, None, self.batch_size, show_progress=False)
+        scores = {f"{row.task}_{row.metric}": row.score for row in rows}
+        scores["mean"] = sum(row.score for row in rows) / len(rows)
+        metrics = self.prefix_name_to_metrics(scores, self.name)
+        self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
+        return metrics
+
+    def get_config_dict(self) -> dict[str, object]:
+        """Return the evaluator's settings for the model card."""
+        return {"suite": self.suite, "limit": self.limit}

@@ -22,8 +22,7 @@ from ..utils.extras import importing_mteb
 from ..utils.random_state import preserve_rng_state
 from ..utils.reading import is_folder
 from ..utils.words import listed
-from .sampling import sample, sample_retrieval, select_rows
-from .slices import Where, check_where, cut
+from .slices import Where, check_where, cut, sample, sample_retrieval, select_rows
 from .suite import TaskSpec, read_suite
 from .task_files import Column, file_digest, find_table, read_table
 

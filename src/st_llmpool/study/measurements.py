@@ -10,8 +10,7 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 
 from ..analysis.cost import measure_cost
-from ..analysis.layer_probes import Probes, sample_probes
-from ..analysis.layers import analyze_layers
+from ..analysis.layers import Probes, analyze_layers, sample_probes
 from ..designs import build_embedder, resolve_base
 from ..evaluation.tasks import SPLIT, LocalTask
 from ..hub.loading import load_model

@@ -11,8 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 
-from ..data.texts import TextSettings
-from ..data.training_data import DatasetSettings
+from ..data.training_data import DatasetSettings, TextSettings
 from ..losses.settings import LossSettings
 from ..modules.errors import ConfigurationError, check_choice
 from ..utils.files import write_atomically

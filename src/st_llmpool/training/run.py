@@ -18,8 +18,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvalu
 from transformers import TrainerCallback, set_seed
 
 from ..adapters import has_adapter
-from ..data.texts import load_views
-from ..data.training_data import load_pairs
+from ..data.training_data import load_pairs, load_views
 from ..designs import build_embedder, resolve_base
 from ..hub.loading import load_model
 from ..losses.build import LossParts, build_loss, teacher_scores
@@ -37,10 +36,9 @@ from .checks import base_width, check_data, check_recipe, check_views, design_ar
 from .freezing import freeze_lowest_layers, freeze_pooling
 from .held_out import held_out_evaluator
 from .optimizers import OPTIMIZERS, check_optimization
-from .pooling_change import NEGLIGIBLE, trainable_poolings
 from .recipe import DEFAULT_LENGTH, Recipe, StageSettings
 from .reload_check import check_reload
-from .report import write_report
+from .report import NEGLIGIBLE, trainable_poolings, write_report
 from .run_folder import check_output, locked_run, train_in_folder
 from .sparse_tuning import SparseTuning
 from .stages import merge_stage, run_stages

@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 
 from ..adapters import has_adapter, load_again, merge_adapter
-from ..data.texts import load_texts
+from ..data.training_data import load_texts
 from ..losses.settings import LossSettings
 from ..utils.random_state import preserve_rng_state
 from .checks import design_arguments

@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 from st_llmpool import build_embedder, set_attention
 from st_llmpool.cli import app
-from st_llmpool.data.texts import TextSettings
+from st_llmpool.data.training_data import TextSettings
 from st_llmpool.modules.errors import ConfigurationError, DataError
 from st_llmpool.training import AdaptRecipe, adapt
-from st_llmpool.training.checkpoints import seal_checkpoint
 from st_llmpool.training.mntp import adaptation
 from st_llmpool.training.mntp.masked_next_token import masked_score
+from st_llmpool.training.run_folder import seal_checkpoint
 
 TUNES = {
     "full": {"tune": "full", "masking": {"replacement": "bert"}},

@@ -13,7 +13,7 @@ from ...model_card.figures import draw_layers
 from ...stats.comparison import Comparison
 from ...stats.results import label
 from ...stats.tables import Sheet, number
-from ...training.pooling_change import NEGLIGIBLE
+from ...training.report import NEGLIGIBLE
 from ...utils.files import slug
 from ...utils.words import counted, listed
 from ..records import RunRecord

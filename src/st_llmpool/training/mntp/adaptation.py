@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from ...adapters import lora_config
-from ...data.texts import load_texts
+from ...data.training_data import load_texts
 from ...designs import resolve_base
 from ...modules.attention import set_attention
 from ...modules.errors import ConfigurationError, DataError
@@ -45,10 +45,9 @@ from .language_model import (
     stored_dtype,
     use_mask_token,
 )
-from .masked_next_token import constant_accuracy, masked_score, most_frequent_token
+from .masked_next_token import MaskedTokenTrainer, constant_accuracy, masked_score, most_frequent_token
 from .masked_texts import Example, MaskedTexts, Vocabulary, collate, tokenize
 from .recipe import AdaptRecipe
-from .trainer import MaskedTokenTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset

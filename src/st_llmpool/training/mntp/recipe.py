@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from ...data.texts import TextSettings
+from ...data.training_data import TextSettings
 from ...modules.errors import ConfigurationError
 from ...utils.settings import PositiveInt, Range, Settings, check_filled
 from ..optimizers import OPTIMIZERS
