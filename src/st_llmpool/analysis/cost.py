@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import batch_to_device
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +20,7 @@ from ..attention_proof import implementation_of
 from ..modules.errors import ConfigurationError
 from ..utils.parameters import count_parameters
 from ..utils.random_state import preserve_rng_state
+from ..utils.settings import from_mapping
 
 _MEBIBYTE = 2**20
 _COUNTED = ("sdpa", "eager")  # a fused kernel from elsewhere hides its operations
@@ -64,26 +66,21 @@ class Cost:
     backbone: int
     adapter: int
     pooling: int
-    lengths: tuple[LengthCost, ...]
+    lengths: list[LengthCost]
     device: str
     dtype: str
     threads: int
     training_step_ms: float | None = None
-    training_batch: tuple[int, int] | None = None
+    training_batch: list[int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON."""
-        return asdict(self) | {
-            "lengths": [asdict(length) for length in self.lengths],
-            "training_batch": None if self.training_batch is None else list(self.training_batch),
-        }
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Cost:
         """Return the cost from the output of `to_dict`."""
-        batch = content["training_batch"]
-        lengths = tuple(LengthCost(**length) for length in content["lengths"])
-        return cls(**{**content, "lengths": lengths, "training_batch": None if batch is None else tuple(batch)})
+        return from_mapping(cls, content)
 
 
 def measure_cost(
@@ -116,7 +113,7 @@ def measure_cost(
     was_training = model.training
     model.eval()
     try:
-        measured = tuple(_measure_length(model, tokens, repeats) for tokens in lengths)
+        measured = [_measure_length(model, tokens, repeats) for tokens in lengths]
         step = None if training_batch is None else _training_step(model, *training_batch, repeats)
     finally:
         model.train(was_training)
@@ -127,7 +124,7 @@ def measure_cost(
         dtype=str(next(model[0].parameters()).dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         training_step_ms=step,
-        training_batch=training_batch,
+        training_batch=None if training_batch is None else list(training_batch),
     )
 
 
@@ -161,10 +158,7 @@ def _text_of(model: SentenceTransformer, tokens: int) -> Iterator[str]:
 
 
 def _features(model: SentenceTransformer, texts: list[str]) -> dict[str, Any]:
-    features = model.preprocess(texts)
-    return {
-        name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in features.items()
-    }
+    return batch_to_device(model.preprocess(texts), model.device)
 
 
 @torch.no_grad()

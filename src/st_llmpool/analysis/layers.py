@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,50 @@ import torch
 from rich.table import Table
 from scipy.stats import rankdata, spearmanr
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import batch_to_device
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, normalize
 
 from ..model_card.layer_use import layer_use
 from ..modules.attention import decoder_layers
 from ..modules.errors import ConfigurationError, DataError
 from ..modules.layer_readout import TokenSpans
+from ..utils.random_state import preserve_modes
+from ..utils.settings import from_mapping
 
 Matrix = list[list[float | None]]
+
+#: A text, a paraphrase, and another text of the same topic on each line.
+_TRIPLES = Path(__file__).with_name("probes.tsv")
+_OF_READ_LAYERS = {"attention": "attention", "weight_norms": "|W|", "moved": "moves by"}
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Texts that single layers are scored on.
+
+    Args:
+        pairs: First text, second text, human similarity score.
+        queries: Queries.
+        documents: Document i answers query i; further documents answer none.
+    """
+
+    pairs: tuple[tuple[str, str, float], ...]
+    queries: tuple[str, ...]
+    documents: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.pairs) < 2 or not 0 < len(self.queries) <= len(self.documents):
+            raise DataError(
+                f"{len(self.pairs)} pairs, {len(self.queries)} queries, {len(self.documents)} documents: give at least "
+                f"two pairs, one query and a document for each query."
+            )
+
+    @property
+    def texts(self) -> list[str]:
+        """All distinct texts."""
+        pairs = [text for first, second, _ in self.pairs for text in (first, second)]
+        return list(dict.fromkeys([*pairs, *self.queries, *self.documents]))
 
 
 @dataclass(frozen=True)
@@ -75,8 +110,7 @@ class LayerAnalysis:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> LayerAnalysis:
         """Return the analysis from the output of `to_dict`."""
-        looks = {name: content[name] and LayerProfile(**content[name]) for name in ("after", "before")}
-        return cls(**{**content, **looks})
+        return from_mapping(cls, content)
 
     def to_rich(self) -> Table:
         """Return a table for the terminal, one row per layer."""
@@ -89,9 +123,6 @@ class LayerAnalysis:
             values += [own[name].get(index + 1) for name in _OF_READ_LAYERS]
             table.add_row(str(index + 1), *("" if value is None else f"{value:.3f}" for value in values))
         return table
-
-
-_OF_READ_LAYERS = {"attention": "attention", "weight_norms": "|W|", "moved": "moves by"}
 
 
 def analyze_layers(
@@ -152,7 +183,6 @@ def analyze_layers(
     )
 
 
-@torch.no_grad()
 def layer_embeddings(model: SentenceTransformer, texts: Sequence[str], *, batch_size: int = 32) -> Tensor:
     """Return the layer readout of every layer of the backbone, (N, L, D) in float32 on the CPU.
 
@@ -161,34 +191,29 @@ def layer_embeddings(model: SentenceTransformer, texts: Sequence[str], *, batch_
     backbone = model[0]
     if not hasattr(backbone, "layer_readout"):
         raise ConfigurationError(f"the backbone is a {type(backbone).__name__}; layers are read from LLMTransformer.")
-    layers = list(decoder_layers(backbone.model))
-    was_training, runner = model.training, getattr(backbone, "batch_runner", None)
-    model.eval()
-    backbone.batch_runner = None  # the hooks below are for padded batches
-    rows = []
+    runner = getattr(backbone, "batch_runner", None)
+    backbone.batch_runner = None  # the hooks are for padded batches
     try:
-        for start in range(0, len(texts), batch_size):
-            features = _features(model, texts[start : start + batch_size])
-            spans = TokenSpans.of(features, include_prompt=backbone.include_prompt)
-            outputs: list[Tensor] = []
-
-            def keep(
-                layer: object, args: object, output: Any, spans: TokenSpans = spans, outputs: list[Tensor] = outputs
-            ) -> None:
-                hidden = output if isinstance(output, Tensor) else output[0]
-                outputs.append(spans.to(hidden.device).reduce(hidden, backbone.layer_readout).cpu())
-
-            hooks = [layer.register_forward_hook(keep) for layer in layers[:-1]]
-            try:
-                last = backbone(features)["readout"].float().cpu()
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            rows.append(torch.stack([*outputs, last], dim=1))
+        with preserve_modes(model):
+            return torch.cat([_read_layers(backbone, features) for features in _batches(model, texts, batch_size)])
     finally:
         backbone.batch_runner = runner
-        model.train(was_training)
-    return torch.cat(rows)
+
+
+def _read_layers(backbone: Any, features: dict[str, Any]) -> Tensor:
+    spans, outputs = TokenSpans.of(features, include_prompt=backbone.include_prompt), []
+
+    def keep(layer: object, args: object, output: Any) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        outputs.append(spans.to(hidden.device).reduce(hidden, backbone.layer_readout).cpu())
+
+    hooks = [layer.register_forward_hook(keep) for layer in list(decoder_layers(backbone.model))[:-1]]
+    try:
+        last = backbone(features)["readout"].float().cpu()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([*outputs, last], dim=1)
 
 
 def linear_cka(first: Tensor, second: Tensor) -> Tensor:
@@ -215,9 +240,7 @@ def similarity_correlation(embeddings: Tensor) -> Tensor:
     units = normalize(embeddings.double(), dim=-1).transpose(0, 1)
     first, second = torch.triu_indices(units.shape[1], units.shape[1], offset=1)
     ranks = torch.from_numpy(rankdata((units @ units.mT)[:, first, second].numpy(), axis=1))
-    centred = ranks - ranks.mean(dim=1, keepdim=True)
-    centred = centred / centred.norm(dim=1, keepdim=True)
-    return centred @ centred.T
+    return torch.atleast_2d(torch.corrcoef(ranks))
 
 
 def _look(embeddings: Tensor, chosen: list[int], row: Mapping[str, int], probes: Probes) -> LayerProfile:
@@ -251,66 +274,29 @@ def layer_attention(pooling: Any, features: Mapping[str, Any]) -> Tensor | None:
     return block._scores(block.norm_inputs(rows), None).softmax(dim=1).mean(dim=(2, 3))
 
 
-@torch.no_grad()
 def _attention(model: SentenceTransformer, texts: Sequence[str], batch_size: int) -> list[float] | None:
-    was_training = model.training
-    model.eval()
-    try:
-        parts = []
-        for start in range(0, len(texts), batch_size):
-            weights = layer_attention(model[1], model[0](_features(model, texts[start : start + batch_size])))
+    parts = []
+    with preserve_modes(model):
+        for features in _batches(model, texts, batch_size):
+            weights = layer_attention(model[1], model[0](features))
             if weights is None:
                 return None
             parts.append(weights.float().cpu())
-    finally:
-        model.train(was_training)
-    return [float(weight) for weight in torch.cat(parts).mean(dim=0)]
+    return torch.cat(parts).mean(dim=0).tolist()
 
 
 def _weight_norms(model: SentenceTransformer) -> list[float] | None:
     table = getattr(model[1], "layer_table", None)
-    return None if table is None else [float(norm) for norm in table.detach().float().norm(dim=1)]
+    return None if table is None else table.detach().float().norm(dim=1).tolist()
 
 
-def _features(model: SentenceTransformer, texts: Sequence[str]) -> dict[str, Any]:
-    features = model.preprocess(list(texts))
-    return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in features.items()}
+def _batches(model: SentenceTransformer, texts: Sequence[str], size: int) -> Iterator[dict[str, Any]]:
+    for start in range(0, len(texts), size):
+        yield batch_to_device(model.preprocess(list(texts[start : start + size])), model.device)
 
 
 def _numbers(values: Any) -> list[float | None]:
     return [None if math.isnan(value) else float(value) for value in values]
-
-
-#: A text, a paraphrase, and another text of the same topic on each line.
-_TRIPLES = Path(__file__).with_name("probes.tsv")
-
-
-@dataclass(frozen=True)
-class Probes:
-    """Texts that single layers are scored on.
-
-    Args:
-        pairs: First text, second text, human similarity score.
-        queries: Queries.
-        documents: Document i answers query i; further documents answer none.
-    """
-
-    pairs: tuple[tuple[str, str, float], ...]
-    queries: tuple[str, ...]
-    documents: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.pairs) < 2 or not 0 < len(self.queries) <= len(self.documents):
-            raise DataError(
-                f"{len(self.pairs)} pairs, {len(self.queries)} queries, {len(self.documents)} documents: give at least "
-                f"two pairs, one query and a document for each query."
-            )
-
-    @property
-    def texts(self) -> list[str]:
-        """All distinct texts."""
-        pairs = [text for first, second, _ in self.pairs for text in (first, second)]
-        return list(dict.fromkeys([*pairs, *self.queries, *self.documents]))
 
 
 def sample_probes() -> Probes:
@@ -326,7 +312,7 @@ def sample_probes() -> Probes:
 
 def similarity_score(first: Tensor, second: Tensor, scores: Sequence[float]) -> float:
     """Return Spearman's correlation of cosine similarities of (B, D) and (B, D) with scores; NaN if undefined."""
-    cosines = (normalize(first.double(), dim=-1) * normalize(second.double(), dim=-1)).sum(dim=-1)
+    cosines = cosine_similarity(first.double(), second.double(), dim=-1)
     if cosines.max() == cosines.min():
         return float("nan")
     return float(spearmanr(cosines.numpy(), scores).statistic)

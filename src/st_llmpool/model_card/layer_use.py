@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import batch_to_device
 from torch.nn.functional import cosine_similarity
 
 from ..modules.errors import ConfigurationError
@@ -79,8 +80,7 @@ def layer_use(model: SentenceTransformer, texts: Sequence[str] = SAMPLE_TEXTS) -
     if len(texts) < 2:
         raise ConfigurationError(f"Layer use is measured on at least 2 texts; got {len(texts)}.")
     with preserve_modes(model):
-        features = model.preprocess(list(texts))
-        features = model[0]({name: _to(value, model.device) for name, value in features.items()})
+        features = model[0](batch_to_device(model.preprocess(list(texts)), model.device))
         summaries = features.get("layer_summaries")
         if summaries is None:
             raise ConfigurationError(
@@ -94,10 +94,6 @@ def layer_use(model: SentenceTransformer, texts: Sequence[str] = SAMPLE_TEXTS) -
             without[:, index] = silent[:, index]
             moved.append(_distance(full, _pool(model, features, without)))
         return LayerUse(tuple(model[0].layers), tuple(moved), _distance(full, _pool(model, features, silent)))
-
-
-def _to(value: object, device: torch.device) -> object:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _pool(model: SentenceTransformer, features: dict[str, object], summaries: torch.Tensor) -> torch.Tensor:
