@@ -34,10 +34,6 @@ TEMPLATE = Path(__file__).with_name("template.md")
 
 _DATA_SUFFIXES = {".parquet", ".jsonl", ".json", ".csv", ".tsv", ".txt"}
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-_SERVING = {
-    True: "Servers with sentence-transformers' own modules, such as TEI, may serve this model; compare their vectors.",
-    False: "Servers that do not run repository code (TEI, vLLM) cannot serve this model; sentence-transformers can.",
-}
 
 
 @dataclass
@@ -92,20 +88,17 @@ class EmbedderCardData(IdentifiedCardData):
             use = _layer_use(model) if measured else None
             design = _design(model, self.base_title, native=self.native, measured=measured)
         figures = self._draw(model, use) if self.save_dir and measured else []
+        metrics = list({row["metric"]: None for row in self.results})
+        results = {"model-index": self._model_index(), "metrics": metrics} if self.results else {}
         return {
             **super().get_model_specific_metadata(),
             "base_model": getattr(self, "base_model", None),
             "given_title": None if self.model_name == self.get_default_model_name() else self.model_name,
             "design": design,
-            "is_adapter": _adapter(model) is not None,
             "prompts": {name: prompt for name, prompt in model.prompts.items() if prompt},
             "layer_use": None if use is None else {**asdict(use), "texts": len(SAMPLE_TEXTS)},
             "figures": figures,
-            **(
-                {"model-index": self._model_index(), "metrics": list({row["metric"]: None for row in self.results})}
-                if self.results
-                else {}
-            ),
+            **results,
         }
 
     def _set_base_model(self, model: Any) -> None:
@@ -374,50 +367,35 @@ def _pooling_name(model: Any) -> str:
 
 
 def _design(model: Any, base_title: str | None, *, native: bool, measured: bool) -> dict[str, Any]:
-    backbone, pooling = model[0], model[1]
-    adapter = _adapter(model)
+    backbone, pooling, adapter = model[0], model[1], _adapter(model)
     settings = pooling.get_config_dict() if hasattr(pooling, "get_config_dict") else {}
-    layers = f"{ranges(backbone.layers)} of {backbone.num_layers}" if backbone.layers else "the last"
     source = adapter.base_model_name_or_path if adapter else backbone.config._name_or_path
-    base = base_title or without_folders(source) or "an unnamed base"
-    rows = [
-        ("base", f"{base} ({type(backbone.model).__name__})"),
-        ("attention", backbone.attention),
-        *([("layers that stay causal", ranges(backbone.causal_layers))] if backbone.causal_layers else []),
-        ("layers read", layers),
-        ("layer readout", {"eos": "last token", "mean": "mean of the tokens"}[backbone.layer_readout]),
-        ("pooling", f"{_pooling_name(model)} {_settings(settings)}"),
-        ("EOS token appended", "yes" if backbone.add_eos_token else "no"),
-        ("prompt included in pooling", "yes" if backbone.include_prompt else "no"),
-        ("maximum length", f"{model.max_seq_length} tokens"),
-    ]
-    if adapter:
-        rows.append(("adapter", f"{adapter.peft_type.value} of rank {getattr(adapter, 'r', '?')}"))
+    ours = [type(module) for module in model if hasattr(module, "is_st_llmpool_module")]
+    files = {file for module_class in ours for file in code_files(Path(inspect.getfile(module_class)))}
     return {
         "version": __version__,
-        "base": base,
-        "title": f"{base}: {backbone.attention} attention, {_pooling_name(model)}",
-        "attention": backbone.attention,
+        "source": without_folders(source),
+        "base": base_title or without_folders(source) or "an unnamed base",
+        "backbone": backbone,
+        "architecture": type(backbone.model).__name__,
+        "layers": ranges(backbone.layers),
+        "causal_layers": ranges(backbone.causal_layers),
         "pooling": _pooling_name(model),
-        "rows": rows,
-        "keeps_eos": backbone.add_eos_token,
-        "report": _report(model) if measured else "Not measured for a checkpoint; `st-llmpool doctor` measures it.",
+        "settings": [f"{name} {value}" for name, value in settings.items() if not isinstance(value, dict | list)],
+        "adapter": adapter,
+        "native": native,
+        "files": len(files),
+        "lines": sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files),
+        "measured": _measured_attention(model) if measured else None,
         "cost": _cost(model),
-        "loading": _loading(model, adapter, native=native),
-        "serving": _SERVING[native],
     }
 
 
-def _report(model: Any) -> str:
+def _measured_attention(model: Any) -> dict[str, str]:
     try:
-        report = verify_attention(model, light=True)
+        return {"verdict": verify_attention(model, light=True).verdict}
     except StLlmpoolError as error:
-        return f"Not measured: {error}"
-    return (
-        f"Configured: {model[0].attention}. Measured when this card was written, by changing tokens and checking which "
-        f"other tokens change: **{report.verdict}**. The same check runs at every load; `st-llmpool doctor` checks "
-        f"every layer."
-    )
+        return {"error": str(error)}
 
 
 def _cost(model: Any) -> list[tuple[str, str]]:
@@ -433,27 +411,3 @@ def _cost(model: Any) -> list[tuple[str, str]]:
         ("operations per token (approximate)", f"{2 * (backbone + adapter - lookup) / 1e9:.3g} GFLOP"),
         ("weights in memory", f"{size:,.0f} MiB"),
     ]
-
-
-def _loading(model: Any, adapter: Any, *, native: bool) -> str:
-    if native:
-        return "Native: loads with sentence-transformers alone, without a flag."
-    ours = [type(module) for module in model if hasattr(module, "is_st_llmpool_module")]
-    files = {file for module_class in ours for file in code_files(Path(inspect.getfile(module_class)))}
-    lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
-    text = (
-        f"Portable: `trust_remote_code=True` lets sentence-transformers run the {len(files)} Python files of this "
-        f"repository ({lines:,} lines); st_llmpool need not be installed. Review them first, or let `st-llmpool "
-        f"doctor` compare them with the installed st_llmpool."
-    )
-    if adapter:
-        text += (
-            f" This is an adapter: it needs peft, and loads `{without_folders(adapter.base_model_name_or_path)}` as "
-            f"its base."
-        )
-    return text
-
-
-def _settings(settings: dict[str, Any]) -> str:
-    shown = ", ".join(f"{name} {value}" for name, value in settings.items() if not isinstance(value, dict | list))
-    return f"({shown})" if shown else ""

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,6 @@ from ..modules.errors import ConfigurationError, StLlmpoolError
 from ..training.recipe import DEFAULT_LENGTH, Recipe
 from ..training.run import train
 
-#: What the process returns if the steps do not fit, and if the recipe is refused.
-DOES_NOT_FIT, REFUSED = 75, 76
 # What errors say that are no MemoryError: torch's on a CPU, cuBLAS's, and CUDA's own.
 _RAN_OUT = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 #: The optimizer's state is there from the first step's end on, so the second is the one that counts.
@@ -157,37 +156,25 @@ def _try(recipe: Recipe, folder: Path, memory: float) -> BatchTrial:
     size, limit = recipe.training.batch_size, int(memory * GIB)
     recipe.to_yaml(folder / "recipe.yaml")
     command = [sys.executable, "-m", __name__, str(folder / "recipe.yaml"), str(limit)]
-    with open(folder / "log", "w+") as log, open(folder / "answer", "w+") as answer:
-        quiet = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        process = psutil.Popen(command, stdout=answer, stderr=log, env=os.environ | quiet)
+    quiet = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    with open(folder / "log", "w") as log, open(folder / "answer", "w") as answer:
+        process, returned = psutil.Popen(command, stdout=answer, stderr=log, env=os.environ | quiet), None
         try:
-            returned = _wait(process, limit)
+            while returned is None and (torch.cuda.is_available() or process.memory_info().rss <= limit):
+                with suppress(psutil.TimeoutExpired):
+                    returned = process.wait(_INTERVAL)
         finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        if returned in (DOES_NOT_FIT, -signal.SIGKILL):  # by which a system saves its last memory
-            return BatchTrial(size, fits=False)
-        log.seek(0)
-        answer.seek(0)
-        if returned not in (0, REFUSED):
-            raise ConfigurationError(f"A batch of {size} cannot be trained with: {log.read().strip()[-2000:]}")
-        found = json.loads(answer.read().splitlines()[-1])
-        if returned == REFUSED:
-            raise ConfigurationError(f"A batch of {size} cannot be trained with: {found['refused']}")
-    if found["memory"] > limit:  # between two looks at it
+            process.kill()
+            process.wait()
+    if returned in (None, -signal.SIGKILL):  # by which a system saves its last memory
+        return BatchTrial(size, fits=False)
+    lines, reason = (folder / "answer").read_text().splitlines(), (folder / "log").read_text().strip()[-2000:]
+    found = json.loads(lines[-1]) if returned == 0 else {"refused": reason}
+    if "refused" in found:
+        raise ConfigurationError(f"A batch of {size} cannot be trained with: {found['refused']}")
+    if not found or found["memory"] > limit:  # between two looks at it
         return BatchTrial(size, fits=False)
     return BatchTrial(size, True, found["memory"] / GIB, found["seconds"])
-
-
-def _wait(process: psutil.Popen, limit: int) -> int:
-    """Wait for a process to end, and on a CPU ends it when it takes too much."""
-    while True:
-        try:
-            return int(process.wait(_INTERVAL))
-        except psutil.TimeoutExpired:
-            if not torch.cuda.is_available() and process.memory_info().rss > limit:
-                return DOES_NOT_FIT
 
 
 class _Enough(Exception):
@@ -206,12 +193,16 @@ class _Stopwatch(TrainerCallback):
             raise _Enough
 
 
-def run_trial(recipe_file: str, memory: int) -> int:
+def run_trial(recipe_file: str, memory: int) -> dict[str, Any]:
     """Run one trial in this process, which may run out of memory; a CPU's memory is watched from outside.
 
-    Writes a JSON object with the peak in bytes (reserved by torch on a GPU, resident on a CPU) and the seconds of the
-    last step, or the reason why the recipe is refused. `memory` is the limit in bytes on a GPU. Returns the exit code:
-    0, :data:`DOES_NOT_FIT` or :data:`REFUSED`.
+    Args:
+        recipe_file: The recipe.
+        memory: Limit in bytes on a GPU.
+
+    Returns:
+        The peak ``memory`` in bytes (reserved by torch on a GPU, resident on a CPU) and the ``seconds`` of the last
+        step, or the reason why the recipe is ``refused``; nothing if it does not fit.
     """
     stopwatch = _Stopwatch()
     if torch.cuda.is_available():
@@ -219,16 +210,14 @@ def run_trial(recipe_file: str, memory: int) -> int:
     try:
         train(Recipe.from_yaml(recipe_file), callbacks=[stopwatch])
     except _Enough:
-        sys.stdout.write(json.dumps({"memory": _peak(), "seconds": stopwatch.seconds}) + "\n")
-        return 0
+        return {"memory": _peak(), "seconds": stopwatch.seconds}
     except (torch.OutOfMemoryError, MemoryError):
-        return DOES_NOT_FIT
+        return {}
     except StLlmpoolError as error:
-        sys.stdout.write(json.dumps({"refused": str(error)}) + "\n")
-        return REFUSED
+        return {"refused": str(error)}
     except RuntimeError as error:
         if any(words in str(error) for words in _RAN_OUT):
-            return DOES_NOT_FIT
+            return {}
         raise
     raise RuntimeError(f"The run ended before step {STEPS}.")
 
@@ -241,4 +230,4 @@ def _peak() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_trial(sys.argv[1], int(sys.argv[2])))
+    sys.stdout.write(json.dumps(run_trial(sys.argv[1], int(sys.argv[2]))) + "\n")
