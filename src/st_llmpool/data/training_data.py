@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .docstring_pairs import Split
 
 #: File name ending -> name of the reader in ``datasets``.
-FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
 DOCSTRINGS = "docstrings"
 ROLES = ("query", "positive", "negative")
 
@@ -123,7 +123,7 @@ def read_rows(settings: DatasetSettings) -> Dataset:
     """Return the rows of `settings` with all their columns."""
     if settings.source == DOCSTRINGS:
         return _read_docstrings(settings)
-    path = source_path(settings.source)
+    path = _source_path(settings.source)
     if is_folder(path):
         return _read_file(settings, _file_of_split(path, settings.split))
     if exists(path):
@@ -133,7 +133,7 @@ def read_rows(settings: DatasetSettings) -> Dataset:
     return _read_hub(settings)
 
 
-def source_path(source: str) -> Path:
+def _source_path(source: str) -> Path:
     """Return the path that a source may be; ``~`` is the user's home."""
     try:
         return Path(source or "nothing").expanduser()
@@ -163,10 +163,12 @@ def _file_of_split(folder: Path, split: str) -> Path:
 
 
 def _read_file(settings: DatasetSettings, path: Path) -> Dataset:
-    from datasets import load_dataset
+    from datasets import Dataset, load_dataset
 
     if path.suffix not in FORMATS:
         raise DataError(f"{settings.source!r} ends in {path.suffix!r}; readable are {list(FORMATS)}.")
+    if path.suffix == ".txt":
+        return Dataset.from_dict({"text": [line for line in read_lines(path) if line.strip()]})
     try:
         check_file(path)
         if _has_no_rows(path):
@@ -372,7 +374,7 @@ def load_texts(settings: TextSettings) -> Dataset:
         ...     load_texts(TextSettings(file.name))["text"][:]
         ['a text', 'another text']
     """
-    rows = _lines(settings) if Path(settings.source).suffix == ".txt" else _column(settings)
+    rows = _column(settings)
     if settings.limit is not None:
         rows = rows.select(range(min(settings.limit, len(rows))))
     if len(rows) == 0:
@@ -388,15 +390,6 @@ def load_views(settings: TextSettings) -> Dataset:
 
     texts = load_texts(settings).data.column("text")
     return Dataset(pa.table({"query": texts, "positive": texts}))
-
-
-def _lines(settings: TextSettings) -> Dataset:
-    from datasets import Dataset
-
-    path = source_path(settings.source)
-    if not exists(path):
-        raise DataError(f"There is no file {settings.source!r}; relative paths start at {str(Path.cwd())!r}.")
-    return Dataset.from_dict({"text": [line for line in read_lines(path) if line.strip()]})
 
 
 def _column(settings: TextSettings) -> Dataset:
