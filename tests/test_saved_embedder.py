@@ -98,7 +98,7 @@ def test_prompts_and_lengths_that_are_given_come_over_the_saved_ones(own):
         ),
         ({"pooling": "multi_layer", "pooling_kwargs": {"num_latents": 3}}, "num_latents=8.*pooling_init='new'"),
         (DESIGNS["paper-3"].as_kwargs(), "num_latents=8, .*readout_skip=True"),
-        ({"pooling_kwargs": {"num_latents": 3}}, "without pooling"),
+        ({"pooling_kwargs": {"num_latents": 3}}, "need the name of its pooling"),
         ({"attention": "bidirectional"}, "attention='causal', but attention='bidirectional' is asked for"),
         ({"layers": "all"}, r"layers=\[1, 4\]"),
         ({"layer_readout": "mean"}, "layer_readout='eos'"),

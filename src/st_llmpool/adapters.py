@@ -93,8 +93,7 @@ def check_peft() -> None:
     except (ImportError, ValueError) as error:
         raise ConfigurationError(
             f"No adapter works with this peft {metadata.version('peft')} and transformers "
-            f"{metadata.version('transformers')}: {error} If there is no newer peft, install an older transformers; "
-            f"pip install 'st-llmpool[train]' chooses a tested one."
+            f"{metadata.version('transformers')}: {error} Use an older transformers: st-llmpool[train] has a tested one."
         ) from error
 
 
@@ -178,8 +177,7 @@ def check_start(peft_config: Any, *, in_4_bits: bool) -> None:
     """
     if getattr(peft_config, "alora_invocation_tokens", None) is not None:
         raise ConfigurationError(
-            f"alora_invocation_tokens={peft_config.alora_invocation_tokens} activates the adapter after these tokens, "
-            f"which no text to embed holds. Leave it out."
+            f"alora_invocation_tokens={peft_config.alora_invocation_tokens} are in no text to embed. Leave it out."
         )
     start = getattr(peft_config, "init_lora_weights", True)
     if isinstance(start, bool) or start in _STARTS:
@@ -191,13 +189,11 @@ def check_start(peft_config: Any, *, in_4_bits: bool) -> None:
         )
     if not in_4_bits:
         raise ConfigurationError(
-            "init_lora_weights='loftq' starts an adapter at the error of 4-bit quantisation, and this base is not in "
-            "4 bits. Use it with quantization nf4, or another initialisation."
+            "init_lora_weights='loftq' needs a base in 4 bits. Use quantization nf4, or another initialisation."
         )
     if peft_config.use_dora:
         raise ConfigurationError(
-            "init_lora_weights='loftq' and use_dora cannot be combined: DoRA measures weight norms before LoftQ "
-            "changes the weights. Use one of them."
+            "init_lora_weights='loftq' and use_dora cannot be combined: LoftQ changes the norms that DoRA measures."
         )
 
 

@@ -41,8 +41,7 @@ def append_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     before, after = special_tokens_around(tokenizer)
     if not after and tokenizer.eos_token_id is None:
         raise ConfigurationError(
-            f"add_eos_token=True, but {type(tokenizer).__name__} has no EOS token. "
-            f"Set tokenizer.eos_token, or use add_eos_token=False with pooling 'mean'."
+            f"add_eos_token=True, but {type(tokenizer).__name__} has no EOS token: set one, or use add_eos_token=False."
         )
     after = after or [tokenizer.eos_token_id]
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -70,8 +69,7 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     choice = next((token for token in choices if token is not None), None)
     if choice is None:
         raise ConfigurationError(
-            f"{type(tokenizer).__name__} has neither a padding token nor a special token to use for it. "
-            f"Set tokenizer.pad_token."
+            f"{type(tokenizer).__name__} has neither a padding token nor a special token. Set tokenizer.pad_token."
         )
     tokenizer.pad_token = choice
 

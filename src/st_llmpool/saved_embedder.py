@@ -79,8 +79,7 @@ class SavedEmbedder:
             raise ConfigurationError(f"{base}/modules.json cannot be read: {error!r}. Save the model again.") from error
         if first not in ("Transformer", LLMTransformer.__name__):
             raise ConfigurationError(
-                f"{base!r} is a saved embedder whose first module is {first}; only a Transformer can be continued. "
-                f"Name the language model itself as the base."
+                f"{base!r} is a saved embedder that starts with {first}, not a Transformer. Name its base."
             )
         return cls(base, hub, modules)
 
@@ -100,8 +99,7 @@ class SavedEmbedder:
         """Check that the saved pooling is the one called `name`, with its `options` if the user `given` any."""
         if name is None:
             raise ConfigurationError(
-                f"{self.base!r} is a saved embedder, and pooling_kwargs are given without pooling. Name the pooling "
-                f"too; if it is the saved one, its weights are kept."
+                f"{self.base!r} is a saved embedder: pooling_kwargs need the name of its pooling, which is kept."
             )
         saved = self.poolings.get(getattr(module, "__name__", ""))
         differences: list[str] = []
@@ -117,8 +115,7 @@ class SavedEmbedder:
             described = ", ".join(differences) if saved is not None else " and ".join(self.poolings) or "no pooling"
             raise ConfigurationError(
                 f"{self.base!r} is a saved embedder with {described}, which the requested pooling={name!r} would "
-                f"replace. Leave pooling and its options out to keep the saved one, or set pooling_init='new' to start "
-                f"with a new one."
+                f"replace. Leave pooling out to keep it, or set pooling_init='new' to start with a new one."
             )
 
     def load(self, settings: Mapping[str, Any], *, keep: bool, **kwargs: Any) -> SentenceTransformer:
@@ -185,9 +182,8 @@ class _BackboneLoader:
                 wanted = resolve_layers(wanted, text.num_hidden_layers)
             if wanted != saved and not (name == "layers" and not saved):
                 raise ConfigurationError(
-                    f"{self.saved.base!r} is a saved embedder with {name}={saved!r}, but {name}={self.wanted[name]!r} "
-                    f"is asked for. Leave it out to keep the saved setting, or set pooling_init='new' to start with a "
-                    f"new pooling."
+                    f"{self.saved.base!r} is a saved embedder with {name}={saved!r}, not {self.wanted[name]!r}. Leave "
+                    f"it out to keep the saved setting, or set pooling_init='new' to start with a new pooling."
                 )
 
 

@@ -31,10 +31,10 @@ from .test_stages import chain
         (["model.lora=papr"], ConfigurationError, "the only name is 'paper'"),
         (["model.lora={init_lora_weights: pissa}"], ConfigurationError, "'pissa' does not work here.*gaussian"),
         (["model.lora={init_lora_weights: eva}"], ConfigurationError, "'eva' does not work here: it needs data"),
-        (["model.lora={alora_invocation_tokens: [1]}"], ConfigurationError, "no text to embed holds"),
+        (["model.lora={alora_invocation_tokens: [1]}"], ConfigurationError, "in no text to embed"),
         (["model.lora={init_lora_weights: loftq}"], ConfigurationError, "'loftq'.*not in 4 bits.*nf4"),
-        (["model.freeze_layers=4"], ConfigurationError, "leaves none of the base's 4 layers.*at most 3"),
-        (["model.freeze_layers=4", "model.tune=full"], ConfigurationError, "none of the base's 4 layers"),
+        (["model.freeze_layers=4"], ConfigurationError, "leaves none of 4 layers.*at most 3"),
+        (["model.freeze_layers=4", "model.tune=full"], ConfigurationError, "none of 4 layers"),
         (["training.sparse_tuning.layers=5"], ConfigurationError, "layers=5 is more than the 4 layers"),
         (
             ["training.sparse_tuning.layers=3", "model.freeze_layers=2"],

@@ -56,7 +56,7 @@ def test_frozen_layers_keep_their_weights_and_the_others_do_not(tune, make_recip
 
 
 def test_more_layers_than_there_are_is_an_error_that_says_how_many():
-    with pytest.raises(ConfigurationError, match=r"none of the base's 3 layers.*at most 2"):
+    with pytest.raises(ConfigurationError, match=r"none of 3 layers.*at most 2"):
         freeze_lowest_layers(AutoModel.from_config(OPT), 3)
 
 

@@ -56,7 +56,7 @@ def test_the_best_share_wins_and_of_equal_ones_that_nearest_the_base():
 
 
 def test_a_base_of_other_shapes_or_names_is_refused():
-    with pytest.raises(ConfigurationError, match=r"'weight' is \(3, 2\) in the model and \(1, 2\) in its base"):
+    with pytest.raises(ConfigurationError, match=r"'weight' is \(3, 2\), and \(1, 2\) in its base"):
         merge_with_base(nn.Linear(2, 3), nn.Linear(2, 1).state_dict(), [0.5], pytest.fail)
     with pytest.raises(ConfigurationError, match="nothing to merge"):
         merge_with_base(nn.Linear(2, 3), {"other": torch.ones(1)}, [0.5], pytest.fail)

@@ -47,8 +47,8 @@ class Probes:
     def __post_init__(self) -> None:
         if len(self.pairs) < 2 or not 0 < len(self.queries) <= len(self.documents):
             raise DataError(
-                f"{len(self.pairs)} pairs, {len(self.queries)} queries, {len(self.documents)} documents: give at least "
-                f"two pairs, one query and a document for each query."
+                f"{len(self.pairs)} pairs, {len(self.queries)} queries, {len(self.documents)} documents are too "
+                f"few: give two pairs, one query and a document for each query."
             )
 
     @property

@@ -27,7 +27,7 @@ def builtin_backbone() -> str:
     folder = files(__package__) / "builtin"
     if not (folder / "model.safetensors").is_file():
         raise DataError(
-            f"The built-in backbone is missing from {folder}: this installation of st-llmpool lacks its data files. "
-            "Reinstall it from a wheel, or write them with scripts/pretrain_backbone.py."
+            f"The built-in backbone is missing from {folder}. Reinstall st-llmpool from a wheel, or write it with "
+            "scripts/pretrain_backbone.py."
         )
     return str(folder)

@@ -265,9 +265,8 @@ def _negatives(settings: DatasetSettings, rows: Dataset, names: Sequence[str]) -
         if counts["min"] != counts["max"]:
             row = pc.index(lengths, counts["min"]).as_py()
             raise DataError(
-                f"{settings.source!r}: the lists in {name!r} hold {counts['min']} to {counts['max']} negatives "
-                f"(row {row + 1} has {counts['min']}). Every row needs the same number: cut the lists to equal length, "
-                f"or drop the rows that have fewer."
+                f"{settings.source!r}: the lists in {name!r} hold {counts['min']} to {counts['max']} negatives (row "
+                f"{row + 1} has {counts['min']}). Every row needs the same number: cut them, or drop rows with fewer."
             )
         negatives += [pc.list_element(column, place) for place in range(counts["max"])]
     return negatives
@@ -276,9 +275,8 @@ def _negatives(settings: DatasetSettings, rows: Dataset, names: Sequence[str]) -
 def _keep_negatives(settings: DatasetSettings, negatives: Sequence[Any], wanted: int | None) -> dict[str, Any]:
     if wanted is not None and wanted > len(negatives):
         raise DataError(
-            f"{settings.source!r} has {len(negatives)} negatives to a query, but loss.num_negatives={wanted}. Name its "
-            f"columns of negatives, as in columns: {{negative: [hard_1, hard_2]}}, or set "
-            f"loss.num_negatives={len(negatives)}."
+            f"{settings.source!r} has {len(negatives)} negatives to a query, but loss.num_negatives={wanted}. Lower "
+            f"it, or name more columns, as in columns: {{negative: [hard_1, hard_2]}}."
         )
     kept = list(negatives)[:wanted]
     if len(kept) == 1:
@@ -294,8 +292,7 @@ def check_texts(settings: DatasetSettings, name: str, column: Any) -> None:
     kinds = (pa.types.is_string, pa.types.is_large_string)
     if not any(is_kind(column.type) for is_kind in kinds):
         raise DataError(
-            f"{settings.source!r}: the {name} is of type {column.type}, not text. Choose another column under columns, "
-            f"or convert it."
+            f"{settings.source!r}: the {name} is of type {column.type}, not text. Convert it, or choose another column."
         )
     try:
         column.validate(full=True)

@@ -75,8 +75,7 @@ class FiniteEncoder(SentenceTransformerEncoderWrapper):
             role = f"{prompt_type.value} " if prompt_type else ""
             raise InputError(
                 f"Task {task_metadata.name}: {np.count_nonzero(~finite)} of {len(finite)} {role}embeddings are not "
-                f"finite; the first is of text {first} ({row['text'][:80]!r}). Check the model's weights for NaN, and "
-                f"whether its dtype overflows (try float32 or bfloat16)."
+                f"finite, first of text {first} ({row['text'][:80]!r}). Check the weights for NaN, or change dtype."
             )
         return embeddings
 

@@ -161,8 +161,7 @@ def check_loss(settings: LossSettings) -> None:
         having = [name for name, other in LOSSES.items() if field.name in other.options]
         if value != field.default and having and settings.name not in having:
             raise ConfigurationError(
-                f"loss.{field.name}={value!r} does not apply to loss.name={settings.name}. Remove it, or use one of "
-                f"{having}."
+                f"loss.{field.name}={value!r} does not apply to loss.name={settings.name}. Remove it, or use {having}."
             )
 
 

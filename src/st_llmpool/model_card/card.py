@@ -288,8 +288,7 @@ def training_facts(run: Path) -> dict[str, Any]:
         return _facts_of(run, facts, recipe)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise DataError(
-            f"{run} has a training.json or recipe.yaml that st-llmpool train did not write ({error!r}). Name the "
-            f"run's folder, or remove them."
+            f"{run}: training.json or recipe.yaml is not of st-llmpool train ({error!r}). Name the run's folder."
         ) from error
 
 

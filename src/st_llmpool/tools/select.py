@@ -227,10 +227,7 @@ def _check_texts(source: str, rows: Dataset, columns: Sequence[str]) -> None:
         kind = rows.features.arrow_schema.field(name).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
             value = shown(rows[0][name]) if len(rows) else "nothing"
-            raise DataError(
-                f"Column {name!r} of {source!r} is of type {kind}, not text (row 1: {value}). Name columns with text, "
-                f"or convert it."
-            )
+            raise DataError(f"Column {name!r} of {source!r} is of type {kind}, not text (row 1: {value}). Convert it.")
     start = 0
     for chunk in rows.select_columns(list(columns)).with_format("arrow").iter(batch_size=CHUNK):
         has_text = np.zeros(len(chunk), dtype=bool)
@@ -279,8 +276,7 @@ def _vectors(
         if not np.isfinite(vectors).all():
             broken = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
             raise InputError(
-                f"The vector of row {start + broken + 1} of {source!r} is not finite: check the model's weights, and "
-                f"whether its dtype overflows."
+                f"The vector of row {start + broken + 1} of {source!r} is not finite: check the weights and dtype."
             )
         start += len(texts)
         advance(len(texts))

@@ -245,13 +245,11 @@ def _check_agreement(first: _Ingredient, other: _Ingredient) -> None:
     for key in dict.fromkeys([*ours, *theirs]):
         if ours.get(key) != theirs.get(key):
             raise ConfigurationError(
-                f"{key} is {theirs.get(key)!r} in {other.name} and {ours.get(key)!r} in {first.name}: only models with "
-                f"the same design and base can be averaged."
+                f"{key} is {theirs.get(key)!r} in {other.name} and {ours.get(key)!r} in {first.name}: designs differ."
             )
     if _rules(first.tokenizer) != _rules(other.tokenizer):
         raise ConfigurationError(
-            f"{other.name} and {first.name} have different tokenizers (vocabulary, special tokens or rules), so the "
-            f"rows of their embedding matrices belong to different tokens."
+            f"{other.name} and {first.name} have different tokenizers (vocabulary, special tokens or rules)."
         )
     for key in dict.fromkeys([*first.weights, *other.weights]):
         mine, yours = (tuple(kept[key].shape) if key in kept else None for kept in (first.weights, other.weights))

@@ -72,8 +72,7 @@ def check_names(recipe: Recipe) -> None:
     module = POOLINGS[pooling].module
     if model.tune == "pooling" and not (isinstance(module, type) and issubclass(module, TrainablePooling)):
         raise ConfigurationError(
-            f"model.tune=pooling with model.pooling={pooling!r} trains nothing, since that pooling has no weights. "
-            f"Use model.tune=lora, or a pooling with weights such as multi_layer."
+            f"model.tune=pooling trains nothing: model.pooling={pooling!r} has no weights. Use lora, or multi_layer."
         )
     if recipe.training.cache is not None:
         spec, options = POOLINGS[pooling], design_arguments(model)["pooling_kwargs"] or {}
@@ -180,8 +179,8 @@ def check_data(datasets: Mapping[str, Dataset], recipe: Recipe, world_size: int)
     check_split(batch_size, world_size)
     if batch_size // world_size < 2 and not recipe.loss.gather_across_devices:
         raise ConfigurationError(
-            f"training.batch_size={batch_size} on {world_size} processes is one query each, without negatives of other "
-            f"queries. Use at least {2 * world_size}, or loss.gather_across_devices=true."
+            f"training.batch_size={batch_size} on {world_size} processes is one query each, without negatives. "
+            f"Use at least {2 * world_size}, or loss.gather_across_devices=true."
         )
     for name, dataset in datasets.items():
         fitting = len(dataset) // world_size * world_size
@@ -199,8 +198,8 @@ def check_split(batch_size: int, world_size: int) -> None:
     if batch_size % world_size:
         lower = max(batch_size // world_size, 1) * world_size
         raise ConfigurationError(
-            f"training.batch_size={batch_size} is over all devices and cannot be split evenly over "
-            f"{world_size}. Use {lower} or {lower + world_size}."
+            f"training.batch_size={batch_size} is over all {world_size} devices, which cannot split it: use "
+            f"{lower} or {lower + world_size}."
         )
 
 
@@ -210,9 +209,8 @@ def _check_first_batch(name: str, dataset: Dataset, batch_size: int) -> None:
     found = len(next(iter(sampler)))
     if found < batch_size:
         raise DataError(
-            f"The set {name!r} repeats its texts so often that a batch without duplicates ends at {found} rows, below "
-            f"training.batch_size={batch_size}. Use a smaller batch, or training.batch_sampler=batch_sampler, "
-            f"which lets a text be its own negative."
+            f"A batch of {name!r} without duplicates ends at {found} rows, below training.batch_size={batch_size}. Use "
+            f"a smaller batch, or training.batch_sampler=batch_sampler, which lets a text be its own negative."
         )
 
 

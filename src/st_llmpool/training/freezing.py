@@ -34,8 +34,8 @@ def check_freezing(count: int, layers: int) -> None:
     """Check that freezing `count` of `layers` layers leaves one to train."""
     if count >= layers:
         raise ConfigurationError(
-            f"model.freeze_layers={count} leaves none of the base's {layers} layers to train. Use at most "
-            f"{layers - 1}, or model.tune=pooling, which trains the pooling alone."
+            f"model.freeze_layers={count} leaves none of {layers} layers to train. Use at most {layers - 1}, or "
+            f"model.tune=pooling."
         )
 
 

@@ -45,8 +45,7 @@ def merge_with_base(
     for name, weight in tuned.items():
         if weight.shape != base[name].shape:
             raise ConfigurationError(
-                f"The weight {name!r} is {tuple(weight.shape)} in the model and {tuple(base[name].shape)} in its base: "
-                f"they cannot be merged. Leave merge out."
+                f"The weight {name!r} is {tuple(weight.shape)}, and {tuple(base[name].shape)} in its base: drop merge."
             )
     if len(alphas) == 1:
         _interpolate_all(tuned, base, tuned, alphas[0])

@@ -120,6 +120,5 @@ def refused_by_name(setting: str, value: Any) -> Iterator[None]:
     except (ImportError, ValueError, TypeError, ArithmeticError, AssertionError, RuntimeError, LookupError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigurationError(
-            f"{setting}={getattr(value, 'value', value)} cannot be used here: {reason}. Change it, or "
-            f"what else is set of it under training."
+            f"{setting}={getattr(value, 'value', value)} cannot be used here: {reason}. Change it, or its options."
         ) from error

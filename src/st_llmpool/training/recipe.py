@@ -144,8 +144,7 @@ class MaskingSettings:
     def __post_init__(self) -> None:
         if not 0 < self.mlm_probability < 1:
             raise ConfigurationError(
-                f"masking.mlm_probability={self.mlm_probability} must be above 0, or nothing is predicted, and below "
-                f"1, or nothing is left to predict from."
+                f"masking.mlm_probability={self.mlm_probability} must be above 0, or nothing is predicted, and below 1."
             )
 
 
@@ -494,15 +493,9 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             f"model.design={model.design!r} says attention and pooling: drop it, or model.attention and model.pooling."
         )
     if model.quantization is not None and model.tune == "full":
-        yield (
-            f"model.quantization={model.quantization!r} cannot train in full: quantised weights have no gradient. "
-            f"Use model.tune=lora, or drop model.quantization."
-        )
+        yield f"model.quantization={model.quantization!r} has no gradients for model.tune=full. Use lora, or drop it."
     if model.freeze_layers and model.tune == "pooling":
-        yield (
-            f"model.freeze_layers={model.freeze_layers} does not apply to model.tune=pooling, which freezes every "
-            f"layer. Drop it, or use model.tune=lora or full."
-        )
+        yield f"model.freeze_layers={model.freeze_layers} does not apply to model.tune=pooling, which freezes all."
     if not recipe.data:
         yield "data is empty: name at least one training set, such as data: [{source: pairs.jsonl}]."
     for where, sets in [("data", recipe.data), ("evaluation.data", evaluation.data)]:
@@ -517,14 +510,10 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"loss.matryoshka_dims={sizes} must be numbers of dimensions, such as [64, 128]."
     if model.truncate_dim is not None and model.truncate_dim not in (sizes or []):
         yield (
-            f"model.truncate_dim={model.truncate_dim} is not among loss.matryoshka_dims={sizes}, so nothing trains the "
-            f"first {model.truncate_dim} dimensions to be an embedding. Add it there."
+            f"model.truncate_dim={model.truncate_dim} is not among loss.matryoshka_dims={sizes}, so untrained: add it."
         )
     if training.sparse_tuning is not None and model.tune != "lora":
-        yield (
-            f"training.sparse_tuning chooses among the layers of an adapter, and model.tune={model.tune} has none. "
-            f"Use model.tune=lora, or drop it; model.freeze_layers freezes layers of a full model."
-        )
+        yield f"training.sparse_tuning needs an adapter, and model.tune={model.tune} has none. Use lora, or drop it."
     if training.cache is not None and (model.tune != "pooling" or recipe.stages):
         yield (
             f"training.cache={training.cache!r} holds what a frozen backbone gives, and here it trains. Use "
@@ -534,18 +523,15 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield "training.cache does not apply to loss.name=gist, whose guide reads tokens. Use infonce or distill."
     if training.batch_size < 2:
         yield (
-            f"training.batch_size={training.batch_size} leaves a query without negatives of other queries, so there is "
-            f"nothing to contrast. Use at least 2; with little memory set loss.mini_batch_size=1."
+            f"training.batch_size={training.batch_size} has no negatives of other queries to contrast. Use at least 2; "
+            f"with little memory set loss.mini_batch_size=1."
         )
     if evaluation.load_best_model_at_end and not evaluation.is_on:
         yield "evaluation.load_best_model_at_end needs something to measure: give evaluation.data or .suite."
     kinds = [stage.kind for stage in recipe.stages]
     for place, stage in enumerate(recipe.stages):
         if stage.kind == "mntp" and set(kinds[:place]) - {"mntp"}:
-            yield (
-                f"stages.{place}: kind=mntp after {kinds[place - 1]} would start from a model that has lost its head, "
-                f"and its pooling would be lost. Put it first."
-            )
+            yield f"stages.{place}: kind=mntp after {kinds[place - 1]} would lose head and pooling. Put it first."
         if stage.kind == "mntp" and stage.tune is None and model.tune == "pooling":
             yield f"stages.{place}: model.tune=pooling does not apply to mntp. Set its tune."
         if stage.kind == "mntp" and model.quantization is not None:
@@ -561,6 +547,5 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         has_pairs = bool((stage.evaluation or evaluation).data)
         if stage.kind != "mntp" and isinstance(stage.merge, list) and len(stage.merge) > 1 and not has_pairs:
             yield (
-                f"stages.{place}: merge={stage.merge} needs a score to choose by. Give evaluation.data, held-out "
-                f"pairs, or one number."
+                f"stages.{place}: merge={stage.merge} needs a score to choose by. Give evaluation.data, or one number."
             )

@@ -64,8 +64,7 @@ def check_output(recipe: SavedRecipe, folder: Path, *, resume: bool) -> None:
         return
     if not resume:
         raise ConfigurationError(
-            f"output_dir={str(folder)!r} already holds a run. Resume it (--resume), choose another output_dir, or "
-            f"delete it."
+            f"output_dir={str(folder)!r} already holds a run. Resume it (--resume), delete it, or name another."
         )
     try:
         earlier, now = type(recipe).from_yaml(folder / "recipe.yaml").to_dict(), recipe.to_dict()
@@ -298,7 +297,6 @@ def _check_fit(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.T
     different = sorted(name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name))
     if different:
         raise InputError(
-            f"The checkpoint {str(checkpoint)!r} is of another model: {len(different)} weights are missing, new or of "
-            f"another shape, such as {different[0]!r}. Resume with the recipe that it was trained with, or choose "
-            f"another output_dir."
+            f"The checkpoint {str(checkpoint)!r} is of another model: {len(different)} weights differ in name or "
+            f"shape, such as {different[0]!r}. Resume with its recipe, or choose another output_dir."
         )

@@ -138,8 +138,7 @@ def check_number_of_layers(settings: SparseTuningSettings, found: int) -> None:
     """Refuse to choose more layers than the `found` ones that have a trainable adapter."""
     if settings.layers > found:
         raise ConfigurationError(
-            f"training.sparse_tuning.layers={settings.layers} is more than the {found} layers whose adapter can train. "
-            f"Use at most {found}; the paper uses a quarter of the layers."
+            f"training.sparse_tuning.layers={settings.layers} is more than the {found} layers whose adapter can train."
         )
 
 

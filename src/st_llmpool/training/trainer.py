@@ -180,8 +180,7 @@ class GuardedTrainer:
         checkpoint = last_checkpoint(Path(self.args.output_dir))
         kept = "No checkpoint was written before" if checkpoint is None else f"The last good checkpoint is {checkpoint}"
         raise TrainingError(
-            f"{what} {kept}; no model is saved. Lower training.learning_rate or look at these rows, and train in "
-            f"another output_dir."
+            f"{what} {kept}; no model is saved. Lower training.learning_rate or check these rows; use another folder."
         )
 
     def _describe(self: Any, keys: Sequence[int]) -> str:

@@ -184,8 +184,7 @@ def _check_cells(lines: Iterator[str], name: str, kind: type[StLlmpoolError], *,
         for row in rows:
             if len(row) > len(header):
                 raise kind(
-                    f"Line {rows.line_num} of {name!r} has {len(row)} cells and the header {len(header)}: put a cell "
-                    f"that holds the separator into double quotes."
+                    f"Line {rows.line_num} of {name!r} has {len(row)} cells, not {len(header)}: quote separators."
                 )
     except csv.Error as error:
         raise kind(f"Line {rows.line_num} of {name!r} is not CSV: {_reason(error)}.") from error
@@ -257,8 +256,7 @@ def _check_scalar(value: object, where: str, kind: type[StLlmpoolError], *, fini
                 value.encode()
             except UnicodeEncodeError as error:
                 raise kind(
-                    f"{where} holds half a character, the lone surrogate {value[error.start]!a}, which no tokenizer "
-                    f"takes, in {ascii(value)[:60]}."
+                    f"{where} holds a lone surrogate, {value[error.start]!a}, which no tokenizer reads: {value[:60]!a}."
                 ) from error
     elif isinstance(value, int):
         if value.bit_length() > 64:

@@ -301,7 +301,7 @@ def test_what_cannot_work_is_refused_before_weights_are_loaded(
 
 
 def test_a_base_without_a_head_and_an_encoder_are_refused(tmp_path, tiny_llm, make_llm, words_file):
-    with pytest.raises(ConfigurationError, match=r"no values for 1 weights .*lm_head"):
+    with pytest.raises(ConfigurationError, match=r"lacks 1 weights .*lm_head"):
         adapt(make(tmp_path / "run", tiny_llm, words_file))
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
     with pytest.raises(ConfigurationError, match="is an encoder"):

@@ -119,14 +119,12 @@ def load_language_model(recipe: AdaptRecipe, base: str, *, dtype: torch.dtype) -
     model, report = loaded
     if is_encoder(text_config(model)):
         raise ConfigurationError(
-            f"base={base!r} is an encoder ({model.config.model_type}), which attends in both directions and predicts "
-            f"masked tokens as it is. Use a decoder, or leave this stage out."
+            f"base={base!r} is an encoder ({model.config.model_type}), which needs no adaptation. Use a decoder."
         )
     if missing := sorted(report["missing_keys"]):
         raise ConfigurationError(
-            f"base={base!r} has no values for {len(missing)} weights of {type(model).__name__}, such as "
-            f"{missing[0]!r}: without the head of a language model there is nothing to predict tokens with. Use the "
-            f"base as it was published; an embedding model has no head any more."
+            f"base={base!r} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]!r}: nothing "
+            f"predicts tokens without a language model's head. Use the base as published, not an embedding model."
         )
     return model
 

@@ -60,8 +60,7 @@ def masked_logits(
     if logits.shape[:2] != (1, len(rows)):
         raise ConfigurationError(
             f"{type(model).__name__} gives logits of shape {tuple(logits.shape)} for {len(rows)} masked tokens: it "
-            f"does not call its head on hidden states (B, T, D), so those of single tokens cannot be had. Use another "
-            f"base."
+            f"does not call its head on hidden states (B, T, D). Use another base."
         )
     return logits[0], labels[rows, places]
 

@@ -91,8 +91,7 @@ class AdaptRecipe(SavedRecipe):
         super().__post_init__()
         if self.training.optim in OPTIMIZERS:
             raise ConfigurationError(
-                f"training.optim={self.training.optim} is for contrastive training only; use one of transformers here, "
-                f"such as adamw_torch."
+                f"training.optim={self.training.optim} is for contrastive training only; use adamw_torch, for example."
             )
         if self.training.sparse_tuning is not None:
             raise ConfigurationError(
