@@ -93,7 +93,7 @@ def check_peft() -> None:
     except (ImportError, ValueError) as error:
         raise ConfigurationError(
             f"No adapter works with this peft {metadata.version('peft')} and transformers "
-            f"{metadata.version('transformers')}: {error} Use an older transformers: st-llmpool[train] has a tested one."
+            f"{metadata.version('transformers')}: {error} Use an older transformers; st-llmpool[train] has one."
         ) from error
 
 
