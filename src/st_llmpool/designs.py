@@ -321,10 +321,7 @@ def _quantization(config: Any, dtype: torch.dtype | str | None) -> Any:
         if compute is None:
             compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
         )
     raise ConfigurationError(f"quantization_config={config!r} is unknown; use 'nf4', 'int8' or a BitsAndBytesConfig.")
 

@@ -91,7 +91,7 @@ class SavedEmbedder:
     @property
     def poolings(self) -> dict[str, dict[str, Any]]:
         """Class name -> config of the modules after the backbone."""
-        return {_class_name(entry): self._config(entry) for entry in self.modules[1:]}
+        return {_class_name(entry): self._json(f"{entry['path']}/config.json") or {} for entry in self.modules[1:]}
 
     def check_pooling(
         self, name: str | None, module: Callable[..., Module], options: Mapping[str, Any], given: bool
@@ -132,9 +132,6 @@ class SavedEmbedder:
         if not self.is_ours and not model[0].include_prompt:
             _name_prompts_of_other_lengths(model)
         return model
-
-    def _config(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        return self._json(f"{entry['path']}/config.json") or {}
 
     def _json(self, name: str) -> Any:
         location = {key: self.hub[key] for key in ("revision", "token") if key in self.hub}

@@ -169,7 +169,7 @@ def analyze_layers(
             )
         earlier = _look(first, chosen, row, probes)
         change = _numbers(linear_cka(first[chosen], embeddings[chosen]).diagonal())
-    read = list(after[0].layers)
+    read, table = list(after[0].layers), getattr(after[1], "layer_table", None)
     return LayerAnalysis(
         texts=len(texts),
         readout=after[0].layer_readout,
@@ -178,7 +178,7 @@ def analyze_layers(
         change=change,
         read=read,
         attention=_attention(after, texts, batch_size) if read else None,
-        weight_norms=_weight_norms(after),
+        weight_norms=None if table is None else table.detach().float().norm(dim=1).tolist(),
         moved=list(layer_use(after, texts).moved) if read else None,
     )
 
@@ -283,11 +283,6 @@ def _attention(model: SentenceTransformer, texts: Sequence[str], batch_size: int
                 return None
             parts.append(weights.float().cpu())
     return torch.cat(parts).mean(dim=0).tolist()
-
-
-def _weight_norms(model: SentenceTransformer) -> list[float] | None:
-    table = getattr(model[1], "layer_table", None)
-    return None if table is None else table.detach().float().norm(dim=1).tolist()
 
 
 def _batches(model: SentenceTransformer, texts: Sequence[str], size: int) -> Iterator[dict[str, Any]]:

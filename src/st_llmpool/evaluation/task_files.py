@@ -72,7 +72,10 @@ def read_table(path: Path, columns: Sequence[Column], file_names: Mapping[str, s
     known, found = read(path, list(wanted.values()))
     for column, file_name in wanted.items():
         if file_name not in found and column.default is None:
-            raise _missing(path, file_name, column.name, known)
+            hint = nearest(file_name, known)
+            if file_name == column.name:
+                hint += f" Map it with `columns: {{{file_name}: ...}}`."
+            raise DataError(f"{path} has no column {file_name!r}; it has {', '.join(known)}.{hint}")
     rows = len(next(iter(found.values())))
     if not rows:
         raise DataError(f"{path} has no rows.")
@@ -109,13 +112,6 @@ def _read_json_lines(path: Path, names: Sequence[str]) -> tuple[list[str], dict[
     if not table:
         raise DataError(f"{path} has no rows.")
     return list(table), {name: table[name] for name in names if name in table}
-
-
-def _missing(path: Path, file_name: str, name: str, known: Sequence[str]) -> DataError:
-    way_out = "" if file_name != name else f" Map it with `columns: {{{name}: ...}}`."
-    return DataError(
-        f"{path} has no column {file_name!r}; it has {', '.join(known)}.{nearest(file_name, known)}{way_out}"
-    )
 
 
 def _checked(path: Path, name: str, kind: Kind, values: list[Any]) -> list[Any]:

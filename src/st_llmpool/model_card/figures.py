@@ -76,7 +76,9 @@ def draw_layers(file: Path, report: Mapping[str, Any]) -> bool:
         if panels[-1].lines:
             panels[-1].legend(fontsize=7)
         if not report["moved"] or not any(report["moved"]):
-            _note(panels[-1], _UNMOVED if report["moved"] else "The pooling reads only the last layer.")
+            note = _UNMOVED if report["moved"] else "The pooling reads only the last layer."
+            place = {"transform": panels[-1].transAxes, "ha": "center", "va": "center"}
+            panels[-1].text(0.5, 0.5, note, fontsize=8, wrap=True, **place)
         for panel in panels:
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -107,10 +109,6 @@ def draw_design(file: Path, *, attention: str, read: str, pooling: str, num_laye
         axes.set_axis_off()
 
     return _draw(file, (7.5, 3.6), draw)
-
-
-def _note(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=8, wrap=True)
 
 
 def _box(axes: Axes, left: float, bottom: float, width: float, height: float, text: str, filled: bool = False) -> None:

@@ -152,7 +152,8 @@ def select(
     with _bar(sum(sizes) + len(targets), console) as advance:
         options: dict[str, Any] = {"encoder": encoder, "batch_size": batch_size, "advance": advance}
         wanted = np.concatenate(list(_vectors(str(target), targets, target_names, **options)))
-        with _vectors_file(out.parent, sum(sizes), wanted.shape[1]) as vectors:
+        with TemporaryFile(dir=out.parent) as file:  # without a name, so gone afterwards and after a kill
+            vectors = np.memmap(file, dtype=np.float32, mode="w+", shape=(sum(sizes), wanted.shape[1]))
             place = 0
             for source, found in sources.items():
                 for chunk in _vectors(source, found, texts_of[source], **options):
@@ -285,13 +286,6 @@ def _vectors(
 
 def _text(row: Mapping[str, Any], columns: Sequence[str]) -> str:
     return "\n".join(str(row[name]) for name in columns if row[name] is not None)
-
-
-@contextmanager
-def _vectors_file(folder: Path, rows: int, dimension: int) -> Iterator[np.ndarray]:
-    """Give an array (N, D) in a file without a name, which is gone afterwards and after a kill."""
-    with TemporaryFile(dir=folder) as file:
-        yield np.memmap(file, dtype=np.float32, mode="w+", shape=(rows, dimension))
 
 
 @contextmanager

@@ -136,7 +136,11 @@ def soup(
     chosen, scores, final = (names, {}, None) if score is None else _greedy(first.model, weights, score)
     first.model.load_state_dict(average([weights[name] for name in chosen]))
     if load is _load_embedder:
-        _reset_card(first.model, len(chosen))
+        # The first model's card is of its training and results, which are not the soup's.
+        first.model._model_card_text = None
+        card = EmbedderCardData(model_name=f"Average of {len(chosen)} models", local_files_only=True)
+        first.model.model_card_data = card
+        card.register_model(first.model)
     _save(first, out, chosen, scores, final)
     return Soup(out, list(chosen), scores, final)
 
@@ -267,13 +271,6 @@ def _rules(tokenizer: Any) -> list[Any]:
     rules = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else {}
     rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}  # set by the last call
     return [tokenizer.get_vocab(), tokenizer.special_tokens_map, rules]
-
-
-def _reset_card(model: SentenceTransformer, number: int) -> None:
-    """Replace the first model's card, whose training and results are not the soup's."""
-    model._model_card_text = None
-    model.model_card_data = EmbedderCardData(model_name=f"Average of {number} models", local_files_only=True)
-    model.model_card_data.register_model(model)
 
 
 def _save(

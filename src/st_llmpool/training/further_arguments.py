@@ -18,11 +18,7 @@ _HUB = "publish with st-llmpool push, which checks the model first"
 _RESUME = "a run must be resumable to the last bit"
 _MEMORY = "use training.gradient_checkpointing"
 # Integration -> its package, where that has another name.
-_PACKAGES = {
-    "azure_ml": "azureml-core",
-    "comet_ml": "comet-ml",
-    "flyte": "flytekit",
-}
+_PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
 #: Argument -> why a recipe cannot set it, and what to use instead.
 MANAGED: dict[str, str] = {
     "output_dir": "set output_dir at the top of the recipe",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import TYPE_CHECKING
 
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
@@ -24,14 +24,15 @@ def held_out_evaluator(
         truncate_dim: Truncate embeddings to this many dimensions; None keeps the model's own size.
     """
     columns = [pairs[column] for column in pairs.column_names if column != "query"]
-    corpus = _number("d", (text for texts in columns for text in texts))
-    queries = _number("q", pairs["query"])
+    corpus = {f"d{place}": text for place, text in enumerate(dict.fromkeys(chain(*columns)))}
+    queries = {f"q{place}": text for place, text in enumerate(dict.fromkeys(pairs["query"]))}
+    ids = [{text: name for name, text in texts.items()} for texts in (queries, corpus)]
     relevant: dict[str, set[str]] = {}
     for query, positive in zip(pairs["query"], pairs["positive"], strict=True):
-        relevant.setdefault(queries[query], set()).add(corpus[positive])
+        relevant.setdefault(ids[0][query], set()).add(ids[1][positive])
     return InformationRetrievalEvaluator(
-        queries=_by_id(queries),
-        corpus=_by_id(corpus),
+        queries=queries,
+        corpus=corpus,
         relevant_docs=relevant,
         query_prompt=query_prompt,
         batch_size=batch_size,
@@ -44,11 +45,3 @@ def held_out_evaluator(
         map_at_k=[100],
         write_csv=False,
     )
-
-
-def _number(prefix: str, texts: Iterable[str]) -> dict[str, str]:
-    return {text: f"{prefix}{place}" for place, text in enumerate(dict.fromkeys(texts))}
-
-
-def _by_id(ids: Mapping[str, str]) -> dict[str, Any]:
-    return {number: text for text, number in ids.items()}

@@ -47,22 +47,18 @@ def merge_with_base(
             raise ConfigurationError(
                 f"The weight {name!r} is {tuple(weight.shape)}, and {tuple(base[name].shape)} in its base: drop merge."
             )
-    if len(alphas) == 1:
-        _interpolate_all(tuned, base, tuned, alphas[0])
-        return alphas[0], {}
+    several = len(alphas) > 1
     # On the CPU: a GPU may have no space for a second copy.
-    kept = {name: weight.detach().to("cpu", copy=True) for name, weight in tuned.items()}
+    kept = {name: weight.detach().to("cpu", copy=True) if several else weight for name, weight in tuned.items()}
+
+    def use(alpha: float) -> None:
+        for name, weight in tuned.items():
+            weight.copy_(interpolate(base[name], kept[name].to(weight.device), alpha))
+
     scores: dict[float, float] = {}
-    for alpha in sorted(alphas):
-        _interpolate_all(tuned, base, kept, alpha)
+    for alpha in sorted(alphas) if several else ():
+        use(alpha)
         scores[alpha] = score()
-    chosen = max(scores, key=lambda alpha: scores[alpha])
-    _interpolate_all(tuned, base, kept, chosen)
+    chosen = max(scores, key=lambda alpha: scores[alpha], default=alphas[0])
+    use(chosen)
     return chosen, scores
-
-
-def _interpolate_all(
-    weights: Mapping[str, Tensor], base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float
-) -> None:
-    for name, weight in weights.items():
-        weight.copy_(interpolate(base[name], tuned[name].to(weight.device), alpha))

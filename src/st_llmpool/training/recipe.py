@@ -39,11 +39,7 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]  # what numpy takes
 PRESETS: dict[str, dict[str, Any]] = {
     # Tang and Yang 2024, arXiv 2409.02727, section 4: what its five designs were trained with.
     "paper": {
-        "model": {
-            "tune": "lora",
-            "lora": "paper",
-            "max_seq_length": 1024,
-        },
+        "model": {"tune": "lora", "lora": "paper", "max_seq_length": 1024},
         "loss": {
             "name": "infonce",
             "scale": 20.0,
@@ -59,7 +55,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "lr_scheduler_type": "linear",
             "warmup_steps": 100,
         },
-    },
+    }
 }
 
 
@@ -469,11 +465,7 @@ class Recipe(SavedRecipe):
 
 def with_earlier_names(values: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe's nested mappings under the names that fields had before they were transformers' own."""
-    named: dict[str, Any] = {
-        "training": TrainingSettings,
-        "evaluation": EvaluationSettings,
-        "masking": MaskingSettings,
-    }
+    named: dict[str, Any] = {"training": TrainingSettings, "evaluation": EvaluationSettings, "masking": MaskingSettings}
     earlier = {}
     for key, value in values.items():
         if isinstance(value, list):

@@ -7,7 +7,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from ..modules.errors import ConfigurationError, nearest
@@ -57,16 +57,11 @@ def from_mapping(settings: type[T], values: object, where: str = "") -> T:
 
 def to_mapping(settings: Any) -> dict[str, Any]:
     """Return a dataclass as nested mappings that :func:`from_mapping` reads back."""
-    return dict(_plain_items(settings))
-
-
-def _plain_items(settings: Any) -> Iterator[tuple[str, Any]]:
+    plain: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if field.metadata.get("rest"):
-            yield from value.items()
-        else:
-            yield field.name, _plain(value)
+        plain |= value if field.metadata.get("rest") else {field.name: _plain(value)}
+    return plain
 
 
 def _plain(value: Any) -> Any:
@@ -210,7 +205,11 @@ def converted(kind: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         return _coerce_union(get_args(kind), value, where)
     if origin is Literal:
-        return _choose(get_args(kind), value, where)
+        if value in get_args(kind):
+            return value
+        known = list(get_args(kind))
+        hint = nearest(str(value), map(str, known))
+        raise ConfigurationError(f"{where}={shown(value)} is unknown; it is one of {known}.{hint}")
     if origin is list:
         items = value if isinstance(value, list) else [value]
         return [converted(get_args(kind)[0], item, f"{where}.{place}") for place, item in enumerate(items)]
@@ -240,14 +239,6 @@ def _coerce_union(kinds: Sequence[Any], value: Any, where: str) -> Any:
         except ConfigurationError:
             continue
     return converted(options[-1], value, where)
-
-
-def _choose(options: Sequence[Any], value: Any, where: str) -> Any:
-    if value not in options:
-        raise ConfigurationError(
-            f"{where}={shown(value)} is unknown; it is one of {list(options)}.{nearest(str(value), map(str, options))}"
-        )
-    return value
 
 
 def _coerce_scalar(kind: type, value: Any, where: str) -> Any:

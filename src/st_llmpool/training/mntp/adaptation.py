@@ -12,12 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from datasets import concatenate_datasets
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from ...adapters import lora_config
 from ...data.training_data import load_texts

@@ -103,7 +103,9 @@ def masked_score(
     head, was_training, device = model.get_output_embeddings(), model.training, model.device
     model.eval()
     found, loss, tokens = 0, 0.0, 0
-    for batch in _batches(examples, batch_size):
+    by_length = sorted(examples, key=lambda example: len(example["input_ids"]))  # little padding
+    for start in range(0, len(by_length), batch_size):
+        batch = collate(by_length[start : start + batch_size])
         if unmasked:
             batch["input_ids"] = torch.where(batch["labels"] == IGNORE, batch["input_ids"], batch["labels"])
         logits, targets = masked_logits(model, head, **{name: tensor.to(device) for name, tensor in batch.items()})
@@ -157,12 +159,6 @@ def accuracy_table(report: Mapping[str, Any]) -> Table:
     for key, meaning in rows.items():
         table.add_row(meaning, f"{report['masked_accuracy'][key]:.1%}".replace("%", " %"))
     return table
-
-
-def _batches(examples: Sequence[Example], batch_size: int) -> Iterator[dict[str, Tensor]]:
-    by_length = sorted(examples, key=lambda example: len(example["input_ids"]))  # little padding
-    for start in range(0, len(by_length), batch_size):
-        yield collate(by_length[start : start + batch_size])
 
 
 @contextmanager
