@@ -61,7 +61,7 @@ def test_loftq_gives_vectors_nearer_to_the_whole_model_and_survives_a_save(llm, 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"peft_config": LOFTQ}, "'loftq'.*not in 4 bits"),
+        ({"peft_config": LOFTQ}, "'loftq'.*needs a base in 4 bits"),
         ({"peft_config": LOFTQ, "quantization_config": "int8"}, "not in 4 bits"),
         ({"peft_config": LOFTQ | {"use_dora": True}, "quantization_config": "nf4"}, "use_dora cannot be combined"),
         ({"peft_config": {"init_lora_weights": "pissa"}}, "'pissa' does not work here.*gaussian"),

@@ -232,7 +232,7 @@ def test_a_saved_generic_tokenizer_keeps_eos_when_transformers_loads_it(kind, tm
 
 
 def test_a_tokenizer_without_eos_is_refused_with_the_way_out():
-    with pytest.raises(ConfigurationError, match=r"no EOS token.*tokenizer.eos_token.*add_eos_token=False"):
+    with pytest.raises(ConfigurationError, match=r"no EOS token.*set one.*add_eos_token=False"):
         append_eos(tiny_tokenizer(pad_token="<pad>"))
 
 

@@ -99,7 +99,7 @@ def test_prompts_and_lengths_that_are_given_come_over_the_saved_ones(own):
         ({"pooling": "multi_layer", "pooling_kwargs": {"num_latents": 3}}, "num_latents=8.*pooling_init='new'"),
         (DESIGNS["paper-3"].as_kwargs(), "num_latents=8, .*readout_skip=True"),
         ({"pooling_kwargs": {"num_latents": 3}}, "need the name of its pooling"),
-        ({"attention": "bidirectional"}, "attention='causal', but attention='bidirectional' is asked for"),
+        ({"attention": "bidirectional"}, "attention='causal', not 'bidirectional'"),
         ({"layers": "all"}, r"layers=\[1, 4\]"),
         ({"layer_readout": "mean"}, "layer_readout='eos'"),
         ({"add_eos_token": False}, "add_eos_token=True"),
@@ -152,7 +152,7 @@ def test_a_first_module_that_is_no_transformer_is_refused(tmp_path):
 
     static = StaticEmbedding(tiny_tokenizer(pad_token="<pad>").backend_tokenizer, embedding_dim=8)
     _, folder = saved(SentenceTransformer(modules=[static]), tmp_path)
-    with pytest.raises(ConfigurationError, match="first module is StaticEmbedding"):
+    with pytest.raises(ConfigurationError, match="starts with StaticEmbedding"):
         build_embedder(folder)
 
 

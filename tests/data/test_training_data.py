@@ -340,6 +340,12 @@ def test_every_kind_of_file_gives_its_texts(tmp_path, ending):
     assert settings.label == "texts"
 
 
+def test_a_folder_may_hold_a_text_file_for_each_split(tmp_path):
+    (tmp_path / "train.txt").write_text("a text\n")
+    (tmp_path / "test.txt").write_text("another\n")
+    assert load_texts(TextSettings(str(tmp_path), split="test"))["text"][:] == ["another"]
+
+
 def test_what_is_not_text_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"no column 'text' for the text.*'body'"):
         load_texts(TextSettings(write_texts(tmp_path, "jsonl")))

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from .docstring_pairs import Split
 
 #: File name ending -> name of the reader in ``datasets``.
-FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
+FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+_ENDINGS = (*FORMATS, ".txt")
 DOCSTRINGS = "docstrings"
 ROLES = ("query", "positive", "negative")
 
@@ -128,7 +129,7 @@ def read_rows(settings: DatasetSettings) -> Dataset:
         return _read_file(settings, _file_of_split(path, settings.split))
     if exists(path):
         return _read_file(settings, path)
-    if path.suffix in FORMATS or path.is_absolute() or not settings.source or settings.source.startswith((".", "~")):
+    if path.suffix in _ENDINGS or path.is_absolute() or not settings.source or settings.source.startswith((".", "~")):
         raise DataError(f"There is no file {settings.source!r}; relative paths start at {str(Path.cwd())!r}.")
     return _read_hub(settings)
 
@@ -151,7 +152,7 @@ def _read_docstrings(settings: DatasetSettings) -> Dataset:
 
 
 def _file_of_split(folder: Path, split: str) -> Path:
-    files = sorted(file for file in folder.iterdir() if file.suffix in FORMATS)
+    files = sorted(file for file in folder.iterdir() if file.suffix in _ENDINGS)
     matching = [file for file in files if file.stem == split]
     if len(matching) != 1:
         found = [file.name for file in files]
@@ -165,8 +166,8 @@ def _file_of_split(folder: Path, split: str) -> Path:
 def _read_file(settings: DatasetSettings, path: Path) -> Dataset:
     from datasets import Dataset, load_dataset
 
-    if path.suffix not in FORMATS:
-        raise DataError(f"{settings.source!r} ends in {path.suffix!r}; readable are {list(FORMATS)}.")
+    if path.suffix not in _ENDINGS:
+        raise DataError(f"{settings.source!r} ends in {path.suffix!r}; readable are {list(_ENDINGS)}.")
     if path.suffix == ".txt":
         return Dataset.from_dict({"text": [line for line in read_lines(path) if line.strip()]})
     try:
@@ -342,6 +343,7 @@ class TextSettings:
     def as_pairs(self) -> DatasetSettings:
         """Return the set with each text as a query and as its own positive, for a loss that compares two views."""
         column = "positive" if self.source == DOCSTRINGS else self.column
+        column = "text" if Path(self.source).suffix == ".txt" else column
         return DatasetSettings(
             source=self.source,
             name=self.name,
@@ -371,12 +373,19 @@ def load_texts(settings: TextSettings) -> Dataset:
         ...     load_texts(TextSettings(file.name))["text"][:]
         ['a text', 'another text']
     """
-    rows = _column(settings)
+    pairs = settings.as_pairs()
+    rows, column = read_rows(pairs), pairs.columns["query"]
+    if column not in rows.column_names:
+        raise DataError(
+            f"{settings.source!r} has no column {column!r} for the text; its columns are {rows.column_names}. Name the "
+            f"one that holds the text as column.{nearest(column, rows.column_names)}"
+        )
+    rows = rows.select_columns([column]).rename_columns({column: "text"})
     if settings.limit is not None:
         rows = rows.select(range(min(settings.limit, len(rows))))
     if len(rows) == 0:
         raise DataError(f"{settings.source!r} (split {settings.split!r}) is empty.")
-    check_texts(settings.as_pairs(), "text", rows.data.column("text"))
+    check_texts(pairs, "text", rows.data.column("text"))
     return rows
 
 
@@ -387,15 +396,3 @@ def load_views(settings: TextSettings) -> Dataset:
 
     texts = load_texts(settings).data.column("text")
     return Dataset(pa.table({"query": texts, "positive": texts}))
-
-
-def _column(settings: TextSettings) -> Dataset:
-    pairs = settings.as_pairs()
-    rows, column = read_rows(pairs), pairs.columns["query"]
-    if column not in rows.column_names:
-        raise DataError(
-            f"{settings.source!r} has no column {column!r} for the text; its columns are {rows.column_names}. Name the "
-            f"one that holds the text as column.{nearest(column, rows.column_names)}"
-        )
-    rows = rows.select_columns([column])
-    return rows if column == "text" else rows.rename_column(column, "text")
