@@ -46,14 +46,14 @@ class PoolingSpec:
 
     Attributes:
         module: The class, called with ``embedding_dimension``, the fixed options and the user's.
-        reads: ``"tokens"`` or ``"layers"``; a pooling over layers also gets ``num_layers``. A class that can read
-            either has an option ``reads``, which takes precedence.
+        reads: ``"tokens"``, ``"readout"`` or ``"layers"``; a pooling over layers also gets ``num_layers``. A class that
+            can read tokens or layers has an option ``reads``, which takes precedence.
         summary: One line for tables.
         options: Fixed options.
     """
 
     module: Callable[..., Module]
-    reads: Literal["tokens", "layers"]
+    reads: Literal["tokens", "readout", "layers"]
     summary: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -91,7 +91,7 @@ POOLINGS: dict[str, PoolingSpec] = {
     "cls": PoolingSpec(Pooling, "tokens", "the first token", {"pooling_mode": "cls"}),
     "last_layer": PoolingSpec(LatentAttentionPooling, "tokens", "trainable attention over the last layer's tokens"),
     "multi_layer": PoolingSpec(MultiLayerPooling, "layers", "trainable attention over every layer's summary"),
-    "linear": PoolingSpec(poolings.LinearPooling, "tokens", "trainable linear map of the plain readout"),
+    "linear": PoolingSpec(poolings.LinearPooling, "readout", "trainable linear map of the plain readout"),
     "scalar_mix": PoolingSpec(ScalarMixPooling, "layers", "one trained weight per layer"),
     "hopfield": PoolingSpec(
         poolings.HopfieldPooling, "tokens", "trainable patterns retrieve from the tokens, in several steps"

@@ -128,7 +128,7 @@ def test_excluding_the_prompt_changes_what_is_pooled(model, case):
     excluded = alone(model, ids, prompt_length)
     # The last token is never the prompt's, so what reads it alone does not change.
     pooling, options = CASES[case]
-    reads_readout = pooling == "linear" or POOLINGS[pooling].reads_with(options) == "layers"
+    reads_readout = POOLINGS[pooling].reads_with(options) != "tokens"
     reads_last_token = model[0].layer_readout == "eos" and reads_readout
     unchanged = reads_last_token or pooling in ("eos", "lasttoken")
     assert torch.allclose(kept, excluded, atol=1e-6) == unchanged

@@ -23,7 +23,7 @@ from st_llmpool.summary_cache import cached_summaries
 TEXTS = ["a text", "another, longer text about cats and dogs", "x", "the quick brown fox jumps over the lazy dog " * 3]
 LAYERED = {name: {} for name in ("multi_layer", "scalar_mix")}
 LAYERED |= {name: {"reads": "layers"} for name in ("hopfield", "attsets", "gem", "pyramid")}
-PLAIN = {"eos": {}, "lasttoken": {}, "mean": {}}
+PLAIN = {"eos": {}, "lasttoken": {}, "mean": {}, "linear": {}}
 FITTING = {**LAYERED, **PLAIN}
 
 
@@ -59,9 +59,9 @@ def test_vectors_are_those_without_the_cache(tiny_llm, tmp_path, pooling, attent
 
 
 @pytest.mark.parametrize("loss", [MultipleNegativesRankingLoss, CachedMultipleNegativesRankingLoss])
-@pytest.mark.parametrize("pooling", LAYERED)
+@pytest.mark.parametrize("pooling", [*LAYERED, "linear"])
 def test_losses_and_gradients_are_those_without_the_cache(tiny_llm, tmp_path, pooling, loss):
-    model = build(tiny_llm, pooling, pooling_kwargs=LAYERED[pooling])
+    model = build(tiny_llm, pooling, pooling_kwargs=FITTING[pooling])
     columns = [TEXTS, [text + " yes" for text in TEXTS], [text + " no" for text in TEXTS]]
     objective = loss(model) if loss is MultipleNegativesRankingLoss else loss(model, mini_batch_size=2)
 

@@ -8,7 +8,7 @@ import json
 import reprlib
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -238,16 +238,26 @@ def check_poolings(model: SentenceTransformer) -> str:
             if module.pooling_mode not in _TO_READOUT:
                 raise reads_tokens(f"pooling mode {module.pooling_mode!r}")
             readout = _TO_READOUT[module.pooling_mode]
-        elif hasattr(module, "default_learning_rate") and getattr(module, "num_layers", None) is None:
+        elif hasattr(module, "default_learning_rate") and not _runs_without_tokens(module, model[0]):
             raise reads_tokens(type(module).__name__)
     return readout
+
+
+def _runs_without_tokens(pooling: nn.Module, backbone: Any) -> bool:
+    """Return whether a trainable pooling takes the cached features of a text; also one of a repository's own code."""
+    device, width = next(pooling.parameters()).device, backbone.get_embedding_dimension()
+    readout, summaries = torch.zeros(1, width), torch.zeros(1, len(backbone.layers), width)
+    with preserve_modes(pooling), suppress(KeyError, ConfigurationError):
+        pooling({"readout": readout.to(device), "layer_summaries": summaries.to(device)})
+        return True
+    return False
 
 
 def reads_tokens(pooling: str) -> ConfigurationError:
     """Return the refusal of a pooling over tokens, by its name."""
     return ConfigurationError(
         f"{pooling} reads every token, and the cache holds one vector per layer. Use a pooling over layers "
-        f"(multi_layer, scalar_mix, or reads=layers), eos or mean; or train without the cache."
+        f"(multi_layer, scalar_mix, or reads=layers), linear, eos or mean; or train without the cache."
     )
 
 
