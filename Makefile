@@ -23,7 +23,7 @@ PYTEST = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-all lint format docs lowest newest upgrade architectures bench gpu gpu-wheels clean
+.PHONY: help quickstart test test-all real lint format docs lowest newest upgrade architectures bench gpu gpu-wheels clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|' 2>/dev/null \
@@ -36,7 +36,10 @@ test: lint ## lint, type check and test (about 13 minutes on two cores)
 	$(call PYTEST,$(VENV)) $(TESTS)
 
 test-all: lint ## the same with the slow tests
-	$(call PYTEST,$(VENV)) -m "not gpu" $(TESTS)
+	$(call PYTEST,$(VENV)) -m "not gpu and not real" $(TESTS)
+
+real: $(VENV)/.installed-dev ## the complete path on a real LLM: LLM=FOLDER (ten minutes with 270M weights)
+	REAL_LLM=$(abspath $(LLM)) HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -m real tests/test_real_llm.py
 
 lint: $(VENV)/.installed-dev ## ruff and mypy
 	$(VENV)/bin/ruff check

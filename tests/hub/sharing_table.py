@@ -84,7 +84,7 @@ def measure(base: str, work: Path) -> dict[tuple[str, str, str], tuple[float, fl
         local = {name: str(work / "moved" / name) for name in expected}
         remote = {name: f"alice/{name.replace('/', '-')}" for name in expected}
         found = {"with package": _here(local, work)}
-        hidden = _site_packages_without_us(work)
+        hidden = site_packages_without_us(work)
         for place, models in (("without package", local), ("from the Hub", remote)):
             found[place] = _elsewhere(hidden, models, work / place, server.url)
     differences = {}
@@ -187,7 +187,7 @@ def _here(models: dict[str, str], work: Path) -> dict[str, np.ndarray]:
     return vectors
 
 
-def _site_packages_without_us(work: Path) -> Path:
+def site_packages_without_us(work: Path) -> Path:
     """Links everything that is installed, except this package, into a folder."""
     hidden = work / "site-packages"
     hidden.mkdir()
