@@ -82,14 +82,6 @@ def forecast(study: Study, records: Sequence[RunRecord], *, data_dir: Path | Non
         study: The study.
         records: Its finished runs.
         data_dir: Folder that replaces ``{data}``; needed if a recipe counts epochs.
-
-    Raises:
-        ConfigurationError: If `data_dir` is needed and not given.
-        DataError: If the rows of a set cannot be counted.
-
-    Example:
-        >>> round(forecast(Study.load("quick"), []).confirmatory["STS"].smallest_p, 4)
-        0.0029
     """
     runs = study.runs()
     parameters = {name: _parameters(base) for name, base in study.bases.items()}

@@ -46,11 +46,7 @@ def measure_run(model_dir: Path, recipe: Recipe, folder: Path, tasks: Sequence[L
 
 
 def suite_probes(tasks: Sequence[LocalTask]) -> Probes:
-    """Return pairs and searches from a suite's tasks; the built-in ones if it has none.
-
-    Args:
-        tasks: Tasks, of which STS and Retrieval are used, with an equal number of rows each.
-    """
+    """Return pairs and searches from a suite's tasks; the built-in ones if it has none."""
     pairs: list[tuple[str, str, float]] = []
     searches: dict[str, str] = {}  # an answer to its query, so that no document answers two
     for task in tasks:

@@ -34,14 +34,7 @@ class RunRecord:
     """A finished run.
 
     Args:
-        id: Name of its folder.
-        key: `PlannedRun.key`.
-        base: Name of the base.
-        design: Name of the design.
-        option: Its option.
-        seed: The seed.
-        recipe: The recipe's values, with ``{data}`` for the data folder.
-        evaluation: Settings other than the model that the scores depend on.
+        id, key, base, design, option, seed, recipe, evaluation: As in :class:`PlannedRun`.
         training: Content of the run's ``training.json``.
         evaluation_seconds: Duration of the evaluation.
         stages: Name, steps, seconds, losses and masked accuracy of each stage before the recipe's own training.
@@ -89,13 +82,7 @@ class RunRecord:
 
 
 def write_record(record: RunRecord, results: Results, output_dir: Path) -> None:
-    """Write the folder of a run atomically.
-
-    Args:
-        record: The facts.
-        results: The scores of this run; base, design, option and seed are the record's.
-        output_dir: The study's folder.
-    """
+    """Write the folder of a run atomically."""
     names = {name: str(getattr(record, name)) for name in _RUN}
     with atomic_folder(output_dir / "runs" / record.id) as place:
         _stored(results.table.assign(**names)).to_parquet(place / _SCORES, index=False, compression="zstd")
@@ -103,13 +90,7 @@ def write_record(record: RunRecord, results: Results, output_dir: Path) -> None:
 
 
 def write_results(records: Sequence[RunRecord], results: Results, output_dir: Path) -> Path:
-    """Write ``results.parquet``, with all scores and, in its metadata, the facts of all runs; return its path.
-
-    Args:
-        records: The finished runs.
-        results: Their scores.
-        output_dir: The study's folder.
-    """
+    """Write ``results.parquet``, with all scores and, in its metadata, the facts of all runs; return its path."""
     table = pa.Table.from_pandas(_stored(results.table), preserve_index=False)
     facts = base64.b64encode(zlib.compress(json.dumps([asdict(record) for record in records]).encode()))
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), _FACTS_OF_ALL: facts})
@@ -145,14 +126,7 @@ def read_record(folder: Path) -> RunRecord | None:
 
 
 class RunStore:
-    """The finished runs of a study's folder: those in ``runs``, then those that only ``results.parquet`` holds.
-
-    Args:
-        source: The folder, or its ``results.parquet`` alone.
-
-    Raises:
-        DataError: If ``results.parquet`` cannot be read.
-    """
+    """The finished runs of a study's folder: those in ``runs``, then those that only ``results.parquet`` holds."""
 
     def __init__(self, source: Path) -> None:
         self._folder = source / "runs"
@@ -192,16 +166,7 @@ class RunStore:
 
 
 def reuse_runs(runs: Iterable[PlannedRun], other: Path, output_dir: Path) -> list[str]:
-    """Copy the runs of another study with identical settings, and return their ids.
-
-    Args:
-        runs: The runs that the study asks for.
-        other: The other study's folder, or its ``results.parquet``.
-        output_dir: The study's folder.
-
-    Raises:
-        DataError: If `other` holds no runs.
-    """
+    """Copy the runs of another study with identical settings, and return their ids."""
     store, own = RunStore(other), RunStore(output_dir)
     if not store.exists:
         raise DataError(f"{other} holds no runs of a study: neither a folder 'runs' nor a results.parquet with them.")
@@ -215,15 +180,7 @@ def reuse_runs(runs: Iterable[PlannedRun], other: Path, output_dir: Path) -> lis
 
 
 def finished(runs: Iterable[PlannedRun], output_dir: Path) -> list[RunRecord]:
-    """Return the records of those planned runs that are finished.
-
-    Args:
-        runs: The runs that the study asks for.
-        output_dir: The study's folder.
-
-    Raises:
-        ConfigurationError: If a run was made with other settings than the study has now; the message names them.
-    """
+    """Return the records of those planned runs that are finished."""
     store = RunStore(output_dir)
     records = []
     for run in runs:
@@ -243,12 +200,7 @@ def finished(runs: Iterable[PlannedRun], output_dir: Path) -> list[RunRecord]:
 
 
 def read_scores(records: Sequence[RunRecord], output_dir: Path) -> Results:
-    """Read the scores of finished runs into one table.
-
-    Args:
-        records: The runs.
-        output_dir: The study's folder.
-    """
+    """Read the scores of finished runs into one table."""
     return RunStore(output_dir).results(records)
 
 

@@ -31,11 +31,7 @@ _OF_THE_PLAN = ("id", "key", "base", "design", "option", "seed", "recipe", "eval
 
 
 class ProgressFile(TrainerCallback):
-    """Write step and loss to a file for the study's progress table.
-
-    Args:
-        folder: The run's working folder.
-    """
+    """Write step and loss to a file for the study's progress table."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -120,10 +116,6 @@ def lock_of(run_id: str, output_dir: Path) -> FileLock:
     """Return the lock of a run; entering it raises Timeout if another process holds it.
 
     It is a lock of the operating system, which is freed when the process ends, even by a crash.
-
-    Args:
-        run_id: Name of the run.
-        output_dir: The study's folder.
     """
     (output_dir / "locks").mkdir(parents=True, exist_ok=True)
     return FileLock(output_dir / "locks" / f"{run_id}.lock", timeout=0)
