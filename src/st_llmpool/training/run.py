@@ -94,7 +94,9 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCa
     folder = Path(recipe.output_dir)
     check_output(recipe, folder, resume=resume)
     if (folder / "model").is_dir():
-        return _finished(recipe, folder)
+        logger.info("%s is finished; nothing to train.", folder)
+        model = load_model(folder / "model", trust_remote_code=recipe.model.trust_remote_code)
+        return TrainingResult(model, folder / "model", read_json_object(folder / "training.json"))
     with locked_run(folder) as raise_refusal:
         prepared, start = _prepare(recipe), None
         raise_refusal()
@@ -191,14 +193,9 @@ def _cached(recipe: Recipe, model: SentenceTransformer, datasets: DatasetDict) -
         yield
 
 
-def _finished(recipe: Recipe, folder: Path) -> TrainingResult:
-    logger.info("%s is finished; nothing to train.", folder)
-    model = load_model(folder / "model", trust_remote_code=recipe.model.trust_remote_code)
-    return TrainingResult(model, folder / "model", read_json_object(folder / "training.json"))
-
-
 def _training_arguments(recipe: Recipe, folder: Path) -> SentenceTransformerTrainingArguments:
     training, evaluation = recipe.training, recipe.evaluation
+    weights = [item.weight for item in recipe.data if item.weight is not None]
     return trainer_arguments(
         SentenceTransformerTrainingArguments,
         **shared_arguments(
@@ -206,7 +203,7 @@ def _training_arguments(recipe: Recipe, folder: Path) -> SentenceTransformerTrai
         ),
         per_device_eval_batch_size=evaluation.batch_size,
         batch_sampler=training.batch_sampler,
-        multi_dataset_batch_sampler=_set_sampler(recipe),
+        multi_dataset_batch_sampler=partial(WeightedBatchSampler, weights=weights) if weights else "proportional",
         prompts={item.label: {"query": item.instruction} for item in recipe.data if item.instruction} or None,
         eval_strategy="steps" if evaluation.is_on else "no",
         eval_steps=evaluation.eval_steps,
@@ -216,11 +213,6 @@ def _training_arguments(recipe: Recipe, folder: Path) -> SentenceTransformerTrai
         metric_for_best_model=evaluation.metric if evaluation.load_best_model_at_end else None,
         greater_is_better=True,
     )
-
-
-def _set_sampler(recipe: Recipe) -> Any:
-    weights = [item.weight for item in recipe.data if item.weight is not None]
-    return partial(WeightedBatchSampler, weights=weights) if weights else "proportional"
 
 
 def _evaluator(recipe: Recipe) -> BaseEvaluator | None:
@@ -286,13 +278,14 @@ def _build_model(recipe: Recipe, base: str, arguments: SentenceTransformerTraini
 def _with_teacher_scores(
     name: str, datasets: DatasetDict, recipe: Recipe, arguments: SentenceTransformerTrainingArguments
 ) -> DatasetDict:
-    teacher = _load_other(name, recipe, arguments)
-    scale, batch_size = recipe.loss.scale, recipe.evaluation.batch_size
+    score = partial(
+        teacher_scores,
+        teacher=_load_other(name, recipe, arguments),
+        scale=recipe.loss.scale,
+        batch_size=recipe.evaluation.batch_size,
+    )
     with preserve_rng_state():
-        scored = {
-            label: teacher_scores(rows, teacher, scale=scale, batch_size=batch_size) for label, rows in datasets.items()
-        }
-    return DatasetDict(scored)
+        return DatasetDict({label: score(rows) for label, rows in datasets.items()})
 
 
 def _load_other(name: str, recipe: Recipe, arguments: SentenceTransformerTrainingArguments) -> SentenceTransformer:

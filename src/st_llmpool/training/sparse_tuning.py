@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -52,9 +51,9 @@ class SparseTuning(TrainerCallback, ExportableState):
         self.seed = seed
         self._model = model
         self._loss = loss
-        layers = [[weight for weight in layer.parameters() if weight.requires_grad] for layer in _layers(model)]
-        self._adapters = [_adapters(layer) for layer, weights in zip(_layers(model), layers, strict=True) if weights]
-        self._weights = [weights for weights in layers if weights]
+        layers = decoder_layers(model.transformers_model)
+        self._layers = [layer for layer in layers if any(weight.requires_grad for weight in layer.parameters())]
+        self._weights = [[weight for weight in layer.parameters() if weight.requires_grad] for layer in self._layers]
         check_number_of_layers(settings, len(self._weights))
         self.importance = np.zeros(len(self._weights))
         self._batch: tuple[Any, ...] | None = None
@@ -117,9 +116,11 @@ class SparseTuning(TrainerCallback, ExportableState):
         self.importance = updated_importance(self.importance, sets, rewards, self.settings.importance_rate)
 
     def _loss_without(self, weakened: Sequence[int]) -> torch.Tensor:
+        from peft.helpers import rescale_adapter_scale
+
         assert self._batch is not None
-        adapters = [adapter for place in weakened for adapter in self._adapters[place]]
-        with torch.no_grad(), _scaled(adapters, self.settings.suppression):
+        layers = nn.ModuleList(self._layers[place] for place in weakened)
+        with torch.no_grad(), rescale_adapter_scale(layers, self.settings.suppression):
             return self._loss([*map(dict, self._batch[0])], *self._batch[1:])
 
 
@@ -140,28 +141,6 @@ def check_number_of_layers(settings: SparseTuningSettings, found: int) -> None:
         raise ConfigurationError(
             f"training.sparse_tuning.layers={settings.layers} is more than the {found} layers whose adapter can train."
         )
-
-
-def _layers(model: SentenceTransformer) -> nn.ModuleList:
-    return decoder_layers(model.transformers_model)
-
-
-def _adapters(layer: nn.Module) -> list[Any]:
-    from peft.tuners.lora import LoraLayer
-
-    return [module for module in layer.modules() if isinstance(module, LoraLayer)]
-
-
-@contextmanager
-def _scaled(adapters: Sequence[Any], factor: float) -> Iterator[None]:
-    before = [dict(adapter.scaling) for adapter in adapters]
-    for adapter in adapters:
-        adapter.scaling.update({name: factor * value for name, value in adapter.scaling.items()})
-    try:
-        yield
-    finally:
-        for adapter, scaling in zip(adapters, before, strict=True):
-            adapter.scaling.update(scaling)
 
 
 def _draw(generator: np.random.Generator, scores: np.ndarray, count: int) -> list[int]:
