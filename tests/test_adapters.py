@@ -62,7 +62,7 @@ def test_loftq_gives_vectors_nearer_to_the_whole_model_and_survives_a_save(llm, 
     ("given", "message"),
     [
         ({"peft_config": LOFTQ}, "'loftq'.*needs a base in 4 bits"),
-        ({"peft_config": LOFTQ, "quantization_config": "int8"}, "not in 4 bits"),
+        ({"peft_config": LOFTQ, "quantization_config": "int8"}, "needs a base in 4 bits"),
         ({"peft_config": LOFTQ | {"use_dora": True}, "quantization_config": "nf4"}, "use_dora cannot be combined"),
         ({"peft_config": {"init_lora_weights": "pissa"}}, "'pissa' does not work here.*gaussian"),
         ({"peft_config": {"init_lora_weights": "pissa_niter_4"}, "quantization_config": "nf4"}, "pissa_niter_4"),

@@ -160,12 +160,15 @@ def _try(recipe: Recipe, folder: Path, memory: float) -> BatchTrial:
     with open(folder / "log", "w") as log, open(folder / "answer", "w") as answer:
         process, returned = psutil.Popen(command, stdout=answer, stderr=log, env=os.environ | quiet), None
         try:
-            while returned is None and (torch.cuda.is_available() or process.memory_info().rss <= limit):
+            while returned is None:
                 with suppress(psutil.TimeoutExpired):
                     returned = process.wait(_INTERVAL)
+                if returned is None and not torch.cuda.is_available() and process.memory_info().rss > limit:
+                    break
         finally:
-            process.kill()
-            process.wait()
+            if process.poll() is None:
+                process.kill()
+                process.wait()
     if returned in (None, -signal.SIGKILL):  # by which a system saves its last memory
         return BatchTrial(size, fits=False)
     lines, reason = (folder / "answer").read_text().splitlines(), (folder / "log").read_text().strip()[-2000:]
