@@ -216,5 +216,5 @@ def test_the_vectors_have_no_name_that_a_kill_could_leave_behind(files, tiny_llm
 
 
 def test_a_model_that_is_not_there_is_named(files):
-    with pytest.raises(ConfigurationError, match="no/such/model"):
+    with pytest.raises(DataError, match="no/such/model"):
         choose(files, 3, model="no/such/model")
