@@ -351,7 +351,7 @@ def study(
     )
     console = _console()
     if int(os.environ.get("RANK", 0)) == 0 and not report_only:
-        console.print(forecast(plan, runner.records, data_dir=data).to_rich())
+        console.print(forecast(plan, runner.finished, data_dir=data).to_rich())
     if dry_run:
         return
     if not report_only:

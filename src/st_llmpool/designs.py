@@ -24,6 +24,7 @@ from .modules.latent_attention_pooling import LatentAttentionPooling
 from .modules.llm_transformer import LLMTransformer, check_length, resolve_layers
 from .modules.multi_layer_pooling import MultiLayerPooling
 from .modules.scalar_mix_pooling import ScalarMixPooling
+from .modules.trainable_pooling import TrainablePooling
 from .saved_embedder import SavedEmbedder, is_saved_embedder, read_architecture
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ class PoolingSpec:
     reads: Literal["tokens", "readout", "layers"]
     summary: str
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the pooling has weights to train."""
+        return isinstance(self.module, type) and issubclass(self.module, TrainablePooling)
 
     def reads_with(self, pooling_kwargs: Mapping[str, Any]) -> str:
         """Return what the pooling reads when built with these options."""

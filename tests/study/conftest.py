@@ -62,4 +62,5 @@ def tiny_study(tiny_llm, study_data) -> Study:
         },
         suite=str(study_data / "suite.yaml"),
         threads=1,
+        untrained=False,
     )

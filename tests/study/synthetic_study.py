@@ -44,6 +44,8 @@ def synthetic_study(**changes: object) -> Study:
         "name": "synthetic",
         "description": "Does pooling over all layers pay? Made-up scores with known differences; nothing was trained.",
         "seeds": [0, 1, 2],
+        "untrained": False,
+        "bm25": False,
     }
     return Study(**(settings | changes))
 

@@ -21,7 +21,7 @@ with importing_mteb():
 
 
 def bm25_baseline(task: AbsTask) -> float:
-    """Return nDCG@10 of BM25 (bm25s's defaults, English stop words, title and text) on a retrieval or reranking task.
+    """Return the main score of BM25 (bm25s's defaults, English stop words, title and text) on a search task.
 
     Raises:
         ConfigurationError: If the task is of another type.
@@ -37,7 +37,7 @@ def bm25_baseline(task: AbsTask) -> float:
     loaded_here = not task.data_loaded
     with preserve_rng_state():
         scores = [
-            subset["ndcg_at_10"]
+            subset["main_score"]
             for split in task.eval_splits
             for subset in task.evaluate(_BM25(), split, encode_kwargs={}).values()
         ]

@@ -37,6 +37,7 @@ from ..utils.reading import exists, read_yaml
 from ..utils.settings import from_mapping
 from .slices import Where
 
+SEARCH_TYPES = ("Retrieval", "Reranking")
 _SHIPPED = Path(__file__).parent / "suites"
 
 
@@ -87,7 +88,7 @@ class TaskSpec:
         if self.instruction is None or self.prompt is not None:
             return self
         prompt = template.replace("{}", self.instruction)
-        return replace(self, prompt={"query": prompt} if self.type in ("Retrieval", "Reranking") else prompt)
+        return replace(self, prompt={"query": prompt} if self.type in SEARCH_TYPES else prompt)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MAIN_SCORE = "main_score"  # mteb's name for the score that a task is judged by
-#: Text columns of a table of results and their values where they are missing; `score` follows them.
+#: Text columns of a table of results and their values where they are missing; `diverged` (boolean: validation ended
+#: below its start; False where missing) and `score` follow them.
 DEFAULTS = {
     "base": "",
     "design": "",
@@ -31,7 +32,7 @@ DEFAULTS = {
     "languages": "",
     "file": "",
 }
-COLUMNS = [*DEFAULTS, "score"]
+COLUMNS = [*DEFAULTS, "diverged", "score"]
 KEY = ["base", "design", "option", "seed", "step", "task", "split", "subset", "metric", "item"]  # of one score
 MAX_CONTRASTS = 6
 MAX_MODELS = 30
@@ -62,7 +63,7 @@ class Results:
 
 
 def complete(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table with all `COLUMNS` in order; missing and empty texts have their defaults.
+    """Return a table with all `COLUMNS` in order; missing values and empty texts have their defaults.
 
     Example:
         >>> import pandas as pd
@@ -76,7 +77,8 @@ def complete(table: pd.DataFrame) -> pd.DataFrame:
         else default
         for column, default in DEFAULTS.items()
     }
-    return table.assign(**texts)[COLUMNS].astype({"score": float})
+    diverged = table["diverged"].fillna(False).astype(bool) if "diverged" in table else False
+    return table.assign(**texts, diverged=diverged)[COLUMNS].astype({"score": float})
 
 
 def label(design: str, option: str = "") -> str:

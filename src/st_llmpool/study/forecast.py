@@ -27,6 +27,7 @@ from ..utils.parameters import count_weights
 from ..utils.words import counted
 from .records import RunRecord
 from .settings import PlannedRun, Study, factors
+from .sweep import sweep_runs
 
 _UTILISATION = 0.4  # fraction of the matrix rate that training of a transformer typically reaches
 
@@ -36,7 +37,7 @@ class Forecast:
     """Forecast of a study.
 
     Args:
-        runs: All runs.
+        runs: All runs, references and the sweep among them.
         finished: How many of them are finished.
         flops: Run to floating-point operations of its training, an upper bound: texts may be shorter than the limit.
         seconds: Time for all missing runs in sequence, estimated from finished runs, else from operations (training
@@ -60,8 +61,8 @@ class Forecast:
         for heading in ("run", "attention · readout · pooling", "option", "FLOPs"):
             plan.add_column(heading, justify="right" if heading == "FLOPs" else "left")
         for run in self.runs:
-            design = " · ".join(factors(run.recipe["model"]).values())
-            plan.add_row(run.id, design, run.option, f"{self.flops[run.id]:.1e}")
+            design = " · ".join(factors(run.recipe["model"]).values()) if run.recipe else "-"
+            plan.add_row(run.id, design, run.option, f"{self.flops[run.id]:.1e}" if run.trains else "-")
         power = Table(title="Power of each table", title_justify="left")
         for heading in ("task type", "pairs", "power"):
             power.add_column(heading)
@@ -80,16 +81,15 @@ def forecast(study: Study, records: Sequence[RunRecord], *, data_dir: Path | Non
 
     Args:
         study: The study.
-        records: Its finished runs.
+        records: Its finished runs, of every kind.
         data_dir: Folder that replaces ``{data}``; needed if a recipe counts epochs.
     """
-    runs = study.runs()
+    runs = [*study.reference_runs(), *sweep_runs(study), *study.runs()]
     parameters = {name: _parameters(base) for name, base in study.bases.items()}
-    flops = {run.id: _training_flops(run, parameters[run.base], data_dir) for run in runs}
+    flops = {run.id: _training_flops(run, parameters[run.base], data_dir) if run.trains else 0.0 for run in runs}
     missing = [run for run in runs if run.id not in {record.id for record in records}]
     if records:
-        spent = [record.training["wall_seconds"] + record.evaluation_seconds for record in records]
-        seconds = len(missing) * sum(spent) / len(spent)
+        seconds = sum(_seconds(run, records) for run in missing)
     else:
         seconds = sum(flops[run.id] for run in missing) / (_UTILISATION * _matrix_rate())
     tasks = Counter(task.type for task in read_suite(study.suite).tasks)
@@ -104,6 +104,14 @@ def forecast(study: Study, records: Sequence[RunRecord], *, data_dir: Path | Non
         confirmatory={kind: Plan(count, named) for kind, count in tasks.items() if named},
         exploratory={kind: Plan(count, others) for kind, count in tasks.items() if others},
     )
+
+
+def _seconds(run: PlannedRun, records: Sequence[RunRecord]) -> float:
+    """Return the mean training time, if it trains, and the mean evaluation time, if it is evaluated, of others."""
+    trained = [record.training["wall_seconds"] for record in records if record.training.get("wall_seconds")]
+    evaluated = [record.evaluation_seconds for record in records if record.kind not in ("sweep", "bm25")]
+    spent = [*[trained] * run.trains, *[evaluated] * (run.kind not in ("sweep", "bm25"))]
+    return sum(sum(times) / len(times) for times in spent if times)
 
 
 def _parameters(base: str) -> int:

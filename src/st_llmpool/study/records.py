@@ -19,12 +19,13 @@ from ..stats.results import COLUMNS, Results, complete
 from ..utils.files import atomic_file, atomic_folder
 from ..utils.reading import check_file, parse_json, read_json_object
 from ..utils.settings import differences, from_mapping
-from .settings import PlannedRun, factors
+from .settings import Kind, PlannedRun, factors
 
 _FACTS = "run.json"
 _SCORES = "results.parquet"
 _FACTS_OF_ALL = b"st_llmpool.runs"  # key of the records in the metadata of a study's results.parquet
-_RUN = ["base", "design", "option", "seed"]
+_SWEEP = b"st_llmpool.sweep"  # likewise, of what was tried and chosen
+_RUN = ["base", "design", "option", "seed", "step"]
 COST = "cost.json"
 LAYERS = "layers.json"
 
@@ -42,6 +43,7 @@ class RunRecord:
         machine: Processor or GPU, and threads.
         cost: `Cost.to_dict`, measured when all runs are finished; None before.
         layers: `LayerAnalysis.to_dict`, likewise.
+        kind: `PlannedRun.kind`.
     """
 
     id: str
@@ -59,6 +61,12 @@ class RunRecord:
     machine: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] | None = None
     layers: dict[str, Any] | None = None
+    kind: Kind = "trained"
+
+    @property
+    def step(self) -> str:
+        """Step of its scores in tables of results: ``0`` before training, else empty."""
+        return "0" if self.kind == "untrained" else ""
 
     @property
     def rising(self) -> bool | None:
@@ -71,6 +79,13 @@ class RunRecord:
             return None
         before = max(value for _, value in curve[:-1])
         return curve[-1][1] > before + 0.01 * abs(before)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether validation ended below its start, or numbers were not finite."""
+        curve = self.validation
+        below = len(curve) > 1 and curve[0][0] == 0 and not curve[-1][1] >= curve[0][1]
+        return below or bool(self.training.get("not_finite"))
 
     @property
     def validation(self) -> list[tuple[int, float]]:
@@ -89,11 +104,14 @@ def write_record(record: RunRecord, results: Results, output_dir: Path) -> None:
         (place / _FACTS).write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
 
 
-def write_results(records: Sequence[RunRecord], results: Results, output_dir: Path) -> Path:
-    """Write ``results.parquet``, with all scores and, in its metadata, the facts of all runs; return its path."""
+def write_results(
+    records: Sequence[RunRecord], results: Results, output_dir: Path, sweep: Sequence[dict[str, Any]] = ()
+) -> Path:
+    """Write ``results.parquet``: scores and, in its metadata, the facts of all runs and each `Tuning.to_dict`."""
     table = pa.Table.from_pandas(_stored(results.table), preserve_index=False)
     facts = base64.b64encode(zlib.compress(json.dumps([asdict(record) for record in records]).encode()))
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _FACTS_OF_ALL: facts})
+    metadata = {_FACTS_OF_ALL: facts, _SWEEP: json.dumps(list(sweep)).encode()}
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
     with atomic_file(output_dir / _SCORES) as partial:
         pq.write_table(table, partial, compression="zstd")
     return output_dir / _SCORES
@@ -154,15 +172,17 @@ class RunStore:
         """Return the scores of some finished runs, with the factors of their designs."""
         packed: dict[tuple[str, ...], pd.DataFrame] | None = None
         tables = [pd.DataFrame(columns=COLUMNS)]
-        for record in records:
+        for record in (record for record in records if record.kind != "sweep"):
             file = self._folder / record.id / _SCORES
             if (file.parent / _FACTS).is_file():
                 table = _read_scores(file)
             else:
                 packed = dict(iter(_read_scores(self._file).groupby(_RUN))) if packed is None else packed
-                table = packed[tuple(str(getattr(record, name)) for name in _RUN)]
-            tables.append(table.assign(**factors(record.recipe.get("model", {}))))
-        return Results(pd.concat(tables[1:] or tables, ignore_index=True))
+                table = packed.get(tuple(str(getattr(record, name)) for name in _RUN), tables[0])
+            known = factors(record.recipe["model"]) if "model" in record.recipe else {}
+            tables.append(table.assign(**known, diverged=record.diverged))
+        tables = [table for table in tables if len(table)] or tables[:1]
+        return Results(pd.concat(tables, ignore_index=True))
 
 
 def reuse_runs(runs: Iterable[PlannedRun], other: Path, output_dir: Path) -> list[str]:

@@ -1,10 +1,14 @@
-"""Run a study: every planned run once, several in parallel, on one or more machines; then the report."""
+"""Run a study: every planned run once, several in parallel, on one or more machines; then the report.
+
+References and the sweep are first, then all designs seed by seed, with the values that the sweep chose.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import threading
@@ -32,6 +36,7 @@ from ..utils.files import write_atomically
 from ..utils.words import counted
 from .records import RunRecord, finished, read_record, read_scores, reuse_runs, write_results
 from .settings import PlannedRun, Study
+from .sweep import ready_runs, sweep_runs, tunings
 from .worker import LOCKED, PROGRESS, cache_of, lock_of
 
 _RETRY_SECONDS = 10.0  # between two attempts at a run that another process has locked
@@ -103,10 +108,12 @@ class StudyRunner:
         self.jobs = jobs
         self.reuse_from = reuse_from
         self.console = console or Console(stderr=True)
-        self.runs = study.runs()
+        self._first = [*study.reference_runs(), *sweep_runs(study)]
         if not report_only:
-            for run in self.runs:
-                check_names(run.to_recipe(self.data_dir, self.work / run.id / "training", cache_of(study, self.work)))
+            for run in [*self._first, *study.runs()]:
+                recipe = run.to_recipe(self.data_dir, run.training_folder(self.work), cache_of(study, self.work))
+                if run.trains:
+                    check_names(recipe)
             self.tasks = load_suite(
                 study.suite,
                 self.data_dir,
@@ -114,42 +121,39 @@ class StudyRunner:
                 instruct=study.instruct,
                 allow_missing=study.allow_missing,
             )
-        self.records  # noqa: B018 # raises if runs of other settings are there
+        self.finished  # noqa: B018 # raises if runs of other settings are there
         self._stop = threading.Event()
         self._processes: set[subprocess.Popen[bytes]] = set()
 
     @property
+    def runs(self) -> list[PlannedRun]:
+        """The runs of all designs and seeds, as far as the sweep has chosen their values."""
+        return ready_runs(self.study, self.output_dir)
+
+    @property
     def records(self) -> list[RunRecord]:
-        """The finished runs, in the order of the study."""
+        """Those of them that are finished, in the order of the study."""
         return finished(self.runs, self.output_dir)
 
+    @property
+    def finished(self) -> list[RunRecord]:
+        """All finished runs: references, the sweep and `records`."""
+        return [*finished(self._first, self.output_dir), *self.records]
+
     def run(self) -> list[RunRecord]:
-        """Carry out all unfinished runs, and return the records of all.
+        """Carry out all unfinished runs, and return `records`.
 
         Raises:
             StudyError: If runs failed; the others are finished by then. The message names their logs.
         """
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self._write_study(self.output_dir / "study.yaml")
-        for other in self.reuse_from:
-            with lock_of("reuse", self.output_dir).acquire(timeout=-1):  # one of several processes copies
-                reused = reuse_runs(self.runs, other, self.output_dir)
-            self.console.print(f"{counted(len(reused), 'run')} reused from {other}", highlight=False)
-        states = {run.id: _State(run) for run in self.runs}
-        for record in self.records:
-            states[record.id].stage, states[record.id].record = "finished before", record
-        waiting: queue.Queue[PlannedRun] = queue.Queue()
-        for run in self.runs:
-            if states[run.id].stage == "waiting":
-                waiting.put(run)
-        threads = [
-            threading.Thread(target=self._work, args=(slot, waiting, states), daemon=True) for slot in range(self.jobs)
-        ]
+        states = {run.id: _State(run) for run in [*self._first, *self.study.runs()]}
         began = time.monotonic()
         try:
-            for thread in threads:
-                thread.start()
-            self._watch(threads, states, began)
+            self._carry_out(self._first, states, began)
+            self._end_sweep(states)
+            self._carry_out(self.runs, states, began)
         finally:
             self._stop.set()
             for process in list(self._processes):
@@ -164,6 +168,42 @@ class StudyRunner:
             )
         return self.records
 
+    def _carry_out(self, runs: Sequence[PlannedRun], states: dict[str, _State], began: float) -> None:
+        """Reuse or carry out some runs."""
+        for other in self.reuse_from:
+            with lock_of("reuse", self.output_dir).acquire(timeout=-1):  # one of several processes copies
+                reused = reuse_runs(runs, other, self.output_dir)
+            self.console.print(f"{counted(len(reused), 'run')} reused from {other}", highlight=False)
+        before = {record.id: record for record in finished(runs, self.output_dir)}
+        waiting: queue.Queue[PlannedRun] = queue.Queue()
+        for run in runs:
+            states[run.id].run = run
+            if run.id in before:
+                states[run.id].stage, states[run.id].record = "finished before", before[run.id]
+            else:
+                waiting.put(run)
+        threads = [
+            threading.Thread(target=self._work, args=(slot, waiting, states), daemon=True) for slot in range(self.jobs)
+        ]
+        for thread in threads:
+            thread.start()
+        self._watch(threads, states, began)
+
+    def _end_sweep(self, states: dict[str, _State]) -> None:
+        """Print what was chosen, remove the other models, and leave out designs of which all runs diverged."""
+        for tuning in tunings(self.study, self.output_dir):
+            name = " ".join([*[tuning.base] * (len(self.study.bases) > 1), tuning.label])
+            if tuning.chosen is not None:
+                chosen = ", ".join(f"{key} {value:g}" for key, value in tuning.values[tuning.chosen].items())
+                self.console.print(f"{name}: the sweep chose {chosen}", highlight=False)
+            elif tuning.is_finished:
+                self.console.print(f"{name}: every run of the sweep diverged, so it is left out.", highlight=False)
+                for run_id in [key for key, state in states.items() if tuning.is_of(state.run)]:
+                    del states[run_id]
+            for record in tuning.records if tuning.is_finished else ():
+                if record.id != tuning.chosen:
+                    shutil.rmtree(self.work / record.id / "training", ignore_errors=True)
+
     def measure(self) -> None:
         """Measure cost and layers of the first seed's models that are on this machine, in sequence, under a lock."""
         from .measurements import measure_run
@@ -172,29 +212,30 @@ class StudyRunner:
             measured = {r.id for r in self.records if r.cost and (r.layers or not self.study.layers)}
             first = [run for run in self.runs if run.seed == self.study.seeds[0] and run.id not in measured]
             models = [
-                (run, self.work / run.id / "training" / "model")
+                (run, run.training_folder(self.work) / "model")
                 for run in first
                 if (self.output_dir / "runs" / run.id).is_dir()
             ]
             here = [(run, model) for run, model in models if model.is_dir()]
             for run, model in track(here, "cost and layers", console=self.console):
-                recipe = run.to_recipe(self.data_dir, self.work / run.id / "training")
+                recipe = run.to_recipe(self.data_dir, run.training_folder(self.work))
                 measure_run(model, recipe, self.output_dir / "runs" / run.id, self.tasks, layers=self.study.layers)
 
     @property
     def results(self) -> Results:
-        """The scores of all finished runs.
+        """The scores of all finished runs and references.
 
         Raises:
             StudyError: If none is finished.
         """
         if not self.records:
             raise StudyError(f"no run in {self.output_dir / 'runs'} is finished: start the study first.")
-        return read_scores(self.records, self.output_dir)
+        return read_scores(self.finished, self.output_dir)
 
     def write_results(self) -> Path:
         """Write ``results.parquet`` with scores and facts of all finished runs, and return its path."""
-        return write_results(self.records, self.results, self.output_dir)
+        sweep = [tuning.to_dict() for tuning in tunings(self.study, self.output_dir)]
+        return write_results(self.finished, self.results, self.output_dir, sweep)
 
     def report(self) -> Path:
         """Write results, report and summary of what is finished, and return the report's page.

@@ -13,6 +13,9 @@ recipe:                                 # as of `st-llmpool train`; {data} is th
   model: {tune: lora}
   data: [{source: "{data}/pairs.parquet"}]
   training: {max_steps: 1000}
+  evaluation: {data: [{source: "{data}/held_out.parquet"}]}
+sweep:                                  # every base and design is tuned alike at the first seed, see `sweep.py`
+  training.learning_rate: [1e-4, 3e-4, 1e-3]
 suite: squad_slices
 ```
 """
@@ -22,23 +25,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ..evaluation.suite import read_suite
+from ..evaluation.suite import SEARCH_TYPES, read_suite
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..stats.results import MAX_CONTRASTS, MAX_MODELS, label
 from ..training.recipe import Recipe, with_earlier_names
 from ..utils.files import slug
 from ..utils.reading import read_yaml, shown
-from ..utils.settings import from_mapping, merge
+from ..utils.settings import Range, check_ranges, from_mapping, merge
 
 _PRESETS = Path(__file__).parent / "presets"
 _FORMAT = 1  # part of every key: raise it when the same settings come to give other numbers
 _DATA = "{data}"
 _PLAIN = ("eos", "lasttoken", "mean", "weightedmean", "max", "cls")  # poolings that are a readout and nothing else
+
+Kind = Literal["trained", "untrained", "sweep", "bm25"]
 
 #: Pre-registered comparisons by default, as far as a study has these designs.
 DEFAULT_CONTRASTS = ("5:mean-bidirectional", "5:4", "4:2", "5:3", "3:1", "5:1")
@@ -69,7 +74,7 @@ class DesignSettings:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One base, design and seed.
+    """One base, design and seed, or a reference.
 
     Args:
         id: Name of its folder.
@@ -79,6 +84,9 @@ class PlannedRun:
         seed: The seed.
         recipe: The recipe's values, with ``{data}`` for the data folder.
         evaluation: Settings other than the model that the scores depend on.
+        kind: A run of the ``sweep`` is not evaluated; ``untrained`` is the model before its first step; ``bm25`` has
+            no model.
+        trained_as: The run of the sweep that is the same training; empty if there is none.
     """
 
     id: str
@@ -88,6 +96,8 @@ class PlannedRun:
     seed: int
     recipe: dict[str, Any]
     evaluation: dict[str, Any]
+    kind: Kind = "trained"
+    trained_as: str = ""
 
     @property
     def label(self) -> str:
@@ -98,8 +108,35 @@ class PlannedRun:
     def key(self) -> str:
         """A hash of all settings that its results depend on, but not of the data folder."""
         recipe = with_earlier_names(self.recipe)  # so that runs of earlier versions count
-        content = json.dumps([_FORMAT, recipe, self.seed, self.evaluation], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        content = [_FORMAT, recipe, self.seed, self.evaluation] + [self.kind] * (self.kind != "trained")
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train."""
+        return self.kind in ("trained", "sweep") and (self.trains_backbone or self.trains_pooling)
+
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether the backbone or an adapter trains."""
+        return self.recipe.get("model", {}).get("tune") != "pooling" or bool(self.recipe.get("stages"))
+
+    @property
+    def trains_pooling(self) -> bool:
+        """Whether the pooling has weights, and a learning rate above 0."""
+        from ..designs import POOLINGS
+
+        spec = POOLINGS.get(_attention_and_pooling(self.recipe.get("model", {}))[1])
+        rate = self.recipe.get("training", {}).get("pooling_learning_rate")
+        return rate != 0 and (spec is None or spec.is_trainable)  # an unknown name is refused by the recipe's checks
+
+    def training_folder(self, work: Path) -> Path:
+        """Return the folder of its training, which a run of the sweep and the run that it becomes share.
+
+        Args:
+            work: Folder for checkpoints and models.
+        """
+        return work / (self.trained_as or self.id) / "training"
 
     def to_recipe(self, data_dir: Path | None, output_dir: Path, cache: Path | None = None) -> Recipe:
         """Return the recipe to train with.
@@ -116,6 +153,8 @@ class PlannedRun:
         if _DATA in text and data_dir is None:
             raise ConfigurationError(f"the study reads data from {_DATA}: name that folder (data_dir, or --data DIR).")
         values = json.loads(text.replace(_DATA, json.dumps(str(data_dir))[1:-1]))
+        if "evaluation" in values:  # a run that ends below its start has diverged
+            values["evaluation"] = {**values["evaluation"], "eval_on_start": True}
         recipe = Recipe.from_dict({**values, "output_dir": str(output_dir), "seed": self.seed})
         if cache is not None and recipe.model.tune == "pooling":
             recipe.training.cache = str(cache)
@@ -133,6 +172,7 @@ class Study:
         description: The question, for the report.
         bases: Name to Hub id, folder or ``builtin``.
         seeds: Seeds; each design is trained once with each.
+        sweep: Setting to the values to try, such as ``training.learning_rate``; `sweep.py` says how they are chosen.
         contrasts: At most six pre-registered pairs ``A:B``; None is those of `DEFAULT_CONTRASTS` that the study has.
         suite: A suite of local tasks.
         limit: Largest number of rows, queries or documents per task.
@@ -141,6 +181,9 @@ class Study:
         batch_size: Batch size of the evaluation.
         threads: CPU threads of a run; None divides the cores among parallel runs. The last digits of sums depend on
             it, so set it if results must not depend on ``--jobs``.
+        untrained: Evaluate every design before its first step too, at the first seed.
+        bm25: Evaluate BM25 on the search tasks of the suite too.
+        rope: Half of the region of practical equivalence, in score.
         layers: Analyse the layers in the runs of the first seed.
         frozen: Runs with ``model.tune: pooling`` share one cache of layer summaries, ``cache`` in the work folder.
         withdrawn: Why the verdicts are withdrawn; the report then has this and no verdicts.
@@ -155,6 +198,7 @@ class Study:
     description: str = ""
     bases: dict[str, str] = field(default_factory=lambda: {"builtin": "builtin"})
     seeds: list[int] = field(default_factory=lambda: [0])
+    sweep: dict[str, list[float]] = field(default_factory=dict)
     contrasts: list[str] | None = None
     suite: str = "squad_slices"
     limit: int | None = None
@@ -162,6 +206,9 @@ class Study:
     allow_missing: bool = False
     batch_size: int = 32
     threads: int | None = None
+    untrained: bool = True
+    bm25: bool = True
+    rope: float = 0.01
     layers: bool = True
     frozen: bool = False
     withdrawn: str = ""
@@ -173,6 +220,10 @@ class Study:
         for what, names in listed.items():
             if len(set(names)) < len(names) or not names:
                 raise ConfigurationError(f"{what} must have entries, each once; they are {names}.")
+        check_ranges(self, "", {"rope": Range(0, is_open=True)})
+        for name, values in self.sweep.items():
+            if len(set(values)) < len(values) or not values:
+                raise ConfigurationError(f"sweep.{name} must have values, each once; they are {values}.")
         if not 2 <= len(labels) <= MAX_MODELS:
             raise ConfigurationError(f"a study compares 2 to {MAX_MODELS} designs; this one has {len(labels)}.")
         if not self.bases:
@@ -244,6 +295,26 @@ class Study:
         """
         return [self._run(base, design, seed) for seed in self.seeds for base in self.bases for design in self.designs]
 
+    def reference_runs(self) -> list[PlannedRun]:
+        """Return BM25, where the suite has search tasks, and the untrained run of every base and design.
+
+        Example:
+            >>> [run.id for run in Study.load("quick").reference_runs()][:2]
+            ['bm25', 'builtin_mean-bidirectional_untrained']
+        """
+        runs = []
+        if self.bm25 and any(task.type in SEARCH_TYPES for task in read_suite(self.suite).tasks):
+            runs.append(PlannedRun("bm25", "", "bm25", "", self.seeds[0], {}, self._evaluation, "bm25"))
+        if self.untrained:
+            for run in self.runs()[: len(self.bases) * len(self.designs)]:
+                name = run.id.removesuffix(f"seed{run.seed}") + "untrained"
+                runs.append(replace(run, id=name, recipe=_of_untrained(run.recipe), kind="untrained"))
+        return runs
+
+    @property
+    def _evaluation(self) -> dict[str, Any]:
+        return {"suite": Path(self.suite).stem, "limit": self.limit, "tasks": self._tasks_digest}
+
     @cached_property
     def _tasks_digest(self) -> str:
         """A hash of the suite's settings that scores depend on; mteb's revisions cover the data."""
@@ -262,10 +333,15 @@ class Study:
         if design.design in DESIGNS and not {"attention", "pooling"} & set(design.change.get("model", {})):
             model["design"] = design.design
         recipe = merge(merge(self.recipe, {"model": model}), design.change)
-        evaluation = {"suite": Path(self.suite).stem, "limit": self.limit, "tasks": self._tasks_digest}
         parts = [base, design.design, design.option, f"seed{seed}"]
         name = "_".join(slug(part) for part in parts if part)
-        return PlannedRun(name, base, design.design, design.option, seed, recipe, evaluation)
+        return PlannedRun(name, base, design.design, design.option, seed, recipe, self._evaluation)
+
+
+def _of_untrained(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a recipe that its model depends on before training."""
+    precision = {key: value for key, value in recipe.get("training", {}).items() if key == "precision"}
+    return {key: recipe[key] for key in ("model", "data") if key in recipe} | {"training": precision}
 
 
 def factors(model: Mapping[str, Any]) -> dict[str, str]:
@@ -277,15 +353,19 @@ def factors(model: Mapping[str, Any]) -> dict[str, str]:
         >>> factors({"attention": "causal", "pooling": "multi_layer", "layer_readout": "mean"})
         {'attention': 'causal', 'readout': 'mean', 'pooling': 'multi_layer'}
     """
-    from ..designs import DESIGNS
-
-    known = DESIGNS.get(str(model.get("design")))
-    attention = model.get("attention") or (known.attention if known else "bidirectional")
-    pooling = model.get("pooling") or (known.pooling if known else "multi_layer")
+    attention, pooling = _attention_and_pooling(model)
     readout = model.get("layer_readout") or {"causal": "eos"}.get(attention, "mean")
     if pooling in _PLAIN:
         readout, pooling = "eos" if pooling == "lasttoken" else pooling, "plain"
     return {"attention": attention, "readout": readout, "pooling": pooling}
+
+
+def _attention_and_pooling(model: Mapping[str, Any]) -> tuple[str, str]:
+    from ..designs import DESIGNS
+
+    known = DESIGNS.get(str(model.get("design")))
+    attention = model.get("attention") or (known.attention if known else "bidirectional")
+    return attention, model.get("pooling") or (known.pooling if known else "multi_layer")
 
 
 def _check_model(where: str, recipe: dict[str, Any]) -> None:

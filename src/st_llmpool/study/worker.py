@@ -1,4 +1,4 @@
-"""Carry out one run of a study: train, evaluate, and write the run's record.
+"""Carry out one run of a study: train, evaluate, and write the run's record; a reference is only evaluated.
 
 Each run is a separate process, `python -m st_llmpool.study.worker`, so that it has its own random state and memory, a
 crash does not affect other runs, and the operating system frees the run's lock however the process ends.
@@ -8,26 +8,42 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import platform
 import shutil
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from filelock import FileLock, Timeout
+from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..evaluation import bm25_baseline, evaluate, load_suite
+from ..evaluation.suite import SEARCH_TYPES, read_suite
+from ..modules.errors import ConfigurationError
+from ..stats.readers import read_results
+from ..stats.results import COLUMNS, Results, complete
+from ..summary_cache.cached_backbone import check_poolings
+from ..training import Recipe, train, untrained_model
+from ..training.guarded_trainer import TrainingError
 from ..utils.files import write_atomically
+from ..utils.parameters import count_weights
 from ..utils.reading import read_json_object
 from .records import RunRecord, finished, write_record
 from .settings import PlannedRun, Study
+from .sweep import ready_runs, sweep_runs
+
+logger = logging.getLogger(__name__)
 
 #: Exit code if another process runs this run.
 LOCKED = 75
 
 PROGRESS = "progress.json"
-_OF_THE_PLAN = ("id", "key", "base", "design", "option", "seed", "recipe", "evaluation")
+_OF_THE_PLAN = ("id", "key", "base", "design", "option", "seed", "recipe", "evaluation", "kind")
 
 
 class ProgressFile(TrainerCallback):
@@ -62,6 +78,8 @@ def write_progress(folder: Path, stage: str, **facts: Any) -> None:
 def carry_out(study: Study, run: PlannedRun, *, output_dir: Path, work: Path, data_dir: Path | None) -> RunRecord:
     """Train and evaluate one run; resume from its checkpoint if it was stopped.
 
+    A run of the sweep is not evaluated, and neither is one that stopped because its numbers were not finite.
+
     Args:
         study: The study.
         run: One of its runs.
@@ -69,42 +87,96 @@ def carry_out(study: Study, run: PlannedRun, *, output_dir: Path, work: Path, da
         work: Folder for checkpoints and models.
         data_dir: Folder that replaces ``{data}``.
     """
-    from ..evaluation import evaluate
-    from ..stats.readers import read_results
-    from ..training import train
-
     folder = work / run.id
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = run.to_recipe(data_dir, folder / "training", cache_of(study, work))
-    result = train(recipe, resume=True, callbacks=[ProgressFile(folder)])
-    write_progress(folder, "evaluating")
-    started = time.monotonic()
-    scores = evaluate(
-        result.model,
-        output_dir=output_dir / "mteb" / run.id,
-        suite=study.suite,
-        data_dir=data_dir,
-        limit=study.limit,
-        instruct=study.instruct,
-        allow_missing=study.allow_missing,
-        batch_size=study.batch_size,
-        show_progress=False,
-        cache=recipe.training.cache,
-        cache_dtype=recipe.training.cache_dtype,
+    if run.kind == "bm25":
+        started = time.monotonic()
+        scores = bm25_scores(study, data_dir)
+        record = _record(run, evaluation_seconds=time.monotonic() - started)
+        write_record(record, Results(scores), output_dir)
+        return record
+    recipe = run.to_recipe(data_dir, run.training_folder(work), cache_of(study, work))
+    model, report = _train(recipe, folder) if run.trains else _untrained(recipe)
+    started, table = time.monotonic(), complete(pd.DataFrame(columns=COLUMNS))
+    if model is not None and run.kind != "sweep":
+        write_progress(folder, "evaluating")
+        scores = evaluate(
+            model,
+            output_dir=output_dir / "mteb" / (run.id if run.trains else f"{run.base}_untrained"),
+            suite=study.suite,
+            data_dir=data_dir,
+            limit=study.limit,
+            instruct=study.instruct,
+            allow_missing=study.allow_missing,
+            batch_size=study.batch_size,
+            show_progress=False,
+            cache=recipe.training.cache if _is_cacheable(model) else None,
+            cache_dtype=recipe.training.cache_dtype,
+        )
+        write_progress(folder, f"evaluated by {scores.inference}")
+        table = read_results([str(scores.folder)], task_types={row.task: row.type for row in scores.rows}).table
+    record = _record(
+        run,
+        training=report,
+        stages=_stages(run.training_folder(work) / "stages"),
+        evaluation_seconds=time.monotonic() - started,
+        data=_digests(recipe) if run.trains else {},
     )
-    write_progress(folder, f"evaluated by {scores.inference}")
-    record = RunRecord(
-        **{name: getattr(run, name) for name in _OF_THE_PLAN},
-        training=result.report,
-        stages=_stages(folder / "training" / "stages"),
-        evaluation_seconds=round(time.monotonic() - started, 1),
-        data=_digests(recipe),
-        machine=_machine(),
-    )
-    results = read_results([str(scores.folder)], task_types={row.task: row.type for row in scores.rows})
-    write_record(record, results, output_dir)
-    shutil.rmtree(folder / "training" / "checkpoints", ignore_errors=True)  # the optimizer's state
+    write_record(record, Results(table), output_dir)
+    shutil.rmtree(run.training_folder(work) / "checkpoints", ignore_errors=True)  # the optimizer's state
     return record
+
+
+def _record(run: PlannedRun, *, evaluation_seconds: float, training: dict[str, Any], **facts: Any) -> RunRecord:
+    return RunRecord(
+        **{name: getattr(run, name) for name in _OF_THE_PLAN},
+        training=training,
+        evaluation_seconds=round(evaluation_seconds, 1),
+        machine=_machine(),
+        **facts,
+    )
+
+
+def _train(recipe: Recipe, folder: Path) -> tuple[SentenceTransformer | None, dict[str, Any]]:
+    """Return the trained model and the report of its training; no model if the numbers were not finite."""
+    try:
+        result = train(recipe, resume=True, callbacks=[ProgressFile(folder)])
+    except TrainingError as error:
+        logger.error("%s", error)
+        return None, {"not_finite": True}
+    return result.model, result.report
+
+
+def _untrained(recipe: Recipe) -> tuple[SentenceTransformer, dict[str, Any]]:
+    model = untrained_model(recipe)
+    return model, {"steps": 0, "wall_seconds": 0.0, "parameters": count_weights(model.parameters())}
+
+
+def _is_cacheable(model: SentenceTransformer) -> bool:
+    try:
+        check_poolings(model)
+    except ConfigurationError:  # of an untrained model; training would have been refused
+        return False
+    return True
+
+
+def bm25_scores(study: Study, data_dir: Path | None) -> pd.DataFrame:
+    """Return the rows of BM25 on the search tasks of a study's suite."""
+    names = [task.name for task in read_suite(study.suite).tasks if task.type in SEARCH_TYPES]
+    tasks = load_suite(study.suite, data_dir, tasks=names, limit=study.limit, allow_missing=study.allow_missing)
+    rows = [
+        {
+            "task": task.metadata.name,
+            "task_type": task.metadata.type,
+            "corpus": task.corpus,
+            "languages": " ".join(task.metadata.eval_langs),
+            "dataset_revision": task.metadata.revision,
+            "mteb_version": version("mteb"),
+            "score": bm25_baseline(task),
+        }
+        for task in tasks
+    ]
+    return complete(pd.DataFrame(rows))
 
 
 def cache_of(study: Study, work: Path) -> Path | None:
@@ -128,7 +200,8 @@ def main(arguments: list[str]) -> int:
         parser.add_argument(f"--{name}", required=name != "data")
     given = parser.parse_args(arguments)
     study, output_dir = Study.load(given.study), Path(given.out)
-    run = next(run for run in study.runs() if run.id == given.run)
+    everything = [*study.reference_runs(), *sweep_runs(study), *ready_runs(study, output_dir)]
+    run = next(run for run in everything if run.id == given.run)
     try:
         with lock_of(run.id, output_dir):
             if not finished([run], output_dir):

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from .mntp.adaptation import AdaptResult, adapt
     from .mntp.recipe import AdaptRecipe
     from .recipe import Recipe
-    from .run import TrainingResult, train
+    from .run import TrainingResult, train, untrained_model
 
-__all__ = ["AdaptRecipe", "AdaptResult", "Recipe", "TrainingResult", "adapt", "train"]
+__all__ = ["AdaptRecipe", "AdaptResult", "Recipe", "TrainingResult", "adapt", "train", "untrained_model"]
 
 _FILES = {
     "AdaptRecipe": ".mntp.recipe",
@@ -22,6 +22,7 @@ _FILES = {
     "TrainingResult": ".run",
     "adapt": ".mntp.adaptation",
     "train": ".run",
+    "untrained_model": ".run",
 }
 
 

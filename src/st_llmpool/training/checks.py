@@ -17,7 +17,6 @@ from ..designs import DESIGNS, POOLINGS, resolve_base
 from ..losses.build import check_columns, check_loss
 from ..modules.errors import ConfigurationError, DataError, check_choice
 from ..modules.llm_transformer import resolve_layers
-from ..modules.trainable_pooling import TrainablePooling
 from ..saved_embedder import is_saved_embedder, read_architecture
 from ..summary_cache.cached_backbone import reads_tokens
 from ..utils.extras import require
@@ -69,8 +68,7 @@ def check_names(recipe: Recipe) -> None:
         check_choice("model.design", model.design, tuple(DESIGNS))
     pooling = design_arguments(model)["pooling"] or "multi_layer"
     check_choice("model.pooling", pooling, tuple(POOLINGS))
-    module = POOLINGS[pooling].module
-    if model.tune == "pooling" and not (isinstance(module, type) and issubclass(module, TrainablePooling)):
+    if model.tune == "pooling" and not POOLINGS[pooling].is_trainable:
         raise ConfigurationError(
             f"model.tune=pooling trains nothing: model.pooling={pooling!r} has no weights. Use lora, or multi_layer."
         )

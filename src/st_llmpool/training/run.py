@@ -107,6 +107,27 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCa
         return _train(recipe, prepared, start, resume=resume, callbacks=callbacks)
 
 
+def untrained_model(recipe: Recipe) -> SentenceTransformer:
+    """Return the model of a recipe before the first step of its training and of its stages.
+
+    Args:
+        recipe: The recipe; its data are not read.
+
+    Raises:
+        ConfigurationError: If the model's settings do not fit the base.
+
+    Example:
+        >>> recipe = Recipe.from_dict({"model": {"base": "builtin"}, "data": [{"source": "pairs.jsonl"}]})
+        >>> untrained_model(recipe).get_embedding_dimension()
+        256
+    """
+    arguments = _training_arguments(recipe, Path(recipe.output_dir))
+    set_seed(recipe.seed)
+    model = _build_model(recipe, resolve_base(recipe.model.base), arguments)
+    model.truncate_dim = recipe.model.truncate_dim
+    return model
+
+
 @dataclass(frozen=True)
 class _Prepared:
     """A validated recipe, before weights are loaded."""
