@@ -36,7 +36,7 @@ def test_epochs_cost_what_their_steps_cost(data):
     """30 rows of the one and 20 of the other set are 3 and 2 batches of 8; two epochs are 10 steps."""
     by_epochs = forecast(study(num_train_epochs=2), [], data_dir=data)
     assert by_epochs.flops == forecast(study(max_steps=10), [], data_dir=data).flops
-    assert min(by_epochs.flops.values()) > 0
+    assert min(flops for name, flops in by_epochs.flops.items() if "_seed" in name) > 0
 
 
 def test_epochs_of_unknown_data_are_refused(data):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from st_llmpool.study import worker
 from st_llmpool.study.records import finished, read_scores
 from st_llmpool.study.settings import DesignSettings
 from st_llmpool.study.worker import carry_out
+from st_llmpool.training.guarded_trainer import TrainingError
 from tests.study.conftest import TOPICS
 
 
@@ -70,6 +72,58 @@ def assert_same_results(run, *folders):
     first, second = (finished([run], folder)[0] for folder in folders)
     assert first.training["losses"] == second.training["losses"]
     assert first.validation == second.validation
+
+
+def test_a_design_without_weights_to_train_is_evaluated_as_it_is_for_every_seed(tiny_study, study_data, tmp_path):
+    tiny_study.recipe["model"]["tune"] = "pooling"
+    study = dataclasses.replace(tiny_study, untrained=True, frozen=True, seeds=[0, 1])
+    folders = {"output_dir": tmp_path / "out", "work": tmp_path / "work", "data_dir": study_data}
+    plain = [run for run in [*study.reference_runs(), *study.runs()] if run.design == "mean-bidirectional"]
+    records = [carry_out(study, run, **folders) for run in plain]
+    assert [(record.seed, record.step, record.training["steps"]) for record in records] == [
+        (0, "0", 0),
+        (0, "", 0),
+        (1, "", 0),
+    ]
+    scores = read_scores(records, tmp_path / "out").scores
+    main = scores[scores["metric"] == "main_score"]
+    assert set(main.groupby("task")["score"].agg(["count", "nunique"]).itertuples(index=False, name=None)) == {(3, 1)}
+    assert not list((tmp_path / "work").rglob("checkpoints"))
+    assert not any(record.diverged for record in records)
+
+
+def test_bm25_is_scored_on_the_search_tasks(tiny_study, study_data, tmp_path):
+    tables = {"corpus": {"id": ["a", "b"], "text": ["the ship sails", "dry grass"]}}
+    tables["queries"] = {"id": ["q", "r"], "text": ["a ship", "dry"]}
+    tables["qrels"] = {"query-id": ["q", "r"], "corpus-id": ["a", "a"]}
+    for name, table in tables.items():
+        pd.DataFrame(table).to_parquet(study_data / "topics" / f"{name}.parquet")
+    suite = yaml.safe_load((study_data / "suite.yaml").read_text())
+    suite["tasks"].append({"name": "LocalFind", "type": "Retrieval", "folder": "topics", "corpus": "nature"})
+    (study_data / "suite.yaml").write_text(yaml.safe_dump(suite))
+    (run,) = tiny_study.reference_runs()
+    assert run.id == "bm25"
+    record = carry_out(tiny_study, run, output_dir=tmp_path / "out", work=tmp_path / "work", data_dir=study_data)
+    (row,) = read_scores([record], tmp_path / "out").table.to_dict("records")
+    names = ("base", "design", "attention", "readout", "pooling", "task", "task_type", "corpus", "metric", "step")
+    assert [row[name] for name in names] == [
+        *("", "bm25", "", "", "", "LocalFind", "Retrieval", "nature", "main_score", ""),
+    ]
+    assert row["score"] == pytest.approx((1 + 1 / math.log2(3)) / 2, abs=1e-4)
+
+
+def test_a_run_whose_numbers_are_not_finite_has_diverged_and_has_no_scores(
+    tiny_study, study_data, tmp_path, monkeypatch
+):
+    def stop(*args, **options):
+        raise TrainingError("Step 3: the loss is nan.")
+
+    monkeypatch.setattr(worker, "train", stop)
+    run = tiny_study.runs()[0]
+    record = carry_out(tiny_study, run, output_dir=tmp_path / "out", work=tmp_path / "work", data_dir=study_data)
+    assert record.diverged
+    assert finished([run], tmp_path / "out") == [record]
+    assert read_scores([record], tmp_path / "out").table.empty
 
 
 def test_designs_see_the_same_texts_in_the_same_order(tiny_study, study_data, tmp_path, monkeypatch):

@@ -92,7 +92,7 @@ def carry_out(study: Study, run: PlannedRun, *, output_dir: Path, work: Path, da
     if run.kind == "bm25":
         started = time.monotonic()
         scores = bm25_scores(study, data_dir)
-        record = _record(run, evaluation_seconds=time.monotonic() - started)
+        record = _record(run, training={}, evaluation_seconds=time.monotonic() - started)
         write_record(record, Results(scores), output_dir)
         return record
     recipe = run.to_recipe(data_dir, run.training_folder(work), cache_of(study, work))
