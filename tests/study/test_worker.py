@@ -17,7 +17,7 @@ from st_llmpool.study import worker
 from st_llmpool.study.records import finished, read_scores
 from st_llmpool.study.settings import DesignSettings
 from st_llmpool.study.worker import carry_out
-from st_llmpool.training.guarded_trainer import TrainingError
+from st_llmpool.training.trainer import TrainingError
 from tests.study.conftest import TOPICS
 
 
@@ -112,6 +112,7 @@ def test_bm25_is_scored_on_the_search_tasks(tiny_study, study_data, tmp_path):
     assert row["score"] == pytest.approx((1 + 1 / math.log2(3)) / 2, abs=1e-4)
 
 
+@pytest.mark.logs_warning
 def test_a_run_whose_numbers_are_not_finite_has_diverged_and_has_no_scores(
     tiny_study, study_data, tmp_path, monkeypatch
 ):

@@ -36,7 +36,7 @@ from ..stats.results import MAX_CONTRASTS, MAX_MODELS, label
 from ..training.recipe import Recipe, with_earlier_names
 from ..utils.files import slug
 from ..utils.reading import read_yaml, shown
-from ..utils.settings import Range, check_ranges, from_mapping, merge
+from ..utils.settings import from_mapping, merge
 
 _PRESETS = Path(__file__).parent / "presets"
 _FORMAT = 1  # part of every key: raise it when the same settings come to give other numbers
@@ -220,7 +220,8 @@ class Study:
         for what, names in listed.items():
             if len(set(names)) < len(names) or not names:
                 raise ConfigurationError(f"{what} must have entries, each once; they are {names}.")
-        check_ranges(self, "", {"rope": Range(0, is_open=True)})
+        if not 0 < self.rope < 1:
+            raise ConfigurationError(f"rope={self.rope} must be above 0 and below 1, in units of the score.")
         for name, values in self.sweep.items():
             if len(set(values)) < len(values) or not values:
                 raise ConfigurationError(f"sweep.{name} must have values, each once; they are {values}.")

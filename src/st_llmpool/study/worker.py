@@ -29,7 +29,7 @@ from ..stats.readers import read_results
 from ..stats.results import COLUMNS, Results, complete
 from ..summary_cache.cached_backbone import check_poolings
 from ..training import Recipe, train, untrained_model
-from ..training.guarded_trainer import TrainingError
+from ..training.trainer import TrainingError
 from ..utils.files import write_atomically
 from ..utils.parameters import count_weights
 from ..utils.reading import read_json_object
