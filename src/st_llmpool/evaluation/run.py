@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 from rich.table import Table
@@ -94,7 +95,7 @@ def evaluate(
     if batch_size < 1:
         raise ConfigurationError(f"batch_size={batch_size} must be at least 1.")
     check_writable(Path(output_dir))
-    hub = {"trust_remote_code": trust_remote_code, "revision": revision, "token": token}
+    hub: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision, "token": token}
     source = None if isinstance(model, SentenceTransformer) else str(model)
     if source is not None:
         check_code(source, **hub)

@@ -172,7 +172,7 @@ def _try(recipe: Recipe, folder: Path, memory: float) -> BatchTrial:
     if returned in (None, -signal.SIGKILL):  # by which a system saves its last memory
         return BatchTrial(size, fits=False)
     lines, reason = (folder / "answer").read_text().splitlines(), (folder / "log").read_text().strip()[-2000:]
-    found = json.loads(lines[-1]) if returned == 0 else {"refused": reason}
+    found: dict[str, Any] = json.loads(lines[-1]) if returned == 0 else {"refused": reason}
     if "refused" in found:
         raise ConfigurationError(f"A batch of {size} cannot be trained with: {found['refused']}")
     if not found or found["memory"] > limit:  # between two looks at it

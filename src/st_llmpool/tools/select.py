@@ -152,8 +152,8 @@ def select(
     with _bar(sum(sizes) + len(targets), console) as advance:
         options: dict[str, Any] = {"encoder": encoder, "batch_size": batch_size, "advance": advance}
         wanted = np.concatenate(list(_vectors(str(target), targets, target_names, **options)))
-        with TemporaryFile(dir=out.parent) as file:  # without a name, so gone afterwards and after a kill
-            vectors = np.memmap(file, dtype=np.float32, mode="w+", shape=(sum(sizes), wanted.shape[1]))
+        with TemporaryFile(dir=out.parent) as unnamed:  # without a name, so gone afterwards and after a kill
+            vectors = np.memmap(unnamed, dtype=np.float32, mode="w+", shape=(sum(sizes), wanted.shape[1]))
             place = 0
             for source, found in sources.items():
                 for chunk in _vectors(source, found, texts_of[source], **options):
