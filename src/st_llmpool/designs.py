@@ -268,13 +268,23 @@ def build_embedder(
         except ConfigurationError as error:  # an error only where it is used
             logger.warning("The prompt %r will be refused in use: %s", name, error)
     if verify:
-        _require_finite_weights(model)
-        _prove_attention(model, allow_partial=allow_partial)
+        prove_embedder(model, allow_partial=allow_partial)
     if has_adapter(model):
         continue_adapter(model, peft_config)
     elif peft_config is not None:
         add_adapter(model, peft_config)
     return model
+
+
+def prove_embedder(model: SentenceTransformer, *, allow_partial: bool = False) -> None:
+    """Check that the weights of a model are finite, and prove its attention.
+
+    Raises:
+        ConfigurationError: If a weight is NaN or infinite.
+        AttentionError: If the proof fails.
+    """
+    _require_finite_weights(model)
+    _prove_attention(model, allow_partial=allow_partial)
 
 
 def resolve_base(base: str) -> str:

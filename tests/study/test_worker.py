@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 
 from st_llmpool.study import worker
 from st_llmpool.study.records import finished, read_scores
@@ -167,6 +169,10 @@ def test_the_runs_of_a_study_on_frozen_backbones_encode_each_text_once(tiny_stud
     assert len(texts) <= counts[0] <= len(texts) + 10  # of the reload check, the seal and the card
     assert counts[1:] == [0] * 5
     assert all(record.training["steps"] == 4 for record in records)
+    first, second = (tmp_path / "work" / run.id / "training" / "model" for run in study.runs()[:2])
+    assert (first / "model.safetensors").samefile(second / "model.safetensors")  # one backbone on the disk
+    one, two = (SentenceTransformer(str(folder), trust_remote_code=True).encode("a dog") for folder in (first, second))
+    assert not np.allclose(one, two)
 
 
 def cached_texts(folder):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from st_llmpool.modules.errors import InputError
 from st_llmpool.summary_cache import SummaryStore
 
 
@@ -102,6 +103,21 @@ def test_what_another_process_writes_is_found(tmp_path):
     assert key(1) not in two
     two.refresh()
     assert key(1) in two
+
+
+def test_a_check_is_made_until_it_has_passed_on_an_identity(tmp_path):
+    calls: list[int] = []
+
+    def check() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise InputError("not yet")
+
+    with pytest.raises(InputError):
+        SummaryStore(tmp_path, {}).once("proof", check)
+    for identity in ({}, {}, {"weights": "b"}):
+        SummaryStore(tmp_path, identity).once("proof", check)
+    assert len(calls) == 3
 
 
 def test_a_killed_writer_leaves_nothing_that_is_read(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
+from transformers import AutoModel
 
 from st_llmpool import build_embedder
 from st_llmpool.data.training_data import DatasetSettings, load_pairs
@@ -410,6 +411,17 @@ def test_a_run_on_cached_summaries_is_the_run_without_and_is_resumed_like_it(mak
     resumed = train(changed_output(cached, tmp_path / "stopped"), resume=True)
     assert resumed.report["losses"] == result.report["losses"]
     assert_same_weights(resumed.model, result.model)
+
+
+def test_a_base_that_fails_its_proof_is_refused_with_a_cache_too(make_recipe, tiny_llm, tmp_path):
+    broken = AutoModel.from_pretrained(tiny_llm)
+    broken.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
+    shutil.copytree(tiny_llm, tmp_path / "broken")
+    broken.save_pretrained(tmp_path / "broken")
+    values = {"model": {"tune": "pooling", "base": str(tmp_path / "broken")}}
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match="holds NaN or infinity"):
+            train(make_recipe(values, f"training.cache={tmp_path / 'cache'}"), resume=True)
 
 
 @pytest.mark.parametrize(

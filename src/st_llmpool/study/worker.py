@@ -30,7 +30,7 @@ from ..stats.results import COLUMNS, Results, complete
 from ..summary_cache.cached_backbone import check_poolings
 from ..training import Recipe, train, untrained_model
 from ..training.trainer import TrainingError
-from ..utils.files import write_atomically
+from ..utils.files import share_files, write_atomically
 from ..utils.parameters import count_weights
 from ..utils.reading import read_json_object
 from .records import RunRecord, finished, write_record
@@ -140,7 +140,10 @@ def _record(run: PlannedRun, *, evaluation_seconds: float, training: dict[str, A
 def _train(recipe: Recipe, folder: Path) -> tuple[SentenceTransformer | None, dict[str, Any]]:
     """Return the trained model and the report of its training; no model if the numbers were not finite."""
     try:
-        result = train(recipe, resume=True, callbacks=[ProgressFile(folder)])
+        frozen = recipe.training.cache is not None
+        result = train(recipe, resume=True, callbacks=[ProgressFile(folder)], measure_card=not frozen)
+        if frozen:  # hundreds of short runs would fill the disk with one backbone
+            share_files(result.model_dir, Path(str(recipe.training.cache)) / "weights")
     except TrainingError as error:
         logger.error("%s", error)
         return None, {"not_finite": True}

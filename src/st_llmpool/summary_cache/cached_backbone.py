@@ -27,8 +27,9 @@ from ..modules.layer_readout import POOLING_FEATURES, READOUTS, TokenSpans, hidd
 from ..utils.random_state import preserve_modes
 from .store import DTYPES, SummaryStore
 
-#: Characters (padded) and texts of one forward, bytes and seconds of one file.
-_BATCH_CHARACTERS, _BATCH_TEXTS = 32_768, 128
+#: Characters (padded) of one forward: a CPU is a quarter faster while its activations fit into its caches.
+_BATCH_CHARACTERS, _BATCH_CHARACTERS_ON_CPU, _BATCH_TEXTS = 65_536, 4_096, 128
+#: Bytes and seconds of one file.
 _SHARD_BYTES, _SHARD_SECONDS = 2**26, 60.0
 _FEW = 1024  # texts that one process encodes at once; more are divided among processes by their keys
 _CACHED = "layer summaries come from a cache"
@@ -180,11 +181,12 @@ class Cache:
         found: dict[bytes, Tensor] = {}
         size, started = 0, time.monotonic()
         limit = 8 * (self.backbone.max_seq_length or 2**30)  # characters, of which no more tokens are read
+        budget = _BATCH_CHARACTERS_ON_CPU if self.backbone.model.device.type == "cpu" else _BATCH_CHARACTERS
         order = sorted(texts, key=lambda key: len(texts[key]), reverse=True)
         with preserve_modes(self.backbone):
             while order:
                 longest = min(len(texts[order[0]]) + len(prompt or ""), limit) + 8
-                count = max(1, min(_BATCH_TEXTS, _BATCH_CHARACTERS // longest))
+                count = max(1, min(_BATCH_TEXTS, budget // longest))
                 batch, order = order[:count], order[count:]
                 rows = self._run([texts[key] for key in batch], prompt, options)
                 found |= dict(zip(batch, rows, strict=True))

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +133,13 @@ class SummaryStore:
         with atomic_file(self.folder / f"{time.time_ns():020d}-{os.getpid()}.safetensors") as partial:
             save_file(tensors, partial, {"identity": self.identity})
         self.refresh()
+
+    def once(self, name: str, check: Callable[[], object]) -> None:
+        """Call `check`, unless it has passed before on this identity."""
+        passed = self.folder / f"{name}.passed"
+        if not passed.exists():
+            check()
+            passed.touch()
 
     @contextmanager
     def lock(self, name: str, *, wait: bool) -> Iterator[bool]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,14 +21,14 @@ from transformers import TrainerCallback, set_seed
 
 from ..adapters import has_adapter
 from ..data.training_data import load_pairs, load_views
-from ..designs import build_embedder, resolve_base
+from ..designs import build_embedder, prove_embedder, resolve_base
 from ..hub.loading import load_model
 from ..losses.build import LossParts, build_loss, teacher_scores
 from ..losses.hard_negative_mixing import HardNegativeMixing
 from ..model_card.card import card_without_forwards, training_facts
 from ..modules.errors import ConfigurationError
 from ..saved_embedder import is_saved_embedder
-from ..summary_cache import cached_summaries
+from ..summary_cache import SummaryStore, cached_summaries, identity_of
 from ..utils.files import atomic_folder
 from ..utils.parameters import count_weights
 from ..utils.random_state import preserve_rng_state
@@ -63,7 +65,13 @@ class TrainingResult:
     report: dict[str, Any]
 
 
-def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> TrainingResult:
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    measure_card: bool = True,
+) -> TrainingResult:
     """Train an embedding model as the recipe describes.
 
     In ``recipe.output_dir`` it leaves ``model``, ``training.json``, ``loss.png``, ``recipe.yaml`` and ``checkpoints``.
@@ -78,6 +86,7 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCa
             weights are those of an uninterrupted run. With another number of processes the batches
             are the same, but dropout differs.
         callbacks: Additional trainer callbacks.
+        measure_card: False leaves out of the model's card what takes forwards: attention proof, layer use, figures.
 
     Raises:
         ConfigurationError: If the recipe does not fit the base, this machine, or what is in ``output_dir``, or another
@@ -104,7 +113,7 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Sequence[TrainerCa
             if prepared.arguments.process_index == 0:
                 recipe.to_yaml(folder / "recipe.yaml")  # before the first stage, so that all of it can be resumed
             start = run_stages(recipe, check=_prepare, train=_train_stage)
-        return _train(recipe, prepared, start, resume=resume, callbacks=callbacks)
+        return _train(recipe, prepared, start, resume=resume, callbacks=callbacks, measure_card=measure_card)
 
 
 def untrained_model(recipe: Recipe) -> SentenceTransformer:
@@ -125,6 +134,10 @@ def untrained_model(recipe: Recipe) -> SentenceTransformer:
     set_seed(recipe.seed)
     model = _build_model(recipe, resolve_base(recipe.model.base), arguments)
     model.truncate_dim = recipe.model.truncate_dim
+    if recipe.training.cache is not None:
+        settings = recipe.training
+        store = SummaryStore(Path(str(settings.cache)), identity_of(model[0]), dtype=settings.cache_dtype)
+        _prove_once(recipe, model, store)
     return model
 
 
@@ -175,6 +188,7 @@ def _train(
     resume: bool,
     stage: StageSettings | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    measure_card: bool = True,
 ) -> TrainingResult:
     folder, arguments, datasets = Path(recipe.output_dir), prepared.arguments, prepared.datasets
     base = resolve_base(recipe.model.base) if start is None else str(start.resolve())
@@ -186,32 +200,47 @@ def _train(
     if recipe.loss.teacher is not None:
         datasets = _with_teacher_scores(recipe.loss.teacher, datasets, recipe, arguments)
     vars(model.model_card_data)["training_examples"] = recipe.card_examples  # before the trainer picks them
-    with _cached(recipe, model, datasets):
+    with _cached(recipe, model, datasets) as store:
         trainer = _trainer(recipe, model, arguments, datasets, prepared.evaluator, callbacks)
         model.truncate_dim = recipe.model.truncate_dim  # after the loss was built, which trains all dimensions
         full, trusted = recipe.model.tune == "full", recipe.model.trust_remote_code
         check = partial(check_reload, model, folder, full=full, trust_remote_code=trusted)
+        if store is not None:  # one of these modules on this backbone is saved as another is
+            check = partial(store.once, f"reload-{_settings_digest(model)}", check)
         train_in_folder(folder, recipe, trainer, check, resume=resume)
     rows = {name: len(dataset) for name, dataset in datasets.items()}
     at_end = None
     if start is not None or stage is not None:  # an adapter's base, a stage's model, is nowhere but in this run
         merge = None if stage is None else stage.merge
         at_end = partial(merge_stage, model, base, merge, recipe.evaluation, prepared.evaluator)
-    return _finish(trainer, recipe, folder, rows, at_end)
+    measures = measure_card and not trainer.is_sharded  # one rank cannot run its part
+    return _finish(trainer, recipe, folder, rows, at_end, measure_card=measures)
 
 
 @contextmanager
-def _cached(recipe: Recipe, model: SentenceTransformer, datasets: DatasetDict) -> Iterator[None]:
-    """With ``training.cache``: encode the training texts, and train on what the cache holds."""
+def _cached(recipe: Recipe, model: SentenceTransformer, datasets: DatasetDict) -> Iterator[SummaryStore | None]:
+    """With ``training.cache``: prove the backbone once, encode the training texts, and train on them."""
     if recipe.training.cache is None:
-        yield
+        yield None
         return
     with cached_summaries(model, recipe.training.cache, dtype=recipe.training.cache_dtype) as cache:
+        _prove_once(recipe, model, cache.store)
         for item in recipe.data:
             rows = datasets[item.label]
             for column in [name for name in rows.column_names if name != "label"]:  # a teacher's scores
                 cache.fill(rows[column], item.instruction if column == "query" else None)
-        yield
+        yield cache.store
+
+
+def _prove_once(recipe: Recipe, model: SentenceTransformer, store: SummaryStore) -> None:
+    """Prove the backbone unless a run on this cache has; with ``allow_partial`` each build does, which records layers."""
+    if not recipe.model.allow_partial:
+        store.once("attention", partial(prove_embedder, model))
+
+
+def _settings_digest(model: SentenceTransformer) -> str:
+    settings = [[type(module).__name__, module.get_config_dict()] for module in model]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _training_arguments(recipe: Recipe, folder: Path) -> SentenceTransformerTrainingArguments:
@@ -269,6 +298,7 @@ def _build_model(recipe: Recipe, base: str, arguments: SentenceTransformerTraini
         quantization_config=settings.quantization,
         prompts=_prompts(recipe),
         allow_partial=settings.allow_partial,
+        verify=recipe.training.cache is None or settings.allow_partial,  # else once for all runs on the cache
         dtype=torch.float32 if settings.tune == "full" else dtype_of(arguments),
         device=str(arguments.device),
         attn_implementation=settings.attn_implementation,
@@ -369,6 +399,8 @@ def _finish(
     folder: Path,
     rows: dict[str, int],
     at_end: Callable[[], dict[str, Any]] | None,
+    *,
+    measure_card: bool,
 ) -> TrainingResult:
     trainer.pooling_change.remove()
     model, state = trainer.model, trainer.state
@@ -393,8 +425,7 @@ def _finish(
             facts |= at_end()
         report = write_report(folder, trainer, facts)
         vars(model.model_card_data).update(training_facts(folder))
-        light = card_without_forwards(model) if trainer.is_sharded else nullcontext()  # one rank cannot run its part
-        with light, atomic_folder(folder / "model") as target:
+        with nullcontext() if measure_card else card_without_forwards(model), atomic_folder(folder / "model") as target:
             model.save_pretrained(str(target))
     trainer.accelerator.wait_for_everyone()
     return TrainingResult(model, folder / "model", report)
