@@ -233,7 +233,7 @@ def _cached(recipe: Recipe, model: SentenceTransformer, datasets: DatasetDict) -
 
 
 def _prove_once(recipe: Recipe, model: SentenceTransformer, store: SummaryStore) -> None:
-    """Prove the backbone unless a run on this cache has; with ``allow_partial`` each build does, which records layers."""
+    """Prove the backbone unless a run on this cache has; with ``allow_partial`` each build does and records layers."""
     if not recipe.model.allow_partial:
         store.once("attention", partial(prove_embedder, model))
 
