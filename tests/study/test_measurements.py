@@ -25,6 +25,12 @@ def test_cost_and_layers_of_a_model_are_written_once(tiny_study, study_data, tmp
     assert files == {name: (folder / f"{name}.json").read_text() for name in files}
 
 
+def test_cost_of_a_design_that_does_not_train_is_that_of_its_untrained_model(tiny_study, study_data, tmp_path):
+    recipe = tiny_study.runs()[0].to_recipe(study_data, tmp_path / "training")
+    measure_run(None, recipe, tmp_path, [], layers=False)
+    assert json.loads((tmp_path / "cost.json").read_text())["pooling"] == 0
+
+
 def test_a_suite_without_search_gives_the_built_in_probes(tiny_study):
     assert suite_probes(load_suite(tiny_study.suite)) == sample_probes()
 

@@ -12,8 +12,18 @@ from rich.console import Console
 from st_llmpool.modules.errors import DataError
 from st_llmpool.stats.readers import read_results
 from st_llmpool.stats.results import COLUMNS, Results
-from st_llmpool.study.records import RunStore, finished, read_scores, reuse_runs, write_record, write_results
+from st_llmpool.study.records import (
+    RunStore,
+    finished,
+    read_scores,
+    registration,
+    reuse_runs,
+    write_record,
+    write_results,
+    write_study,
+)
 from st_llmpool.study.runner import StudyRunner
+from st_llmpool.study.settings import Study
 from tests.study.synthetic_study import synthetic_records, synthetic_results, synthetic_study
 
 STUDY = synthetic_study(seeds=[0, 1], layers=False)
@@ -103,3 +113,31 @@ def test_report_is_made_again_from_study_file_and_results_alone(kept, tmp_path, 
         assert len(list(out.glob("*.png"))) <= 4
     assert tables[0] == tables[1]
     assert "Convergence.csv" in tables[0]
+
+
+def test_registration_keeps_the_time_of_the_first_run_of_each_version_of_the_settings(tmp_path):
+    study, path = STUDY, tmp_path / "study.yaml"
+    assert registration(study, tmp_path).endswith("of unknown time.")
+    write_study(study, path)
+    first = path.read_text()
+    write_study(dataclasses.replace(study, description="Other words."), path)
+    assert path.read_text().splitlines()[0] == first.splitlines()[0]
+    assert first.splitlines()[0].split()[-1] in registration(study, tmp_path)
+    changed = dataclasses.replace(study, seeds=[0, 7])
+    write_study(changed, path)
+    assert len([line for line in path.read_text().splitlines() if line.startswith("# registered")]) == 2
+    assert "1 other version in study.yaml" in registration(changed, tmp_path)
+    assert Study.load(path).seeds == [0, 7]
+
+
+def test_registration_survives_in_a_clone_that_has_the_results_alone(tmp_path):
+    out, clone = tmp_path / "out", tmp_path / "clone"
+    for folder in (out, clone):
+        folder.mkdir()
+    write_study(STUDY, out / "study.yaml")
+    before = registration(STUDY, out)
+    shutil.copy(write_results([], Results(pd.DataFrame(columns=COLUMNS)), out), clone)
+    assert registration(STUDY, clone) == before
+    write_study(STUDY, clone / "study.yaml")
+    (clone / "results.parquet").unlink()
+    assert registration(STUDY, clone) == before

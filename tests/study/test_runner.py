@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ from st_llmpool.study import worker
 from st_llmpool.study.records import RunRecord, finished, reuse_runs, write_record
 from st_llmpool.study.runner import StudyError, StudyRunner, environment_of_run
 from st_llmpool.study.settings import Study
+from st_llmpool.study.sweep import sweep_runs
 from st_llmpool.study.worker import LOCKED, carry_out, lock_of
 
 
@@ -109,6 +111,27 @@ def test_a_failed_run_is_named_with_the_end_of_its_log(tiny_study, study_data, t
     runner.run_worker = fail
     with pytest.raises(StudyError, match=r"(?s)2 of 2 runs failed: tiny_mean.*what went wrong"):
         runner.run()
+
+
+def test_names_of_runs_are_complete_in_a_window_of_80_columns(tiny_study, study_data, tmp_path):
+    option = "one that has such a very long name"
+    designs = [*tiny_study.designs, dataclasses.replace(tiny_study.designs[1], option=option)]
+    study = dataclasses.replace(tiny_study, designs=designs, sweep={"training.learning_rate": [1e-4, 3e-4]})
+    shown = io.StringIO()
+    console = Console(file=shown, width=80, height=60, force_terminal=True, color_system=None)
+    runner = StudyRunner(study, tmp_path / "out", data_dir=study_data, console=console)
+
+    def fail(run, slot):
+        runner.log(run.id).parent.mkdir(parents=True)
+        runner.log(run.id).touch()
+        return 1
+
+    runner.run_worker = fail
+    with pytest.raises(StudyError, match="6 of 9 runs failed"):
+        runner.run()
+    cells = "".join(line.split("│")[1].strip() for line in shown.getvalue().splitlines() if line.count("│") > 3)
+    for run in sweep_runs(study):
+        assert run.id in cells
 
 
 def test_equal_runs_of_another_study_are_taken_over_and_no_others(tiny_study, study_data, tmp_path):

@@ -7,14 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sentence_transformers import SentenceTransformer
-
 from ..analysis.cost import measure_cost
 from ..analysis.layers import Probes, analyze_layers, sample_probes
-from ..designs import build_embedder, resolve_base
 from ..evaluation.tasks import SPLIT, LocalTask
 from ..hub.loading import load_model
-from ..training.checks import design_arguments
+from ..training import untrained_model
 from ..training.recipe import DEFAULT_LENGTH, Recipe
 from ..utils.files import write_atomically
 from .records import COST, LAYERS
@@ -22,11 +19,13 @@ from .records import COST, LAYERS
 _PAIRS, _SEARCHES = 300, 150  # of the suite, as probes of single layers
 
 
-def measure_run(model_dir: Path, recipe: Recipe, folder: Path, tasks: Sequence[LocalTask], *, layers: bool) -> None:
+def measure_run(
+    model_dir: Path | None, recipe: Recipe, folder: Path, tasks: Sequence[LocalTask], *, layers: bool
+) -> None:
     """Measure cost and layers of a run's model and write them next to its record; existing files are kept.
 
     Args:
-        model_dir: The trained model.
+        model_dir: The trained model; None is the recipe's before training.
         recipe: What it was trained with.
         folder: The run's folder in ``runs``.
         tasks: The suite, whose similarity and search tasks probe single layers.
@@ -35,9 +34,12 @@ def measure_run(model_dir: Path, recipe: Recipe, folder: Path, tasks: Sequence[L
     wanted = [name for name in (COST, *([LAYERS] if layers else [])) if not (folder / name).is_file()]
     if not wanted:
         return
-    model = load_model(model_dir, trust_remote_code=recipe.model.trust_remote_code)
+    if model_dir is None:
+        model = untrained_model(recipe)
+    else:
+        model = load_model(model_dir, trust_remote_code=recipe.model.trust_remote_code)
     if LAYERS in wanted:
-        report = analyze_layers(_untrained(recipe), model, probes=suite_probes(tasks))
+        report = analyze_layers(untrained_model(recipe), model, probes=suite_probes(tasks))
         _write(folder / LAYERS, report.to_dict())
     if COST in wanted:
         model.max_seq_length = None  # texts longer than in training are measured too
@@ -72,22 +74,6 @@ def _searches(data: Any, most: int) -> dict[str, str]:
         if len(found) < most and answer not in found:
             found[answer] = text_of["queries"][query]
     return found
-
-
-def _untrained(recipe: Recipe) -> SentenceTransformer:
-    settings = recipe.model
-    return build_embedder(
-        resolve_base(settings.base),
-        **design_arguments(settings),
-        layers=settings.layers,
-        layer_readout=settings.layer_readout,
-        include_prompt=settings.include_prompt,
-        max_seq_length=settings.max_seq_length or DEFAULT_LENGTH,
-        allow_partial=settings.allow_partial,
-        trust_remote_code=settings.trust_remote_code,
-        revision=settings.revision,
-        verify=False,
-    )
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from ..modules.errors import ConfigurationError, DataError, StLlmpoolError
 from ..stats.results import COLUMNS, Results, complete
-from ..utils.files import atomic_file, atomic_folder
+from ..utils.files import atomic_file, atomic_folder, write_atomically
 from ..utils.reading import check_file, parse_json, read_json_object
 from ..utils.settings import differences, from_mapping
-from .settings import Kind, PlannedRun, factors
+from ..utils.words import counted
+from .settings import Kind, PlannedRun, Study, factors
 
 _FACTS = "run.json"
+_REGISTERED = "# registered sha256 "  # then the hash and the time of each version of a study's settings that was run
 _SCORES = "results.parquet"
 _FACTS_OF_ALL = b"st_llmpool.runs"  # key of the records in the metadata of a study's results.parquet
+_REGISTRATION = b"st_llmpool.registered"  # likewise, of these lines
 _SWEEP = b"st_llmpool.sweep"  # likewise, of what was tried and chosen
 _RUN = ["base", "design", "option", "seed", "step"]
 COST = "cost.json"
@@ -111,6 +117,7 @@ def write_results(
     table = pa.Table.from_pandas(_stored(results.table), preserve_index=False)
     facts = base64.b64encode(zlib.compress(json.dumps([asdict(record) for record in records]).encode()))
     metadata = {_FACTS_OF_ALL: facts, _SWEEP: json.dumps(list(sweep)).encode()}
+    metadata[_REGISTRATION] = "\n".join(_registered(output_dir)).encode()
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
     with atomic_file(output_dir / _SCORES) as partial:
         pq.write_table(table, partial, compression="zstd")
@@ -183,6 +190,40 @@ class RunStore:
             tables.append(table.assign(**known, diverged=record.diverged))
         tables = [table for table in tables if len(table)] or tables[:1]
         return Results(pd.concat(tables, ignore_index=True))
+
+
+def write_study(study: Study, path: Path) -> None:
+    """Write the settings of a study, below a line with hash and time for each version of them that was run."""
+    lines, digest = _registered(path.parent), settings_digest(study)
+    if not any(digest in line for line in lines):
+        lines.append(f"{_REGISTERED}{digest} {datetime.now(UTC).isoformat(timespec='seconds')}")
+    write_atomically(path, "\n".join([*lines, yaml.safe_dump(study.to_dict(), sort_keys=False)]))
+
+
+def settings_digest(study: Study) -> str:
+    """Return a hash of the settings of a study, without its texts."""
+    settings = {key: value for key, value in study.to_dict().items() if key not in ("name", "description", "withdrawn")}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def registration(study: Study, output_dir: Path) -> str:
+    """Return in a sentence when the settings of a study, as they are, were first run."""
+    digest = settings_digest(study)
+    times = {line.split()[-2]: line.split()[-1] for line in _registered(output_dir)}
+    start = f"Pre-registration: settings sha256:{digest}"
+    if digest not in times:
+        return f"{start}, of unknown time."
+    others = len(times) - 1
+    return f"{start}, {times[digest]}" + (f"; {counted(others, 'other version')} in study.yaml." if others else ".")
+
+
+def _registered(output_dir: Path) -> list[str]:
+    """Return the lines of registration in ``study.yaml``, else those in ``results.parquet``."""
+    file, results = output_dir / "study.yaml", output_dir / _SCORES
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if _REGISTERED not in text and results.is_file():
+        text = (pq.read_schema(results).metadata or {}).get(_REGISTRATION, b"").decode()
+    return [line for line in text.splitlines() if line.startswith(_REGISTERED)]
 
 
 def reuse_runs(runs: Iterable[PlannedRun], other: Path, output_dir: Path) -> list[str]:

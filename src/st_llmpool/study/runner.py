@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from filelock import Timeout
 from rich.console import Console
 from rich.live import Live
@@ -34,7 +33,7 @@ from ..training.checks import check_names
 from ..utils.extras import require
 from ..utils.files import write_atomically
 from ..utils.words import counted
-from .records import RunRecord, finished, read_record, read_scores, reuse_runs, write_results
+from .records import RunRecord, finished, read_record, read_scores, reuse_runs, write_results, write_study
 from .settings import PlannedRun, Study
 from .sweep import ready_runs, sweep_runs, tunings
 from .worker import LOCKED, PROGRESS, cache_of, lock_of
@@ -147,7 +146,7 @@ class StudyRunner:
             StudyError: If runs failed; the others are finished by then. The message names their logs.
         """
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        self._write_study(self.output_dir / "study.yaml")
+        write_study(self.study, self.output_dir / "study.yaml")
         states = {run.id: _State(run) for run in [*self._first, *self.study.runs()]}
         began = time.monotonic()
         try:
@@ -205,21 +204,26 @@ class StudyRunner:
                     shutil.rmtree(self.work / record.id / "training", ignore_errors=True)
 
     def measure(self) -> None:
-        """Measure cost and layers of the first seed's models that are on this machine, in sequence, under a lock."""
+        """Measure cost and layers of the first seed's models that are on this machine, in sequence, under a lock.
+
+        Of a design that does not train, only the cost.
+        """
         from .measurements import measure_run
 
         with lock_of("measure", self.output_dir).acquire(timeout=-1):
             measured = {r.id for r in self.records if r.cost and (r.layers or not self.study.layers)}
-            first = [run for run in self.runs if run.seed == self.study.seeds[0] and run.id not in measured]
-            models = [
-                (run, run.training_folder(self.work) / "model")
-                for run in first
-                if (self.output_dir / "runs" / run.id).is_dir()
+            here = [
+                (run, run.training_folder(self.work))
+                for run in self.runs
+                if run.seed == self.study.seeds[0]
+                and run.id not in measured
+                and (self.output_dir / "runs" / run.id).is_dir()
+                and ((run.training_folder(self.work) / "model").is_dir() or not run.trains)
             ]
-            here = [(run, model) for run, model in models if model.is_dir()]
-            for run, model in track(here, "cost and layers", console=self.console):
-                recipe = run.to_recipe(self.data_dir, run.training_folder(self.work))
-                measure_run(model, recipe, self.output_dir / "runs" / run.id, self.tasks, layers=self.study.layers)
+            for run, training in track(here, "cost and layers", console=self.console):
+                model, layers = (training / "model", self.study.layers) if run.trains else (None, False)
+                recipe = run.to_recipe(self.data_dir, training)
+                measure_run(model, recipe, self.output_dir / "runs" / run.id, self.tasks, layers=layers)
 
     @property
     def results(self) -> Results:
@@ -251,9 +255,6 @@ class StudyRunner:
         for file in (page.parent / "summary").iterdir():
             write_atomically(self.output_dir / file.name, file.read_bytes())
         return page
-
-    def _write_study(self, path: Path) -> None:
-        write_atomically(path, yaml.safe_dump(self.study.to_dict(), sort_keys=False))
 
     def log(self, run_id: str) -> Path:
         """Return the log file of a run."""
@@ -296,7 +297,7 @@ class StudyRunner:
             return LOCKED
         self.log(run.id).parent.mkdir(parents=True, exist_ok=True)
         study = self.log(run.id).with_name("study.yaml")  # that of the folder may be another study's by now
-        self._write_study(study)
+        write_study(self.study, study)
         folders = {"study": study, "run": run.id, "out": self.output_dir, "work": self.work}
         if self.data_dir is not None:
             folders["data"] = self.data_dir
@@ -347,8 +348,9 @@ class StudyRunner:
     def _table(self, states: dict[str, _State], began: float) -> Table:
         table = Table(title=f"{self.study.name}: {self._left(states, began)}", title_justify="left")
         for heading in ("run", "stage", "step", "loss", "time"):
-            table.add_column(heading, justify="left" if heading in ("run", "stage") else "right")
-        for run_id, state in states.items():
+            table.add_column(heading, justify="left" if heading in ("run", "stage") else "right", overflow="fold")
+        order = {"starting": 0, "elsewhere": 0, "failed": 0, "waiting": 1}  # the end does not fit into a small window
+        for run_id, state in sorted(states.items(), key=lambda entry: order.get(entry[1].stage, 2)):
             progress = self._progress(state)
             seconds = state.seconds if state.started is None else time.monotonic() - state.started
             if state.stage in ("finished", "failed"):
