@@ -192,6 +192,13 @@ def test_code_of_its_folder_never_runs_unasked(own, tmp_path):
         build_embedder(folder)
 
 
+def test_a_base_that_is_nowhere_is_answered_with_what_a_base_may_be():
+    with pytest.raises(
+        ConfigurationError, match=r"'qwen' cannot be read: .*\. Name a folder .*, a Hub id, or builtin\.$"
+    ):
+        read_architecture("qwen")
+
+
 def test_a_card_of_the_saved_embedder_is_not_taken_for_the_new_ones(own, tmp_path):
     _, folder = saved(build_embedder(own[1]), tmp_path / "first")
     (tmp_path / "first/README.md").write_text("---\ntags: []\n---\n# Somebody's card")

@@ -142,6 +142,7 @@ def _version(
         raise typer.Exit
     # No user can act on it: peft saves embeddings that are trained.
     warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft reads it
 
 
 @app.command(rich_help_panel=_BUILD)
@@ -270,7 +271,9 @@ def adapt(
 @app.command(rich_help_panel=_EVALUATE)
 def evaluate(
     model: _Model,
-    out: Annotated[Path, _option("Output folder for mteb's result files and the scores.")],
+    out: Annotated[
+        Path | None, _option("Output folder for mteb's result files and the scores; runs/results/<MODEL> by default.")
+    ] = None,
     suite: Annotated[
         str | None, _option(f"{_shipped('evaluation/suites')}, or a YAML file; builtin without a benchmark or task.")
     ] = None,
@@ -289,9 +292,10 @@ def evaluate(
 ) -> None:
     """Evaluate MODEL with mteb: a local suite (no network), a benchmark, or single tasks."""
     from .evaluation.suite import read_suite
-    from .utils.files import check_model_path
+    from .utils.files import check_model_path, slug
 
     check_model_path(model)  # before imports that take seconds
+    out = out or Path("runs", "results", slug(model))
     read_suite(suite or "builtin")
     from .evaluation import evaluate as run
 
@@ -310,6 +314,7 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     console.print(result.to_rich())
+    _say(f"Written: {out}")
 
 
 @app.command(rich_help_panel=_EVALUATE)

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +52,9 @@ def read_architecture(base: str, **hub: Any) -> PreTrainedConfig:
             hub.pop("revision", None)  # the adapter's
         return AutoConfig.from_pretrained(base, **hub)
     except Exception as error:  # whatever transformers raises over the values of a config
-        raise ConfigurationError(f"The base {base!r} cannot be read: {error}") from error
+        reason = " ".join(str(error).split())[:300]
+        hint = "" if Path(base).is_dir() else " Name a folder with a model, a Hub id, or builtin."
+        raise ConfigurationError(f"The base {base!r} cannot be read: {reason}{hint}") from error
 
 
 @dataclass(frozen=True)

@@ -202,6 +202,8 @@ DEEP = b'{"query": "a", "positive": "b", "x": %s}\n'
         ("a.jsonl", gzip.compress(ROW.encode(), mtime=0), "compressed with gzip"),
         ("a.jsonl", b'{"query": "\\ud800", "positive": "b"}\n', "Line 1 of .* lone surrogate"),
         ("a.jsonl", DEEP % (b"[" * 200_000 + b"]" * 200_000), "Line 1 of .* nested deeper than 64"),
+        ("a.jsonl", b"What is it?\n", r"Line 1 of .* is 'What is it\?', not a JSON object"),
+        ("a.jsonl", b'[{"query": "a", "positive": "b"}]\n', "Line 1 of .* not a JSON object"),
         ("a.json", b"[" + DEEP % (b"[" * 200_000 + b"]" * 200_000) + b"]", "nested deeper than 64"),
         ("a.csv", "query,positive\ncaf\u00e9,b\n".encode("latin-1"), "Line 2 of .* is not UTF-8"),
         ("a.csv", b"query,positive\na,b\nc,d,e\n", "Line 3 of .* has 3 cells, not 2"),

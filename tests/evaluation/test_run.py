@@ -14,7 +14,9 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Dropout
+from typer.testing import CliRunner
 
+from st_llmpool.cli import app
 from st_llmpool.evaluation import SuiteEvaluator, evaluate
 from st_llmpool.evaluation.run import EvaluationResult, TaskScore
 from st_llmpool.modules.errors import ConfigurationError, DataError
@@ -45,6 +47,14 @@ def test_result_files_are_those_of_mteb(suite, tmp_path, model):
     assert (result.folder / "model_meta.json").exists()
     by_query = json.loads((result.folder / "TinySearch.json").read_text())["scores"]["test"][0]["ndcg_at_10_by_query"]
     assert np.mean(list(by_query.values())) == pytest.approx(result.scores["TinySearch"], abs=1e-4)
+
+
+def test_the_command_writes_below_runs_by_default_and_says_so(suite, tmp_path, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("my/model")
+    done = CliRunner().invoke(app, ["evaluate", "my/model", "--suite", str(suite), "--task", "TinySts"])
+    assert "Written: runs/results/my-model" in done.output, done.output
+    assert (tmp_path / "runs/results/my-model/scores.json").is_file()
 
 
 def test_two_unnamed_models_do_not_share_results(suite_of, tmp_path):

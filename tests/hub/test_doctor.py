@@ -38,6 +38,12 @@ def test_a_sound_model_passes(saved):
     assert {"attention", "EOS and truncation", "padding", "weights"} <= {found.check for found in diagnosis.findings}
 
 
+def test_no_extra_is_needed(saved, monkeypatch):
+    monkeypatch.setattr("st_llmpool.hub.doctor.find_spec", lambda name: None)
+    monkeypatch.setattr("transformers.integrations.accelerate.is_accelerate_available", lambda *args: False)
+    assert doctor(saved).ok
+
+
 def test_a_loaded_model_can_be_examined(tiny_llm):
     assert doctor(build_embedder(tiny_llm, attention="causal", pooling="eos")).ok
 

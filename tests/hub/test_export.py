@@ -117,6 +117,13 @@ def test_an_adapter_becomes_native_when_it_is_merged(tiny_llm, tmp_path):
     )
 
 
+def test_an_adapter_of_a_local_base_is_exported_merged_alone(tiny_llm, tmp_path):
+    source = save(build_embedder(tiny_llm, pooling="mean", peft_config="paper"), tmp_path / "adapter")
+    with pytest.raises(ConfigurationError, match=rf"local path, '{tiny_llm}'.*--merge"):
+        export(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_to_merge_and_a_taken_target_are_said_at_once(tiny_llm, tmp_path):
     source = save(build_embedder(tiny_llm), tmp_path / "source")
     with pytest.raises(ConfigurationError, match="nothing to merge"):

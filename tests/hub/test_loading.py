@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from st_llmpool.hub.loading import load_model
 from st_llmpool.modules import LLMTransformer, MultiLayerPooling
 from st_llmpool.modules.errors import ConfigurationError, DataError
 from st_llmpool.poolings import HopfieldPooling
+from st_llmpool.utils.extras import MissingExtraError
 
 TEXTS = ["a cat", "The quick brown fox jumps over the lazy dog."]
 
@@ -96,6 +98,19 @@ def test_a_pipe_in_the_folder_is_named_and_not_opened(saved, file):
     for trust in (False, True):
         with pytest.raises(DataError, match=rf"{file}' is a pipe or device"):
             load_model(saved, trust_remote_code=trust)
+
+
+def test_an_adapter_without_peft_is_one_line_that_names_the_extra(tiny_llm, tmp_path, monkeypatch):
+    build_embedder(tiny_llm, peft_config="paper", verify=False).save_pretrained(str(tmp_path))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: (name != "peft" and find_spec(name, *rest)) or None
+    )
+    for trusted in (False, True):
+        with pytest.raises(
+            MissingExtraError, match=r'is an adapter, which needs peft: pip install "st-llmpool\[train\]"'
+        ):
+            load_model(tmp_path, trust_remote_code=trusted)
 
 
 def test_damage_is_one_line_of_ours(saved):

@@ -7,10 +7,12 @@ import logging
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import constants
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from typer.testing import CliRunner
@@ -278,6 +280,17 @@ def test_a_missing_or_wrong_token_is_said_at_once(hub, folder, monkeypatch, capl
     monkeypatch.setenv("HF_TOKEN", "hf_alice_reads")
     with pytest.raises(PushError, match=r"Opening alice/embedder failed .*The token has no write access there"):
         push(folder)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence_and_nothing_was_sent(folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    huggingface_hub.close_session()
+    with pytest.raises(PushError, match=r"whose token this is failed.*Nothing was sent\. Check the network") as error:
+        push(folder)
+    huggingface_hub.close_session()
+    assert str(error.value).count("refused") == 1
 
 
 def test_names_and_settings_that_cannot_hold_are_refused(hub, folder, tmp_path):

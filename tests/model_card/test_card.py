@@ -160,7 +160,9 @@ def test_an_adapters_card_names_its_base_and_size(tiny_llm, tmp_path):
     model.save_pretrained(str(tmp_path))
     text = (tmp_path / "README.md").read_text()
     adapter = sum(weight.numel() for name, weight in model.named_parameters() if "lora_" in name)
-    assert "| adapter | LORA of rank 3 |" in text
+    assert "| adapter | LoRA of rank 3 |" in text
+    assert "That base is a folder of the machine on which it was trained: merge the adapter" in text
+    assert 'SentenceTransformer("path/to/this/folder", trust_remote_code=True)' in text
     assert f"| in the adapter | {adapter:,} |" in text
     assert f"`{Path(tiny_llm).name}`" in text
     assert tiny_llm not in text  # a folder of this machine

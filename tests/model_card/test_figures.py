@@ -67,5 +67,9 @@ def test_layer_use_of_an_untrained_model_is_not_drawn(untrained, tmp_path, drawn
 def test_a_curve_of_one_point_can_be_seen_and_one_of_none_is_not_drawn(tmp_path, drawn):
     assert draw_curve(tmp_path / "one.png", [[10, 0.5]], "loss")
     assert drawn[0].axes[0].lines[0].get_marker() == "o"
+    assert draw_curve(tmp_path / "two.png", [[1, 0.5], [2, 0.4]], "loss", [[0, {"ndcg": 0.1}], [2, {"ndcg": 0.2}]])
+    _, scores = drawn[1].axes
+    assert scores.get_ylabel() == "ndcg"
+    assert scores.lines[0].get_xydata().tolist() == [[0, 0.1], [2, 0.2]]
     assert not draw_curve(tmp_path / "none.png", [], "loss")
     assert not (tmp_path / "none.png").exists()

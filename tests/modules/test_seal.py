@@ -75,6 +75,11 @@ def test_every_file_but_the_card_is_recorded_with_size_and_hash(saved):
         assert (record["size"], record["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
 
 
+def test_every_file_can_be_read_by_whoever_may_read_its_neighbours(saved_once):
+    modes = {path.stat().st_mode for path in saved_once.rglob("*") if path.is_file()}
+    assert modes == {(saved_once / "modules.json").stat().st_mode}
+
+
 def test_a_save_without_card_and_a_save_of_a_copy_are_sealed(model, tmp_path):
     model.save_pretrained(str(tmp_path / "no card"), create_model_card=False)
     copy.deepcopy(model).save_pretrained(str(tmp_path / "copied"))

@@ -49,6 +49,16 @@ def test_two_folders_of_foreign_results_are_compared(folders, tmp_path):
     assert (pair["n"], pair["statistic"], pair["p"]) == (6, expected.statistic, expected.pvalue)
 
 
+def test_two_results_on_one_task_are_two_scores_and_one_sentence(tmp_path):
+    for name, score in (("org/a", 0.4), ("org/b", 0.5)):
+        write_model(tmp_path / name.replace("/", "-") / "results", name, {TASKS[0]: score})
+    printed = run(tmp_path / "org-a", tmp_path / "org-b")
+    words = " ".join(printed.split())
+    assert all(part in words for part in ("org/a 0.4000", "org/b 0.5000", "One task cannot decide between models"))
+    assert "p Holm" not in words
+    assert len([line for line in printed.splitlines() if line.strip()]) <= 10
+
+
 def test_tables_and_pictures_are_written(tmp_path):
     pytest.importorskip("scikit_posthocs", reason="the extra 'plots' is not installed")
     simulated_scores(np.random.default_rng(0), DESIGNS, tasks=12).to_parquet(tmp_path / "results.parquet")

@@ -51,13 +51,17 @@ def test_machine_time_and_versions_are_those_of_the_run(tmp_path):
     assert report["versions"]["torch"] == version("torch")
 
 
-def show(*, is_terminal: bool) -> str:
+def show(monkeypatch, *, is_terminal: bool) -> str:
     console = Console(file=io.StringIO(), force_terminal=is_terminal, width=120)
+    seconds = [0.0]
+    monkeypatch.setattr(console, "get_time", lambda: seconds[0])
     progress = RichProgress(console)
     args, state, control = TrainingArguments(output_dir="unused"), TrainerState(max_steps=4), TrainerControl()
     progress.on_train_begin(args, state, control)
-    state.global_step = 2
-    progress.on_step_end(args, state, control)
+    for step in (1, 2):
+        seconds[0] += 60
+        state.global_step = step
+        progress.on_step_end(args, state, control)
     logs = {"loss": 1.5, "learning_rate": 1e-4, "pooling_share": 0.02}
     state.log_history.append(logs)
     progress.on_log(args, state, control, logs=logs)
@@ -67,15 +71,15 @@ def show(*, is_terminal: bool) -> str:
     return console.file.getvalue()
 
 
-def test_without_a_terminal_each_log_entry_is_one_line():
-    assert show(is_terminal=False).rstrip().splitlines() == [  # rich 14.0 ends with an empty line
-        "step 2/4  loss 1.5000  lr 1.0e-04  pooling changes the embedding by 2.0 %",
-        "step 2/4  ndcg 0.2500",
+def test_without_a_terminal_each_log_entry_is_one_line_with_the_time_left(monkeypatch):
+    assert show(monkeypatch, is_terminal=False).rstrip().splitlines() == [  # rich 14.0 ends with an empty line
+        "step 2/4  loss 1.5000  lr 1.0e-04  pooling changes the embedding by 2.0 %  0:02:00 left",
+        "step 2/4  ndcg 0.2500  0:02:00 left",
     ]
 
 
-def test_a_terminal_shows_steps_numbers_and_the_time_left():
-    text = show(is_terminal=True)
+def test_a_terminal_shows_steps_numbers_and_the_time_left(monkeypatch):
+    text = show(monkeypatch, is_terminal=True)
     assert all(
         part in text
         for part in (

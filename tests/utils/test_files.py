@@ -198,9 +198,11 @@ def test_threads_that_replace_one_folder_and_one_file_leave_a_complete_one(tmp_p
 
 def test_a_folder_can_be_read_by_whoever_may_read_its_neighbours(tmp_path):
     (tmp_path / "neighbour").mkdir()
-    with atomic_folder(tmp_path / "model"):
-        pass
+    (tmp_path / "file").touch()
+    with atomic_folder(tmp_path / "model") as folder:
+        (folder / "weights").touch(mode=0o600)
     assert (tmp_path / "model").stat().st_mode == (tmp_path / "neighbour").stat().st_mode
+    assert (tmp_path / "model" / "weights").stat().st_mode == (tmp_path / "file").stat().st_mode
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path, start_writer):

@@ -27,6 +27,11 @@ Matrix = list[list[float | None]]
 
 #: A text, a paraphrase, and another text of the same topic on each line.
 _TRIPLES = Path(__file__).with_name("probes.tsv")
+_LEGEND = (
+    "similarity, search: score of the layer alone on the built-in probes, 0 to 1. CKA to last: likeness to the last "
+    "layer, 0 to 1. Of the layers that the pooling reads, attention: its weight on the layer; |W|: norm of the layer's "
+    "trained weights; moves by: change of the embedding without the layer (1 - cosine)."
+)
 _OF_READ_LAYERS = {"attention": "attention", "weight_norms": "|W|", "moved": "moves by"}
 
 
@@ -114,7 +119,8 @@ class LayerAnalysis:
 
     def to_rich(self) -> Table:
         """Return a table for the terminal, one row per layer."""
-        table = Table(title=f"Each layer ({self.readout} of its tokens, {self.texts} texts)", title_justify="left")
+        title = f"Each layer ({self.readout} of its tokens, {self.texts} texts)"
+        table = Table(title=title, title_justify="left", caption=_LEGEND, caption_justify="left")
         own = {name: dict(zip(self.read, getattr(self, name) or [], strict=False)) for name in _OF_READ_LAYERS}
         for heading in ("layer", "similarity", "search", "CKA to last", *_OF_READ_LAYERS.values()):
             table.add_column(heading, justify="right")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -223,10 +224,9 @@ def _weights_of_config(folder: Path, *, trusted: bool) -> Finding:
     transformers initialises missing weights at random, and drops layers beyond the config's number.
     """
     quantized = "quantization_config" in read_json_object(folder / "config.json")
-    options = {"device_map": "cpu" if quantized else "meta", "trust_remote_code": trusted}
-    loaded: Any = AutoModel.from_pretrained(
-        folder, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, **options
-    )
+    place = {"device_map": "cpu" if quantized else "meta"} if find_spec("accelerate") else {}  # the train extra has it
+    options = {"local_files_only": True, "trust_remote_code": trusted, **place}
+    loaded: Any = AutoModel.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     report = loaded[1]
     wrong = [f"{name} has another shape" for name, *_ in report["mismatched_keys"]]
     wrong += [f"{name} is missing" for name in report["missing_keys"] if "pooler" not in name]

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.normalize import Normalize
 
@@ -69,6 +71,8 @@ def export(
         raise ConfigurationError(f"{source} has no adapter, so there is nothing to merge. Leave --merge out.")
     if native:
         _check_native(embedder, has_adapter=has_adapter and not merge)
+    if not merge:
+        refuse_local_base(source)
     expected = _vectors(embedder)
     tolerance = _tolerance(embedder.transformers_model)
     if merge:
@@ -96,6 +100,31 @@ def foreign_types(folder: Path) -> list[str]:
     """Return the classes in modules.json that are not sentence-transformers' own; a native model has none."""
     types = [module["type"] for module in read_json(folder / "modules.json")]
     return [reference for reference in types if not reference.startswith("sentence_transformers.")]
+
+
+def refuse_local_base(folder: Path) -> None:
+    """Refuse to share an adapter whose base is a local folder: others do not have it, and its path may be private."""
+    base = adapter_base(folder)
+    if base is not None and (Path(base).exists() or not is_repo_id(base)):
+        raise ConfigurationError(
+            f"The base of the adapter in {folder} is a local path, {base!r}, so nobody else could load it. Share it "
+            f"merged (--merge), or train from the base's Hub id."
+        )
+
+
+def adapter_base(folder: Path) -> str | None:
+    """Return the base of a saved adapter; None for a complete model."""
+    file = folder / "adapter_config.json"
+    return read_json_object(file).get("base_model_name_or_path") if file.is_file() else None
+
+
+def is_repo_id(name: str) -> bool:
+    """Return whether `name` may be a repository's on the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def has_native_form(folder: Path, *, merge: bool) -> bool:

@@ -14,6 +14,7 @@ from sentence_transformers.util import ORIGINAL_TRANSFORMER_MODELS, import_from_
 
 from ..modules.errors import ConfigurationError, DataError, StLlmpoolError
 from ..modules.seal import check_seal
+from ..utils.extras import require
 from ..utils.reading import check_no_pipes
 from .folder_code import FolderCode, find_code
 
@@ -57,10 +58,10 @@ def load_model(
     options: dict[str, Any] = {"token": token, "device": device, **kwargs}
     if os.path.isdir(name):
         check_no_pipes(Path(name))
+    if load_file_path(name, "adapter_config.json", token=token, revision=revision) is not None:
+        require("train", "peft", purpose=f"{name} is an adapter, which")
     if trust_remote_code:
-        if (
-            load_file_path(name, "modules.json", token=token, revision=revision) is None
-        ):  # none of our modules checks it
+        if load_file_path(name, "modules.json", token=token, revision=revision) is None:  # no module of ours checks it
             check_seal(name, token=token, revision=revision)
         with checked_code(name, None):
             return SentenceTransformer._load_with_module_classes(

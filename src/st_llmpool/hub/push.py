@@ -15,22 +15,21 @@ from pathlib import Path
 from urllib.parse import quote
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from sentence_transformers import SentenceTransformer
 
+from ..model_card.card import PLACEHOLDER
 from ..modules.errors import ConfigurationError, DataError, InputError, StLlmpoolError
 from ..modules.seal import MANIFEST
 from ..utils.files import slug
-from ..utils.reading import read_json, read_json_object
+from ..utils.reading import read_json
 from .doctor import doctor
-from .export import export, foreign_types, has_native_form
+from .export import adapter_base, export, foreign_types, has_native_form, is_repo_id, refuse_local_base
 
 # Training state next to a model: useless to a recipient, and partly pickled.
 _TRAINING_STATE = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "trainer_state.json")
 # Files that may be loaded in place of the new model's.
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.onnx", "adapter_config.json")
-_CARD_PLACEHOLDER = "sentence_transformers_model_id"
+_CARD_PLACEHOLDERS = (PLACEHOLDER, "sentence_transformers_model_id")
 
 
 class PushError(StLlmpoolError, RuntimeError):
@@ -130,7 +129,7 @@ def push(
     with tempfile.TemporaryDirectory() as scratch:
         folder = _as_folder(model, Path(scratch) / "model", repo_id)
         if not merge:
-            _refuse_local_base(folder)
+            refuse_local_base(folder)
         if check:
             progress("Checking the model")
             _require_healthy(folder, trust_remote_code, progress)
@@ -167,7 +166,7 @@ def _repository_name(
         who = api.whoami()
     own = [who["name"], *(organisation["name"] for organisation in who.get("orgs", []))]
     name = name if "/" in name else f"{own[0]}/{name}"
-    if not _is_repo_id(name):
+    if not is_repo_id(name):
         raise ConfigurationError(
             f"{name!r} is not a valid repository name: use at most 96 letters, digits, '.', '_' and single '-'."
         )
@@ -209,28 +208,6 @@ def _as_folder(model: SentenceTransformer | str | Path, target: Path, repo_id: s
             f"{folder} is not a saved model: it has no modules.json. Name the folder that save_pretrained wrote."
         )
     return folder
-
-
-def _refuse_local_base(folder: Path) -> None:
-    base = _adapter_base(folder)
-    if base is not None and (Path(base).exists() or not _is_repo_id(base)):
-        raise ConfigurationError(
-            f"The base of the adapter in {folder} is a local path, {base!r}, so nobody else could load it. Push it "
-            f"merged (--merge), or train from the base's Hub id."
-        )
-
-
-def _adapter_base(folder: Path) -> str | None:
-    file = folder / "adapter_config.json"
-    return read_json_object(file).get("base_model_name_or_path") if file.is_file() else None
-
-
-def _is_repo_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _require_healthy(folder: Path, trust_remote_code: bool, progress: Callable[[str], None]) -> None:
@@ -296,7 +273,7 @@ def _commit(
         url=done.pr_url or f"{api.endpoint}/{repo_id}" + ("" if where == "main" else f"/tree/{quote(where, safe='')}"),
         private=bool(before.private),
         native=native,
-        adapter_base=_adapter_base(folder),
+        adapter_base=adapter_base(folder),
         removed=tuple(removed),
     )
 
@@ -331,7 +308,9 @@ def _addition(folder: Path, file: Path, repo_id: str) -> CommitOperationAdd:
     if path != "README.md":
         return CommitOperationAdd(path_in_repo=path, path_or_fileobj=str(file))
     # A card that was written before the model had a name says how to load a placeholder.
-    card = file.read_text(encoding="utf-8").replace(_CARD_PLACEHOLDER, repo_id)
+    card = file.read_text(encoding="utf-8")
+    for placeholder in _CARD_PLACEHOLDERS:
+        card = card.replace(placeholder, repo_id)
     return CommitOperationAdd(path_in_repo=path, path_or_fileobj=card.encode())
 
 
@@ -344,17 +323,20 @@ def _explained(doing: str) -> Iterator[None]:
         raise
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        raise PushError(f"{doing} failed ({type(error).__name__}: {_cause(error)}). {_way_out(status)}") from error
+        way_out = _way_out(status, sends=doing.startswith("Uploading"))
+        raise PushError(f"{doing} failed ({type(error).__name__}: {_cause(error)}). {way_out}") from error
 
 
 def _cause(error: BaseException) -> str:
     """Return the message of the error and, unless that is an HTTP status, of its cause."""
     first = " ".join(str(error).split())[:300]
     cause = error.__cause__
-    return first if cause is None or hasattr(error, "response") else f"{first} {_cause(cause)}"
+    if cause is None or hasattr(error, "response") or (further := _cause(cause)) in first:
+        return first
+    return f"{first} {further}"
 
 
-def _way_out(status: int | None) -> str:
+def _way_out(status: int | None, *, sends: bool) -> str:
     if status in (401, 403):
         return (
             "The token has no write access there: use one that has "
@@ -366,4 +348,6 @@ def _way_out(status: int | None) -> str:
         return "Somebody else pushed in the meantime; nothing was changed. Push again to replace their model."
     if status == 400:
         return "Nothing was changed. Fix what the Hub reports, and push again."
+    if not sends:
+        return "Nothing was sent. Check the network, and push again."
     return "The repository holds either all or nothing of this push. Push again; uploaded files are not sent twice."

@@ -30,6 +30,8 @@ from .figures import draw_curve, draw_design, draw_layer_use
 from .identity import IdentifiedCardData
 from .layer_use import SAMPLE_TEXTS, layer_use
 
+#: The model's name in the card of a model that has none yet; `push` writes the repository's in its place.
+PLACEHOLDER = "path/to/this/folder"
 TEMPLATE = Path(__file__).with_name("template.md")
 
 _DATA_SUFFIXES = {".parquet", ".jsonl", ".json", ".csv", ".tsv", ".txt"}
@@ -74,6 +76,9 @@ class EmbedderCardData(IdentifiedCardData):
     def generate_usage_snippet(self) -> str:
         """Return sentence-transformers' snippet, with trust_remote_code for a portable model."""
         snippet = super().generate_usage_snippet()
+        if not self.model_id:
+            snippet = snippet.replace("# Download from the 🤗 Hub\n", "")
+            snippet = snippet.replace("sentence_transformers_model_id", PLACEHOLDER)
         if self.native:
             return snippet
         with_flag = r"\1, trust_remote_code=True)"
@@ -89,7 +94,7 @@ class EmbedderCardData(IdentifiedCardData):
             design = _design(model, self.base_title, native=self.native, measured=measured)
         figures = self._draw(model, use) if self.save_dir and measured else []
         metrics = list({row["metric"]: None for row in self.results})
-        results = {"model-index": self._model_index(), "metrics": metrics} if self.results else {}
+        results = {"model-index": self._model_index(design["title"]), "metrics": metrics} if self.results else {}
         return {
             **super().get_model_specific_metadata(),
             "base_model": getattr(self, "base_model", None),
@@ -124,11 +129,12 @@ class EmbedderCardData(IdentifiedCardData):
         if use is not None:
             drawn["layers"] = draw_layer_use(folder / "layers.png", use)
         if self.training and self.training["losses"]:
-            drawn["loss"] = draw_curve(folder / "loss.png", self.training["losses"], "training loss")
+            scores = self.training.get("evaluations", ())
+            drawn["loss"] = draw_curve(folder / "loss.png", self.training["losses"], "training loss", scores)
         return [name for name, written in drawn.items() if written]
 
-    def _model_index(self) -> list[dict[str, Any]]:
-        name = str(self.model_id or self.model_name)
+    def _model_index(self, title: str) -> list[dict[str, Any]]:
+        name = str(self.model_id or title)
         rows = [
             EvalResult(
                 task_type=row["type"],
@@ -369,12 +375,15 @@ def _design(model: Any, base_title: str | None, *, native: bool, measured: bool)
     backbone, pooling, adapter = model[0], model[1], _adapter(model)
     settings = pooling.get_config_dict() if hasattr(pooling, "get_config_dict") else {}
     source = adapter.base_model_name_or_path if adapter else backbone.config._name_or_path
+    base = base_title or without_folders(source) or "an unnamed base"
     ours = [type(module) for module in model if hasattr(module, "is_st_llmpool_module")]
     files = {file for module_class in ours for file in code_files(Path(inspect.getfile(module_class)))}
     return {
         "version": __version__,
         "source": without_folders(source),
-        "base": base_title or without_folders(source) or "an unnamed base",
+        "is_local": not _REPOSITORY.fullmatch(source),
+        "base": base,
+        "title": f"{base}: {backbone.attention} attention, {_pooling_name(model)}",
         "backbone": backbone,
         "architecture": type(backbone.model).__name__,
         "layers": ranges(backbone.layers),

@@ -17,15 +17,21 @@ _UNMOVED = "No layer changes the embedding:\nthe pooling is untrained."
 _BLUE, _PALE, _EDGE = "#2b6cb0", "#e8eef5", "#1a365d"
 
 
-def draw_curve(file: Path, points: Sequence[Sequence[float]], label: str) -> bool:
-    """Draw (step, value) points as a line."""
+def draw_curve(file: Path, points: Sequence[Sequence[float]], label: str, evaluations: Sequence[Any] = ()) -> bool:
+    """Draw (step, value) points as a line, and the first metric of (step, metrics) on an axis of its own."""
     if not points:
         return False
+    metric = next((name for _, metrics in evaluations for name in metrics), None)
 
     def draw(axes: Axes) -> None:
         axes.plot(*zip(*points, strict=True), color=_BLUE, marker="o" if len(points) == 1 else None)
         axes.set(xlabel="step", ylabel=label)
         axes.grid(alpha=0.3)
+        if metric is not None:
+            scores = [(step, metrics[metric]) for step, metrics in evaluations if metric in metrics]
+            right = axes.twinx()
+            right.plot(*zip(*scores, strict=True), "o--", color=_EDGE)
+            right.set_ylabel(metric, color=_EDGE)
 
     return _draw(file, (6, 3.5), draw)
 

@@ -98,8 +98,7 @@ class SealedSentenceTransformer(SentenceTransformer):
         begin_save(root, self)
         if package := of_package("model_card.identity"):
             package.copy_assets(self, root)
-        others = times_of_files(root)
-        del others["modules.json"]
+        others = times_of_files(root) | {"modules.json": 0}
         super().save(path, *args, **kwargs)
         write_seal(root, self, [name for name, time in times_of_files(root).items() if others.get(name) != time])
         # A fast tokenizer keeps how it cut and padded its last texts, and a trainer saves it once more.

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -69,16 +69,17 @@ def begin_save(root: Path, model: nn.Module) -> None:
 def times_of_files(root: Path) -> dict[str, int]:
     """Return when the files below `root` were written, but for card, seal and hidden files; by POSIX path."""
     names = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
-    left_out = ("README.md", "assets/", MANIFEST, ".")
-    kept = [name for name in names if not name.startswith(left_out) and "/." not in name]
+    kept = [name for name in names if not name.startswith(("README.md", "assets/", MANIFEST, ".")) and "/." not in name]
     return {name: (root / name).stat().st_mtime_ns for name in kept}
 
 
-def write_seal(root: Path, model: SentenceTransformer, names: Iterable[str]) -> None:
+def write_seal(root: Path, model: SentenceTransformer, names: Collection[str]) -> None:
     """Write the manifest of `model`, saved in `root` as the files `names`."""
     package = of_package("hub.seal_checks")
     probes = package.probe_record(model) if package else {"skipped": "saved without st_llmpool"}
     write_manifest(root, {"files": {name: record_of(root / name) for name in names}, "probes": probes})
+    for name in names:  # safetensors 0.8 lets nobody else read weights
+        (root / name).chmod((root / MANIFEST).stat().st_mode)
 
 
 def record_of(file: Path) -> dict[str, Any]:

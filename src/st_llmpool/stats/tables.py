@@ -107,14 +107,19 @@ def to_rich(comparison: Comparison) -> Group:
         >>> rich.print(to_rich(compare(read_results(["results.parquet"]))))  # doctest: +SKIP
     """
     parts: list[Any] = []
-    for sheet in sheets(comparison):
+    shown = sheets(comparison)
+    if all(len(kind.scores) == 1 for kind in comparison.types):
+        words = "One task cannot decide between models: evaluate them on more (evaluate --suite or --benchmark)."
+        shown = [Sheet(shown[0].title, shown[0].rows, (words,))]
+    for sheet in shown:
         table = Table(title=Text(sheet.title, "bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for place, column in enumerate(sheet.cells):
             table.add_column(column, justify="right" if place else "left", no_wrap=place > 0, overflow="fold")
         for row in sheet.cells.to_numpy():
             table.add_row(*map(Text, row))
         parts += [table, *(Padding(Text(line), (0, 0, 0, 2)) for line in sheet.below), ""]
-    return Group(*parts, *(Text(line, "dim") for line in footnotes(comparison)))
+    notes = footnotes(comparison) if len(shown) > 1 else ()
+    return Group(*parts, *(Text(line, "dim") for line in notes))
 
 
 def to_markdown(comparison: Comparison) -> str:

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def write_report(folder: Path, trainer: Trainer, facts: dict[str, Any]) -> dict[
         "evaluations": [[entry["step"], metrics] for entry in state.log_history if (metrics := metrics_of(entry))],
     }
     write_atomically(folder / "training.json", json.dumps(report, indent=2))
-    draw_curve(folder / "loss.png", report["losses"], "training loss")
+    draw_curve(folder / "loss.png", report["losses"], "training loss", report["evaluations"])
     return report
 
 
@@ -127,6 +128,7 @@ class RichProgress(TrainerCallback):
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
+            speed_estimate_period=600,  # a step may take minutes
             disable=not self.console.is_terminal,
         )
         self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step, numbers="")
@@ -145,7 +147,10 @@ class RichProgress(TrainerCallback):
         if "loss" in logs:
             self._progress.update(self._task, numbers=numbers.partition("  pooling")[0])  # fits 80 columns
         if "loss" not in logs or not self.console.is_terminal:
-            self._progress.console.print(f"step {state.global_step}/{state.max_steps}  {numbers}", highlight=False)
+            left = self._progress.tasks[self._task].time_remaining if not self.console.is_terminal else None
+            ending = "" if left is None else f"  {timedelta(seconds=round(left))} left"
+            line = f"step {state.global_step}/{state.max_steps}  {numbers}{ending}"
+            self._progress.console.print(line, highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the live line, and print the last numbers."""

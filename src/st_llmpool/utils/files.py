@@ -231,8 +231,11 @@ def _rename(partial: Path, target: Path, *, replace: bool) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
+    """Flush files to disk; they get the user's usual permissions, which safetensors 0.8 does not give to weights."""
+    mode = folder.stat().st_mode & 0o666
     for parent, _, files in os.walk(folder):
         for name in files:
+            Path(parent, name).chmod(mode)
             _sync(Path(parent, name))
         _sync(Path(parent))
 

@@ -164,6 +164,8 @@ def check_rows(path: str | Path, kind: type[StLlmpoolError] = DataError) -> None
         _check_cells(read_lines(path, kind), name, kind, separator="\t" if suffix == ".tsv" else ",")
         return
     for number, line in enumerate(read_lines(path, kind), start=1):
+        if number == 1 and suffix == ".jsonl" and line.strip() and not line.lstrip("\ufeff \t").startswith("{"):
+            raise kind(f"Line 1 of {name!r} is {shown(line)}, not a JSON object: JSON Lines has one, {{...}}, per row.")
         if line.count("[") + line.count("{") > MAX_DEPTH or "\\ud" in line.lower():  # else it can be neither
             where = f"Line {number} of {name!r}"
             if suffix == ".jsonl":
