@@ -321,7 +321,7 @@ def test_the_instruction_is_put_before_queries_only(make_recipe, pairs, monkeypa
 def test_what_trains_is_float32_even_on_a_16_bit_backbone(make_recipe, tiny_llm):
     recipe = make_recipe({"training": {"precision": "bf16"}})
     with torch.device("cpu"):
-        arguments = type("Arguments", (), {"device": torch.device("cpu")})()
+        arguments = type("Arguments", (), {"device": torch.device("cpu"), "bf16": True})()
         model = run_file._build_model(recipe, tiny_llm, arguments)
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
     assert {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} == {torch.bfloat16}

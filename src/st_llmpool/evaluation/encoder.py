@@ -75,7 +75,7 @@ class FiniteEncoder(SentenceTransformerEncoderWrapper):
             role = f"{prompt_type.value} " if prompt_type else ""
             raise InputError(
                 f"Task {task_metadata.name}: {np.count_nonzero(~finite)} of {len(finite)} {role}embeddings are not "
-                f"finite, first of text {first} ({row['text'][:80]!r}). Check the weights for NaN, or change dtype."
+                f"finite; the first is of text {first} ({row['text'][:80]!r}). Check the weights, or change dtype."
             )
         return embeddings
 

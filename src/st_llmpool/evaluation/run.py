@@ -90,7 +90,7 @@ def evaluate(
     for name, value in {"suite": suite, "data_dir": data_dir, "limit": limit, "instruct": instruct}.items():
         if benchmark is not None and value is not None:
             raise ConfigurationError(
-                f"{name}={str(value)!r} is of a suite and does not apply to benchmark={benchmark!r}: leave one out."
+                f"{name}={str(value)!r} is of a local suite, not of benchmark={benchmark!r}: leave one out."
             )
     if batch_size < 1:
         raise ConfigurationError(f"batch_size={batch_size} must be at least 1.")
