@@ -47,6 +47,53 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
         assert server.unknown == [], "the client has learned routes that the server does not speak"
 
 
+# Answers each line of standard input, [code, arguments, folder, file for errors], with the exit code of a fork that ran
+# the code: as a new interpreter that has imported sentence-transformers, and nothing of this package.
+_FORKS = """
+import json, os, sys, traceback
+import sentence_transformers
+for line in sys.stdin:
+    code, arguments, folder, errors = json.loads(line)
+    child = os.fork()
+    if not child:
+        sys.stderr, status = open(errors, "w"), 0
+        os.chdir(folder)
+        sys.argv = ["-c", *arguments]
+        try:
+            exec(code, {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stderr.close()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """`forks(command)` runs `python ... -c CODE ARGUMENTS` in a fork: an import of seconds is done once."""
+    errors = tmp_path_factory.mktemp("forks") / "stderr"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    server = subprocess.Popen([sys.executable, "-P", "-c", _FORKS], **pipes)
+
+    def run(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        place = command.index("-c") + 1
+        order = [command[place], command[place + 1 :], os.getcwd(), str(errors)]
+        print(json.dumps(order), file=server.stdin, flush=True)
+        return subprocess.CompletedProcess(command, int(server.stdout.readline()), "", errors.read_text())
+
+    yield run
+    server.stdin.close()
+    server.wait()
+
+
+@pytest.fixture
+def forked_exports(forks: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports compare vectors in a fork instead of a new interpreter."""
+    monkeypatch.setattr("st_llmpool.hub.fresh_process.subprocess.run", forks)
+
+
 @pytest.fixture
 def elsewhere(hub: HubServer, tmp_path: Path) -> Callable[..., Any]:
     """`elsewhere(code, token=None)` runs `code` in a new process with an empty cache and returns its `answer`."""

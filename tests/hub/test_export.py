@@ -53,6 +53,7 @@ def test_a_native_export_loads_without_flag_and_gives_the_same_vectors(tiny_llm,
     assert all(name.startswith("sentence_transformers.") for name in types)
 
 
+@pytest.mark.usefixtures("forked_exports")
 def test_in_a_native_export_no_file_can_switch_normalisation_off(tiny_llm, tmp_path):
     model = build_embedder(tiny_llm, pooling="mean", verify=False)
     folder = export(save(model, tmp_path / "ours"), tmp_path / "native", native=True)
@@ -79,6 +80,7 @@ def test_in_a_native_export_no_file_can_switch_normalisation_off(tiny_llm, tmp_p
     ],
     ids=lambda config: config.model_type,
 )
+@pytest.mark.usefixtures("forked_exports")
 def test_a_native_export_that_plain_loading_gets_wrong_is_refused(make_llm, tmp_path, config):
     model = build_embedder(make_llm(config), attention="bidirectional", pooling="mean")
     source = save(model, tmp_path / "source")
@@ -95,6 +97,7 @@ def test_a_trainable_pooling_has_no_native_form(tiny_llm, tmp_path):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "multi_layer"])
+@pytest.mark.usefixtures("forked_exports")
 def test_a_merged_export_needs_no_adapter_and_gives_the_same_vectors(tiny_llm, tmp_path, pooling):
     model = trained(build_embedder(tiny_llm, pooling=pooling, peft_config="paper"))
     source = save(model, tmp_path / "adapter")
@@ -106,6 +109,7 @@ def test_a_merged_export_needs_no_adapter_and_gives_the_same_vectors(tiny_llm, t
     assert np.abs(merged.encode(TEXTS) - untouched).max() > 1e-3
 
 
+@pytest.mark.usefixtures("forked_exports")
 def test_an_adapter_becomes_native_when_it_is_merged(tiny_llm, tmp_path):
     model = trained(build_embedder(tiny_llm, pooling="mean", peft_config="paper"))
     source = save(model, tmp_path / "adapter")
@@ -133,6 +137,7 @@ def test_nothing_to_merge_and_a_taken_target_are_said_at_once(tiny_llm, tmp_path
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [("nf4", 1e-5), ("int8", 2e-2)])
+@pytest.mark.usefixtures("forked_exports")
 def test_an_adapter_keeps_its_quantised_base_and_merges_into_what_that_stands_for(bits, tolerance, tiny_llm, tmp_path):
     model = trained(build_embedder(tiny_llm, pooling="mean", quantization_config=bits, peft_config="paper"))
     saved = save(model, tmp_path / "adapter")
