@@ -382,6 +382,7 @@ def compare(
     ] = None,
     model: Annotated[list[str] | None, _option("Compare only this model; may be repeated.")] = None,
     metric: Annotated[str, _option("Score to compare, such as ndcg_at_10.")] = "main_score",
+    rope: Annotated[float, _option("Largest difference that does not matter; such designs are equivalent.")] = 0.01,
     allow_mixed_revisions: Annotated[
         bool,
         _option(
@@ -395,7 +396,7 @@ def compare(
     json_file: _JsonFile = None,
     out: Annotated[Path | None, _option("Output folder for tables (CSV, Markdown) and figures (PNG).")] = None,
 ) -> None:
-    """Compare models on mteb results: paired tests over tasks, corrected for multiplicity, with their power."""
+    """Compare models on mteb results: better, equivalent or undecided, over corpora, corrected, with the power."""
     from .stats import read_results, read_task_types
 
     types = read_task_types(task_types) if task_types else None
@@ -404,7 +405,7 @@ def compare(
     from .stats.tables import to_json, to_rich, write
     from .utils.files import write_atomically
 
-    comparison = run(results, contrast or (), metric=metric, allow_mixed_revisions=allow_mixed_revisions)
+    comparison = run(results, contrast or (), metric=metric, rope=rope, allow_mixed_revisions=allow_mixed_revisions)
     _console().print(to_rich(comparison))
     if json_file:
         write_atomically(json_file, to_json(comparison))

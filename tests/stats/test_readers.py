@@ -136,7 +136,7 @@ def test_minimal_csv_is_enough(tmp_path):
     path = write_csv(tmp_path / "s.csv", "task,task_type,model,score", "T,STS,a,0.5", "T,STS,b,")
     (row,) = read_results([path]).scores[COLUMNS].to_dict("records")  # an empty score is none
     named = {"design": "a", "task": "T", "task_type": "STS", "file": str(path), "score": 0.5}
-    assert row == {**DEFAULTS, **named}
+    assert row == {**DEFAULTS, "diverged": False, **named}
 
 
 def test_results_of_a_study_fit_in_as_they_are(tmp_path):

@@ -15,7 +15,7 @@ import pandas as pd
 from st_llmpool.analysis.layers import LayerAnalysis, LayerProfile
 from st_llmpool.stats.results import Results, complete
 from st_llmpool.study.records import RunRecord
-from st_llmpool.study.settings import DesignSettings, PlannedRun, Study
+from st_llmpool.study.settings import DesignSettings, PlannedRun, Study, factors
 
 TASKS = 12
 # What a design has above the others, by task type. Nothing on Classification; on Clustering the order is reversed.
@@ -56,10 +56,15 @@ def synthetic_records(study: Study, runs: Sequence[PlannedRun] | None = None) ->
 
 
 def synthetic_results(
-    records: Sequence[RunRecord], *, tasks: int = TASKS, items: bool = True, types: Sequence[str] = tuple(PLANTED)
+    records: Sequence[RunRecord],
+    *,
+    tasks: int = TASKS,
+    items: bool = True,
+    types: Sequence[str] = tuple(PLANTED),
+    corpora: bool = True,
 ) -> Results:
-    """Scores with what is planted, the spread of tasks and the noise of seeds; items for retrieval."""
-    rows, item_rows = [], []
+    """Scores with what is planted, the spread of tasks and the noise of seeds; items for retrieval, step 0 for all."""
+    rows = []
     for record in records:
         for place, task_type in enumerate(types):
             planted = PLANTED[task_type]
@@ -71,24 +76,20 @@ def synthetic_results(
             scores = scores + rng.normal(0, 0.003)
             for task, score in enumerate(scores):
                 name = f"{task_type}Slice{task:02d}"
-                start = [
-                    record.base,
-                    record.design,
-                    record.option,
-                    str(record.seed),
-                    name,
-                    task_type,
-                    "test",
-                    "default",
-                ]
-                rows.append([*start, "main_score", round(float(score), 6)])
+                of_run = [record.base, record.design, record.option, str(record.seed)]
+                of_run += [*factors(record.recipe["model"]).values(), record.diverged]
+                start = [*of_run, f"corpus {task}" if corpora else "", name, task_type, "test", "default"]
+                rows.append([*start, "", "main_score", "", round(float(score), 6)])
+                rows.append([*start, "0", "main_score", "", round(float(score) - 0.1, 6)])
                 if task_type == "Retrieval" and items:
                     noise = np.random.default_rng([task, *map(ord, design)]).normal(0, 0.2, size=20)
-                    item_rows += [[*start, "ndcg", str(item), float(score + n)] for item, n in enumerate(noise)]
-    names = ["base", "design", "option", "seed", "task", "task_type", "split", "subset", "metric"]
-    scores = pd.DataFrame(rows, columns=[*names, "score"])
-    items_table = pd.DataFrame(item_rows, columns=[*names, "item", "score"])
-    return Results(complete(pd.concat([scores, items_table], ignore_index=True)))
+                    rows += [[*start, "", "ndcg", str(item), float(score + n)] for item, n in enumerate(noise)]
+    names = ["base", "design", "option", "seed", "attention", "readout", "pooling", "diverged", "corpus", "task"]
+    names += ["task_type", "split", "subset", "step", "metric", "item", "score"]
+    table = complete(pd.DataFrame(rows, columns=names))
+    first = table[(table["task_type"] == "Retrieval") & (table["step"] == "0")].drop_duplicates("task")
+    factorless = dict.fromkeys(["base", "option", "attention", "readout", "pooling", "step"], "")
+    return Results(pd.concat([table, first.assign(design="bm25", score=0.5, **factorless)], ignore_index=True))
 
 
 def _record(run: PlannedRun) -> RunRecord:
@@ -113,7 +114,8 @@ def _record(run: PlannedRun) -> RunRecord:
         "losses": [[int(s), float(4 * np.exp(-s / 60) + 0.4 + rng.normal(0, 0.05))] for s in steps],
         "pooling_share": [[int(s), float(end * (1 - np.exp(-s / 50)))] for s in steps] if trained else [],
         "evaluations": [
-            [int(s), {"held_out_cosine_ndcg@10": float(v)}] for s, v in zip(steps[4::5], curve, strict=True)
+            [int(s), {"held_out_cosine_ndcg@10": float(v)}]
+            for s, v in zip([0, *steps[4::5]], [0.5, *curve], strict=True)
         ],
     }
     return RunRecord(
@@ -141,7 +143,7 @@ def _cost(run: PlannedRun, trained: bool) -> dict:
     lengths = [none | {"tokens": n, "flops": grows * 1.3e7 * n, "latency_ms": grows * 0.05 * n} for n in (32, 512)]
     lengths.append(none | {"tokens": 4096, "reason": "the model reads 2048 tokens at most"})
     parameters = {"backbone": 8_400_000, "adapter": 0, "pooling": 300_000 * trained}
-    return {**parameters, "lengths": lengths, "device": "cpu", "dtype": "float32", "threads": 1}
+    return {**parameters, "lengths": lengths, "device": "cpu", "dtype": "float32", "threads": 1, "dimension": 256}
 
 
 def _layers(run: PlannedRun) -> dict:

@@ -61,6 +61,7 @@ class Cost:
         training_step_ms: Median time of a forward and backward pass in training, without the optimizer; None if not
             measured.
         training_batch: Number of pairs, and of tokens per text, in that step.
+        dimension: Length of an embedding; an index of float32 holds four bytes for each number.
     """
 
     backbone: int
@@ -72,6 +73,7 @@ class Cost:
     threads: int
     training_step_ms: float | None = None
     training_batch: list[int] | None = None
+    dimension: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON."""
@@ -125,6 +127,7 @@ def measure_cost(
         threads=torch.get_num_threads(),
         training_step_ms=step,
         training_batch=None if training_batch is None else list(training_batch),
+        dimension=model.get_embedding_dimension(),
     )
 
 

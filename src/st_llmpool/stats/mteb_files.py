@@ -73,7 +73,7 @@ def read_models(models: Sequence[ModelFiles], designs: Sequence[tuple[str, str]]
         designs: Design and option that each is filed under.
 
     Returns:
-        Rows with `results.COLUMNS`, and notes on what was left out.
+        Rows with `results.COLUMNS`, and notes on what was left out. The corpus of mteb's own tasks is their dataset.
 
     Raises:
         DataError: If a file is not JSON, or looks like a result and mteb cannot read it.
@@ -100,7 +100,11 @@ def read_models(models: Sequence[ModelFiles], designs: Sequence[tuple[str, str]]
             f"{aggregate} is the mean of {', '.join(names)}: these are left out so that they do not count twice."
         )
     dropped = {name for names in parts.values() for name in names}
-    return table[~table["task"].isin(dropped)], notes
+    datasets = {task.metadata.name: str(task.metadata.dataset.get("path", "")) for task in TASK_LIST}
+    named = zip(table["task"], table["corpus"], strict=True)
+    return table.assign(corpus=[corpus or datasets.get(task, "") for task, corpus in named])[
+        ~table["task"].isin(dropped)
+    ], notes
 
 
 def known_task_types(tasks: Sequence[str]) -> dict[str, str]:

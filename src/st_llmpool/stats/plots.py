@@ -70,11 +70,11 @@ def draw_ranks(kind: TypeComparison, path: Path) -> None:
         crossbar_props={"color": "tab:blue", "linewidth": 4, "solid_capstyle": "round"},
     )
     title = [
-        f"{kind.title}: mean rank over {counted(ranks.tasks, 'task')}, 1 is best",
+        f"{kind.title}: mean rank over {kind.size}, 1 is best",
         "bars join designs that the corrected pair tests do not separate",
     ]
     if not any(pair.reachable for pair in kind.pairs):
-        title.append("these tasks cannot separate any two designs")
+        title.append("so few units cannot separate any two designs")
     axes.set_title("\n".join(title), fontsize=9)
     save_figure(figure, path)
 
@@ -89,7 +89,7 @@ def draw_pairs(kind: TypeComparison, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    models = [str(model) for model in kind.scores]
+    models = [str(model) for model in kind.means.index]
     place = {model: position for position, model in enumerate(models)}
     differences = np.full((len(models), len(models)), np.nan)
     texts: dict[tuple[int, int], str] = {}
@@ -98,7 +98,7 @@ def draw_pairs(kind: TypeComparison, path: Path) -> None:
         mark = "*" if pair.significant else ""
         frame = "[{}]" if pair.confirmatory and len(models) > 2 else "{}"
         for at, sign in (((row, column), 1), ((column, row), -1)):
-            differences[at] = sign * pair.test.mean_difference
+            differences[at] = sign * pair.mean
             texts[at] = frame.format(f"{_signed(differences[at])}{mark}")
     size = 0.85 * len(models)  # small, so that the numbers are legible where the picture is as wide as a page
     figure = Figure(figsize=(2.4 + size, 1.5 + 0.55 * size), layout="constrained")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,3 +90,38 @@ def label(design: str, option: str = "") -> str:
         ('5', '5 (last 4 layers)')
     """
     return f"{design} ({option})" if option else design
+
+
+def counted_corpora(number: int) -> str:
+    """Return a number of corpora in words.
+
+    Example:
+        >>> counted_corpora(1), counted_corpora(12)
+        ('1 corpus', '12 corpora')
+    """
+    return f"{number} {'corpus' if number == 1 else 'corpora'}"
+
+
+def design_names(designs: pd.DataFrame) -> list[str]:
+    """Return a name for each design, from its factors if they are known: attention, readout and pooling.
+
+    Args:
+        designs: Rows with ``design``, ``option``, ``attention``, ``readout`` and ``pooling``. Where factors do not
+            distinguish two designs, the option or the design is added.
+
+    Example:
+        >>> import pandas as pd
+        >>> names = {"attention": "causal", "readout": "eos", "pooling": "plain"}
+        >>> rows = [{"design": "1", **names}, {"design": "1", "option": "adapted", **names}, {"design": "bm25"}]
+        >>> design_names(pd.DataFrame(rows).fillna(""))
+        ['causal · EOS · plain', 'causal · EOS · plain (adapted)', 'bm25']
+    """
+    names = [
+        label(" · ".join([row["attention"], "EOS" if row["readout"] == "eos" else row["readout"], row["pooling"]]),
+              row["option"])
+        if row["attention"] else label(row["design"], row["option"])
+        for row in designs.to_dict("records")
+    ]  # fmt: skip
+    several = Counter(name for name, _ in dict.fromkeys(zip(names, designs["design"], strict=True)))
+    pairs = zip(names, designs["design"], strict=True)
+    return [f"{name} [{design}]" if several[name] > 1 else name for name, design in pairs]

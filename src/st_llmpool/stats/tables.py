@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
@@ -18,25 +19,33 @@ from rich.table import Table
 from rich.text import Text
 
 from ..utils.files import reraise_as_write_error, slug, write_atomically
-from ..utils.words import counted, markdown
+from ..utils.words import markdown
 from .comparison import Comparison, Family, Pair, TypeComparison
 from .plots import draw, require_libraries
 from .results import MAIN_SCORE
+from .statistics import RANKED_CORPORA
 
-INDEPENDENCE = (
-    "The tests treat tasks as independent. Slices of one corpus are not: p-values are then too small, and the results "
-    "hold for these data only."
-)
 _LEGEND = (
-    "Difference: first minus second, mean over tasks, with its 95 % bootstrap interval (none below 6 tasks). "
-    "W, p: exact two-sided Wilcoxon signed-rank test, tasks without a difference dropped. "
-    "Effect: matched-pairs rank-biserial correlation, from -1 to 1. "
-    "p Holm: corrected for the tests of the same table; * at or below {alpha}."
+    "Difference: first minus second, mean over corpora of the mean over their tasks, with its 95 % interval from "
+    "resampling corpora, then tasks (none below six corpora, or tasks of one corpus). "
+    "p: exact two-sided test over units, {unit}; in brackets with the paired differences of seeds, from which the "
+    "difference must stand out too. p Holm: corrected for the pairs of the same table; * at or below {alpha:g}. "
+    "Equivalent: p of two one-sided tests (within ±{rope:g}) after Holm, and the Bayesian signed-rank probabilities of "
+    "second better, equivalent and first better. Equivalent needs both, at {alpha:g} and {level:g}; no difference "
+    "seen is not equivalence."
 )
-_INTERVAL = "95 % interval, p"
+ONE_CORPUS = (
+    "All tasks of a type are of one corpus, so the results hold for this corpus: of others, where designs may rank "
+    "differently, they say nothing."
+)
+_UNITS = {True: "signed ranks of corpora", False: "sign flips of corpora"}
 _ITEM_LEGEND = (
-    "Every task has equal weight. Tasks like these: 95 % interval from standard errors clustered by task. These tasks "
-    "only: interval for other items of the same tasks, its p not corrected; no verdict rests on it."
+    "Items of these tasks: every task has equal weight; the interval is for other items of the same tasks, its p is "
+    "not corrected, and no verdict rests on it."
+)
+_MODEL_LEGEND = (
+    "Multilevel model score ~ design + (1|corpus/task) + (design|corpus) + (1|seed), by restricted maximum likelihood; "
+    "no verdict rests on it. It knows no variance of designs between seeds."
 )
 
 
@@ -133,26 +142,26 @@ def to_json(comparison: Comparison) -> str:
         {
             "base": kind.base,
             "task_type": kind.task_type,
-            "scores": {str(model): column.to_dict() for model, column in kind.scores.items()},
+            "corpora": {task: corpus for corpus, task in kind.scores.index},
+            "scores": {str(model): column.droplevel("corpus").to_dict() for model, column in kind.scores.items()},
+            "means": kind.means.to_dict("index"),
             "families": [
                 {
                     "confirmatory": family.confirmatory,
-                    "tasks": family.plan.tasks,
-                    "tests": family.plan.tests,
+                    **{name: getattr(family.plan, name) for name in ("corpora", "tasks", "seeds", "tests")},
                     "smallest_p_holm": family.plan.smallest_p,
                     "reachable": family.plan.reachable,
-                    "detectable_effect": family.plan.effect,
+                    "pilot": vars(family.plan.pilot),
                     "pairs": [record(pair) for pair in family.pairs],
                 }
                 for family in kind.families
             ],
             "ranks": kind.ranks and vars(kind.ranks),
-            "seeds": kind.seeds and vars(kind.seeds),
         }
         for kind in comparison.types
     ]
-    everything = {"metric": comparison.metric, "alpha": comparison.alpha, "types": types}
-    return json.dumps(_plain(everything | {"notes": [*comparison.notes, INDEPENDENCE]}), indent=2, allow_nan=False)
+    everything = {"metric": comparison.metric, "alpha": comparison.alpha, "rope": comparison.rope, "types": types}
+    return json.dumps(_plain(everything | {"notes": list(comparison.notes)}), indent=2, allow_nan=False)
 
 
 def to_frame(comparison: Comparison) -> pd.DataFrame:
@@ -162,9 +171,9 @@ def to_frame(comparison: Comparison) -> pd.DataFrame:
         >>> from st_llmpool.stats import compare
         >>> rows = [("T", "STS", "a", 0.5), ("T", "STS", "b", 0.6)]
         >>> table = pd.DataFrame(rows, columns=["task", "task_type", "design", "score"])
-        >>> to_frame(compare(table))[["first", "second", "n", "mean_difference", "reachable"]]
-          first second  n  mean_difference  reachable
-        0     a      b  1             -0.1      False
+        >>> to_frame(compare(table))[["first", "second", "tasks", "mean_difference", "verdict"]]
+          first second  tasks  mean_difference    verdict
+        0     a      b      1             -0.1  undecided
     """
     rows = []
     for kind in comparison.types:
@@ -195,14 +204,13 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     write_atomically(written[0], to_markdown(comparison))
     write_atomically(written[1], to_frame(comparison).to_csv(index=False))
     scores = [
-        kind.scores.rename_axis("task")
-        .reset_index()
-        .melt("task", var_name="model", value_name="score")
+        kind.scores.reset_index()
+        .melt(["corpus", "task"], var_name="model", value_name="score")
         .dropna()
         .assign(base=kind.base, task_type=kind.task_type)
         for kind in comparison.types
     ]
-    columns = ["base", "task_type", "task", "model", "score"]
+    columns = ["base", "task_type", "corpus", "task", "model", "score"]
     write_atomically(written[2], pd.concat(scores)[columns].to_csv(index=False))
     for kind in comparison.types:
         written += draw(kind, folder, slug(kind.title))
@@ -211,106 +219,120 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
 
 def record(pair: Pair) -> dict[str, Any]:
     """Return every statistic of a pair."""
-    test, items = pair.test, pair.items
+    test = pair.test
     return {
         "first": pair.first,
         "second": pair.second,
         "confirmatory": pair.confirmatory,
-        "n": test.n,
-        "zeros": test.zeros,
-        "mean_difference": test.mean_difference,
-        "interval_low": test.low,
-        "interval_high": test.high,
-        "statistic": test.statistic,
-        "w_plus": test.w_plus,
-        "w_minus": test.w_minus,
-        "p": test.p,
+        "corpora": pair.plan.corpora,
+        "tasks": pair.plan.tasks,
+        "seeds": pair.plan.seeds,
+        "mean_difference": pair.mean,
+        "interval_low": pair.interval[0],
+        "interval_high": pair.interval[1],
+        "p_units": float(test.p_units),
+        "p": float(test.p),
         "p_holm": pair.p_holm,
-        "effect_size": test.effect_size,
+        "p_equivalent": float(test.p_equivalent),
+        "p_equivalent_holm": pair.p_equivalent,
+        **dict(zip(("second_better", "equivalent", "first_better"), pair.posterior, strict=True)),
+        "effect_size": pair.effect_size,
+        "standard_error": float(test.error),
         "reachable": pair.reachable,
         "significant": pair.significant,
-        "detectable_difference": pair.detectable,
-        "seed_difference": pair.seed_difference,
-        "within_seed_noise": pair.within_seed_noise,
-        "items": items and {"metric": pair.items_metric, **vars(items), "p_holm": pair.items_p_holm},
-        "verdict": pair.verdict,
+        "identical": pair.identical,
+        "items": pair.items and {"metric": pair.items_metric, **vars(pair.items)},
+        "verdict": pair.short,
     }
 
 
 def _means(comparison: Comparison) -> Sheet:
     """Return mean scores of all models; each type over the tasks that all of its models have."""
-    complete = {kind.title: kind.scores.dropna() for kind in comparison.types}
-    means = {f"{title}\n{counted(len(table), 'task')}": table.mean() for title, table in complete.items()}
-    models = dict.fromkeys(str(model) for kind in comparison.types for model in kind.scores)
-    rows = ({"Model": model} | {name: number(mean.get(model)) for name, mean in means.items()} for model in models)
+    means = {f"{kind.title}\n{kind.size}".replace(", ", ",\n"): kind.means for kind in comparison.types}
+    models = dict.fromkeys(str(model) for kind in comparison.types for model in kind.means.index)
+    rows = ({"Model": model} | {name: mean_text(mean, model) for name, mean in means.items()} for model in models)
     what = "Mean score" if comparison.metric == MAIN_SCORE else f"Mean {comparison.metric}"
-    return Sheet.of(f"{what} over the tasks that all have", rows)
+    return Sheet.of(f"{what} ± deviation between seeds, over the tasks that all have", rows)
+
+
+def mean_text(means: pd.DataFrame, model: str) -> str:
+    """Return the mean of a model with its spread between seeds; "-" if there is none."""
+    if model not in means.index:
+        return "-"
+    mean, spread = means.loc[model, ["mean", "spread"]]
+    return number(mean) + ("" if math.isnan(spread) else f"\n± {spread:.4f}")
 
 
 def sheets_of_family(kind: TypeComparison, family: Family) -> list[Sheet]:
-    """Return the tests of a family over tasks, then over items if there are scores of items."""
+    """Return the tests of a family, then the multilevel model and the tests over items if there are any."""
     rows = [
         {
             "First\n- second": f"{pair.first}\n- {pair.second}",
-            "Tasks": str(test.n),
-            "Difference\n95 % interval": f"{test.mean_difference:+.4f}\n{_interval(test.low, test.high)}",
-            "W": f"{test.statistic:g}",
-            "p": p_text(test.p),
+            "Difference\n95 % interval": f"{pair.mean:+.4f}\n{_interval(*pair.interval)}",
+            "p\n(with seeds)": p_text(pair.test.p_units) + (f"\n({p_text(pair.test.p)})" if pair.seed_error else ""),
             "p Holm": p_text(pair.p_holm) + ("*" if pair.significant else ""),
-            "Effect": f"{test.effect_size:+.2f}",
+            "Equivalent\n< = >": f"{p_text(pair.p_equivalent)}\n{' '.join(f'{part:.2f}' for part in pair.posterior)}",
+            "Verdict": pair.short,
         }
-        for pair, test in ((pair, pair.test) for pair in family.pairs)
+        for pair in family.pairs
     ]
     what = "exploratory"
     if family.confirmatory:
-        what = "pre-registered" if len(kind.scores.columns) > 2 else "the only pair"
-    if family.plan.reachable:
-        verdicts = [pair.verdict for pair in family.pairs if family.confirmatory or pair.significant]
-        verdicts = verdicts or ["No exploratory pair is significant."]
-    else:
-        what += " (cannot reach significance: no marks)"
-        verdicts = ["No verdict: more tasks are needed."]
-    found = [Sheet.of(f"{kind.title}: {what}", rows, f"Power: {family.plan}", *verdicts)]
+        what = "pre-registered" if len(kind.means) > 2 else "the only pair"
+    shown = [pair.verdict for pair in family.pairs if family.confirmatory or (pair.leader and len(family.pairs) < 16)]
+    plan = family.plan
+    power = str(plan) if family.confirmatory or not plan.reachable else f"smallest corrected p {plan.smallest_p:.3g}."
+    found = [Sheet.of(f"{kind.title}: {what}, {kind.size}", rows, f"Power: {power}", *shown)]
+    if family.confirmatory:
+        fits = [(pair, fit) for pair in family.pairs if (fit := kind.multilevel(pair))]
+        rows = [
+            {
+                "First\n- second": f"{pair.first}\n- {pair.second}",
+                "Difference": f"{fit.difference:+.4f}",
+                "Standard error": number(fit.error),
+                "p": number(fit.p) if fit.converged else "did not converge",
+            }
+            for pair, fit in fits
+        ]
+        found += [Sheet.of(f"{kind.title}: multilevel model", rows, _MODEL_LEGEND)] if rows else []
     tested = [(pair, pair.items) for pair in family.pairs if pair.items is not None]
     if tested:
         rows = [
             {
                 "First\n- second": f"{pair.first}\n- {pair.second}",
                 "Items": f"{test.items:,}",
-                "Difference": f"{test.mean_difference:+.4f}",
-                f"Tasks like these\n{_INTERVAL} Holm": f"{_interval(test.low, test.high)}\n{p_text(pair.items_p_holm)}",
-                f"These tasks only\n{_INTERVAL}": f"{_interval(test.low_here, test.high_here)}\n{p_text(test.p_here)}",
+                "Difference\n95 % interval": f"{test.mean_difference:+.4f}\n{_interval(test.low, test.high)}",
+                "p": p_text(test.p),
             }
             for pair, test in tested
         ]
         metrics = ", ".join(dict.fromkeys(pair.items_metric for pair, _ in tested))
         what = "" if family.confirmatory else ", exploratory"
-        found.append(Sheet.of(f"{kind.title}: over items ({metrics}){what}", rows, _ITEM_LEGEND))
+        found.append(Sheet.of(f"{kind.title}: items of these tasks ({metrics}){what}", rows, _ITEM_LEGEND))
     return found
 
 
 def about_type(kind: TypeComparison) -> tuple[str, ...]:
-    """Return what ranks and seeds say, in sentences."""
-    lines = []
-    if ranks := kind.ranks:
-        order = ", ".join(f"{model} ({rank:.2f})" for model, rank in ranks.mean_ranks.items())
-        lines.append(
-            f"Friedman over {len(ranks.mean_ranks)} models and {counted(ranks.tasks, 'task')}: "
-            f"chi² {ranks.chi_square:.2f}, F {ranks.f:.2f}, p {p_text(ranks.p)}. Mean ranks: {order}."
-        )
-    if seeds := kind.seeds:
-        lines.append(
-            f"Seeds: standard deviation {seeds.sd_seeds:.4f} between runs of one design, {seeds.sd_designs:.4f} "
-            f"between designs ({counted(sum(seeds.runs.values()), 'run')})."
-        )
-    return tuple(lines)
+    """Return what the ranks say, in a sentence."""
+    if kind.ranks is None:
+        return ()
+    ranks = kind.ranks
+    order = ", ".join(f"{model} ({rank:.2f})" for model, rank in ranks.mean_ranks.items())
+    return (
+        f"Friedman over {len(ranks.mean_ranks)} models on {kind.size}: chi² {ranks.chi_square:.2f}, F {ranks.f:.2f}, "
+        f"p {p_text(ranks.p)}. Mean ranks: {order}.",
+    )
 
 
 def footnotes(comparison: Comparison) -> Iterator[str]:
     """Yield how to read the tables, and the notes."""
-    yield _LEGEND.format(alpha=comparison.alpha)
-    yield INDEPENDENCE
-    if not any(pair.confirmatory for kind in comparison.types for pair in kind.pairs):
+    plans = [family.plan for kind in comparison.types for family in kind.families]
+    units = {_UNITS[plan.corpora >= RANKED_CORPORA] if plan.corpora > 1 else "signed ranks of tasks" for plan in plans}
+    alpha, rope = comparison.alpha, comparison.rope
+    yield _LEGEND.format(unit=" or ".join(sorted(units)), alpha=alpha, rope=rope, level=1 - alpha)
+    if any(plan.corpora == 1 for plan in plans):
+        yield ONE_CORPUS
+    if not any(family.confirmatory for kind in comparison.types for family in kind.families):
         yield "No comparison was pre-registered, so every pair is exploratory. Name up to six: --contrast A:B."
     yield from comparison.notes
 
@@ -325,9 +347,9 @@ def number(value: float | None, form: str = ".4f") -> str:
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
-def p_text(value: float) -> str:
+def p_text(value: Any) -> str:
     """Return a p-value as tables show it."""
-    return "<0.0001" if value < 0.0001 else number(value)
+    return "<0.0001" if float(value) < 0.0001 else number(float(value))
 
 
 def _is_number(cell: str) -> bool:
@@ -345,6 +367,6 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
-    if isinstance(value, float):
+    if isinstance(value, float | np.floating):
         return float(value) if math.isfinite(value) else None
     return value

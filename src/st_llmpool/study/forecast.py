@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import comb
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Group
@@ -21,7 +21,7 @@ from ..data.training_data import DatasetSettings, read_rows
 from ..designs import resolve_base
 from ..evaluation.suite import read_suite
 from ..saved_embedder import read_architecture
-from ..stats.power_analysis import Plan
+from ..stats.power_analysis import Pilot, Plan
 from ..training.recipe import DEFAULT_LENGTH, TrainingSettings
 from ..utils.parameters import count_weights
 from ..utils.words import counted
@@ -76,13 +76,16 @@ class Forecast:
         return Group(plan, power, Text(f"{time_left} ({how})."))
 
 
-def forecast(study: Study, records: Sequence[RunRecord], *, data_dir: Path | None = None) -> Forecast:
+def forecast(
+    study: Study, records: Sequence[RunRecord], *, data_dir: Path | None = None, pilot: Pilot | None = None
+) -> Forecast:
     """Forecast a study; runs nothing but matrix products for a tenth of a second.
 
     Args:
         study: The study.
         records: Its finished runs, of every kind.
         data_dir: Folder that replaces ``{data}``; needed if a recipe counts epochs.
+        pilot: How much differences of designs vary, from an earlier study; by default a guess.
     """
     runs = [*study.reference_runs(), *sweep_runs(study), *study.runs()]
     parameters = {name: _parameters(base) for name, base in study.bases.items()}
@@ -92,17 +95,29 @@ def forecast(study: Study, records: Sequence[RunRecord], *, data_dir: Path | Non
         seconds = sum(_seconds(run, records) for run in missing)
     else:
         seconds = sum(flops[run.id] for run in missing) / (_UTILISATION * _matrix_rate())
-    tasks = Counter(task.type for task in read_suite(study.suite).tasks)
+    corpora: dict[str, list[str]] = {}
+    for task in read_suite(study.suite).tasks:
+        corpora.setdefault(task.type, []).append(task.corpus or task.folder or task.source or "")
     named = len(study.contrasts or ())
     others = comb(len(study.designs), 2) - named
+
+    def plans(tests: int) -> dict[str, Plan]:
+        settings: dict[str, Any] = {
+            "seeds": len(study.seeds),
+            "designs": len(study.designs),
+            "rope": study.rope,
+            "pilot": pilot or Pilot(),
+        }
+        return {kind: Plan(len(set(own)), len(own), tests, **settings) for kind, own in corpora.items() if tests}
+
     return Forecast(
         runs=tuple(runs),
         finished=len(runs) - len(missing),
         flops=flops,
         seconds=seconds,
         from_finished=bool(records),
-        confirmatory={kind: Plan(count, named) for kind, count in tasks.items() if named},
-        exploratory={kind: Plan(count, others) for kind, count in tasks.items() if others},
+        confirmatory=plans(named),
+        exploratory=plans(others),
     )
 
 

@@ -250,8 +250,7 @@ class StudyRunner:
         from .report import write_report
 
         self.write_results()
-        trained = read_scores(self.records, self.output_dir)
-        page = write_report(self.study, self.records, trained, self.output_dir / "report")
+        page = write_report(self.study, self.records, self.results, self.output_dir / "report")
         for file in (page.parent / "summary").iterdir():
             write_atomically(self.output_dir / file.name, file.read_bytes())
         return page

@@ -12,10 +12,9 @@ from tests.study.synthetic_study import synthetic_records, synthetic_results, sy
 
 @pytest.fixture(scope="package", autouse=True)
 def quick():
-    """What takes most of the time and is looked at elsewhere: intervals, statsmodels' garbage, pixels, mteb."""
+    """What takes most of the time and is looked at elsewhere: simulations, pixels, mteb."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("st_llmpool.stats.statistics.bootstrap_interval", lambda values: (-0.01, 0.01))
-        patch.setattr("gc.collect", lambda: 0)
+        patch.setattr("st_llmpool.stats.power_analysis._SIMULATED", 200)
         patch.setattr("st_llmpool.stats.plots.DPI", 40)
         patch.setattr("st_llmpool.study.report.runs.suite_description", lambda suite: "Cut by length.")
         yield

@@ -15,13 +15,15 @@ from tests.study.synthetic_study import synthetic_records, synthetic_results, sy
 HOSTILE = '<script>alert("1")</script> & <b> *1* [a](javascript:b) | `c`'
 
 
-def small(tmp_path: Path, *, finished: int | None = None, tasks: int = 8, **changes) -> tuple[str, Path]:
+def small(
+    tmp_path: Path, *, finished: int | None = None, tasks: int = 8, corpora: bool = True, **changes
+) -> tuple[str, Path]:
     """The page of a study of two designs and two seeds; `changes` are fields of single records, by id."""
     designs = [DesignSettings("mean-bidirectional"), DesignSettings("5", change=changes.pop("change", {}))]
     study = synthetic_study(designs=designs, seeds=[0, 1], contrasts=["5:mean-bidirectional"])
     records = synthetic_records(study, study.runs()[:finished])
     records = [replace(record, **{"cost": None, "layers": None} | changes.get(record.id, {})) for record in records]
-    results = synthetic_results(records, tasks=tasks, items=False, types=["STS"])
+    results = synthetic_results(records, tasks=tasks, items=False, types=["STS"], corpora=corpora)
     page = write_report(study, records, results, tmp_path / "report").read_text()
     return page, tmp_path / "report"
 

@@ -31,7 +31,8 @@ def test_page_is_valid_html(report):
 
 def test_page_needs_no_other_file_and_holds_every_picture(report):
     page = (report / "index.html").read_text()
-    assert set(re.findall(r'(?:src|href)="(?!#|data:)([^"]*)', page)) == set()
+    links = set(re.findall(r'(?:src|href)="(?!#|data:)([^"]*)', page))
+    assert links == {"../results.parquet", "../study.yaml", "tables", "comparison"}  # to look further
     assert "url(" not in page
     assert "@import" not in page
     embedded = {base64.b64decode(found) for found in re.findall(r'src="data:image/png;base64,([^"]+)"', page)}
@@ -49,7 +50,8 @@ def test_every_table_is_there_as_csv_and_markdown(report):
     markdown = (report / "report.md").read_text()
     page = text_of((report / "index.html").read_text())
     for name in (
-        "Mean-score-over-tasks",
+        "Mean-score",
+        "Pre-registered-comparisons",
         "Claims-and-results",
         "Minimal-detectable-differences",
         "Convergence",
@@ -59,8 +61,20 @@ def test_every_table_is_there_as_csv_and_markdown(report):
         assert len({len(row) for row in rows}) == 1
         for row in rows:
             assert " ".join(" ".join(row).split()) in page
-        own = markdown.partition(f"**{name.replace('-', ' ')}**\n\n")[2].partition("\n\n")[0]
+        title = name.replace("Pre-", "Pre_").replace("-", " ").replace("_", "-")
+        own = re.split(rf"\*\*Table \d+\. {title}\*\*\n\n", markdown)[1].partition("\n\n")[0]
         assert own.rstrip().count("\n") == len(rows)
+
+
+def test_tables_and_figures_are_numbered_and_contents_come_first(report):
+    markdown = (report / "report.md").read_text()
+    for what in ("Table", "Figure"):
+        numbers = [int(number) for number in re.findall(rf"^\*+{what} (\d+)\. ", markdown, re.MULTILINE)]
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert len(numbers) > 5
+    page = (report / "index.html").read_text()
+    assert page.index("<nav") < page.index("<main")
+    assert "position: sticky" in page
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome is installed")

@@ -9,9 +9,20 @@ def test_cost_has_what_was_measured_and_says_why_the_rest_was_not(report):
         "Backbone",
         "Adapter",
         "Pooling",
+        "Index bytes per text",
         *(f"{u} {n} tokens" for u in ("GFLOPs", "ms") for n in (32, 512)),
     ]
-    assert rows[3] == ["2", "8,400,000", "0", "300,000", "0.541", "8.653", "2.1", "33.3"]
+    assert rows[3] == [
+        "causal · EOS · last_layer",
+        "8,400,000",
+        "0",
+        "300,000",
+        "1,024",
+        "0.541",
+        "8.653",
+        "2.1",
+        "33.3",
+    ]
     assert "4096 tokens: the model reads 2048 tokens at most." in (report / "index.html").read_text()
     assert (report / "figures" / "quality_against_cost.png").is_file()
 
@@ -23,7 +34,7 @@ def test_runs_without_curves_cost_and_layers_leave_these_out(tmp_path):
     )
     assert "The layers of these runs were not analysed." in page
     assert "Inference cost was not measured in these runs" in page
-    assert sorted(file.name for file in (folder / "figures").iterdir()) == ["runs.png"]
+    assert sorted(file.name for file in (folder / "figures").iterdir()) == ["forest.png"]
 
 
 def test_under_trained_runs_and_idle_poolings_are_named(report):
@@ -31,9 +42,9 @@ def test_under_trained_runs_and_idle_poolings_are_named(report):
     names = {design: ", ".join(f"builtin_{design}_seed{seed}" for seed in range(3)) for design in "23"}
     assert f"Still rising : 3 of 21 runs: {names['3']} (" in page
     assert f"The pooling did nothing : 3 of 21 runs: {names['2']} (" in page
-    assert "the validation of 3 of 21 runs still rose" in page[: page.index("Set-up")]
+    assert "Under-trained, validation still rose at the end: 3 of 21 runs" in page[: page.index("Results")]
     rising = {row[0]: row[5] for row in table(report, "Convergence")[1:]}
-    assert rising == dict.fromkeys(rising, "0 of 3") | {"3": "3 of 3"}
+    assert rising == dict.fromkeys(rising, "0 of 3") | {"causal · EOS · multi_layer": "3 of 3"}
 
 
 def test_stages_stand_with_what_their_accuracy_is_to_be_measured_by(tmp_path):

@@ -13,10 +13,10 @@ from tests.study.report.pages import small
 def test_summary_has_table_verdicts_and_at_most_four_pictures(report):
     folder = report / "summary"
     text = (folder / "summary.md").read_text()
-    sections = text[text.index("## Scores") : text.index("\nFrom ")].split("## ")[1:]
-    assert [section.partition("\n")[0] for section in sections] == ["Scores", "Verdicts"]
-    assert all(section.strip() in (report / "report.md").read_text() for section in sections)
-    assert "| 5 - mean-bidirectional | better " in text
+    sections = text[text.index("## Results") : text.index("\nFrom ")].split("## ")[1:]
+    assert [section.partition("\n")[0] for section in sections] == ["Results", "Verdicts"]
+    assert sections[1].strip() in (report / "report.md").read_text()
+    assert "| bidirectional · mean · multi\\_layer - " in text or "| bidirectional · mean · multi_layer - " in text
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert sorted(pictures) == sorted(file.name for file in folder.glob("*.png"))
     assert 0 < len(pictures) <= 4

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+
+import pandas as pd
 
 from ...modules.errors import DataError, __version__
 from ...stats import tables
 from ...stats.comparison import Comparison, compare
 from ...stats.plots import require_libraries
-from ...stats.results import Results, label
+from ...stats.results import COLUMNS, Results, label
+from ...stats.tables import ONE_CORPUS
 from ...utils.files import atomic_folder
-from ...utils.words import counted, markdown
-from ..records import RunRecord
+from ...utils.words import counted, listed, markdown
+from ..records import RunRecord, registration
 from ..settings import Study
 from .document import Document
-from .findings import COMPARISON, write_claims, write_findings, write_scores
+from .findings import COMPARISON, answer, headline, mean_scores, write_results, write_tests
 from .models import write_convergence, write_cost, write_layers
-from .runs import command, missing_runs, write_equality, write_limits, write_runs, write_set_up
+from .runs import command, design_names, missing_runs, write_equality, write_limits, write_runs, write_set_up
 
 _PICTURES = {  # at most four go into the summary: file of the report, and its alternative text
+    "figures/forest*.png": "Difference of each contrast",
     f"{COMPARISON}/*_ranks.png": "Mean ranks",
-    "figures/runs*.png": "Mean score of every run",
     "figures/validation*.png": "Validation",
     "figures/quality_against_cost*.png": "Quality against cost",
 }
@@ -38,7 +43,7 @@ def write_report(study: Study, records: Sequence[RunRecord], results: Results, f
     Args:
         study: The study.
         records: Its finished runs; without any the report says what is missing.
-        results: Their scores.
+        results: Their scores, with those of untrained designs (step 0) and BM25 if they were evaluated.
         folder: Folder of the report.
 
     Returns:
@@ -53,77 +58,119 @@ def write_report(study: Study, records: Sequence[RunRecord], results: Results, f
         PosixPath('out/report/index.html')
     """
     require_libraries()
-    comparison, reason = _compare(study, results)
+    steps, lexical = results.table["step"], results.table["design"] == "bm25"
+    comparison, reason = _compare(study, results, (steps == "") & ~lexical)
+    untrained, _ = _compare(study, Results(results.table.assign(step="", diverged=False)), steps == "0")
+    names = design_names(study) | (comparison.names if comparison else {})
+    named = [replace(record, design=names[label(record.design, record.option)], option="") for record in records]
+    tested = comparison is not None and not study.withdrawn
+    title = headline(comparison) if comparison and tested else study.name
     with atomic_folder(folder, replace=True) as scratch:
-        document = Document(study.name, scratch)
-        _write_head(document, study, records)
-        document.section("Set-up")
-        write_set_up(document, study, records, results)
-        document.section("Equal training")
-        write_equality(document, study, records)
+        document = Document(title, scratch)
+        _write_head(document, study, records, comparison, folder.parent)
         if comparison is None:
             document.section("Verdicts")
             document.text(f"No verdict yet: {reason}", warning=True)
-        elif study.withdrawn:
-            document.section("Scores")
-            write_scores(document, comparison, marks=False)
         else:
-            tables.write(comparison, scratch / COMPARISON)
-            (scratch / COMPARISON / "comparison.json").write_text(tables.to_json(comparison) + "\n", encoding="utf-8")
-            write_findings(document, study, comparison)
-            document.section("The claims of the paper")
-            write_claims(document, comparison)
-        document.section("Convergence")
-        write_convergence(document, records)
-        document.section("Layers")
-        write_layers(document, records)
+            if tested:
+                tables.write(comparison, scratch / COMPARISON)
+                (scratch / COMPARISON / "comparison.json").write_text(
+                    tables.to_json(comparison) + "\n", encoding="utf-8"
+                )
+            write_results(document, study, comparison, untrained, Results(results.table[lexical]).scores, marks=tested)
+        document.section("Training")
+        write_convergence(document, named)
         document.section("Cost")
-        write_cost(document, records, comparison)
+        write_cost(document, named, {} if comparison is None else mean_scores(comparison, ""))
+        document.section("Layers")
+        write_layers(document, named)
+        document.section("Method")
+        write_set_up(document, study, records, results, names)
+        document.section("Equal training")
+        write_equality(document, study, records, names)
+        if comparison and tested:
+            write_tests(document, study, comparison)
         document.section("Limits")
         write_limits(document, study, records, comparison)
         document.section("Runs and how to reproduce them")
         write_runs(document, study, records)
+        document.section("How to cite")
+        _write_citation(document, study, results, title)
         document.write()
         write_summary(document, study, records)
     return folder / "index.html"
 
 
-def _compare(study: Study, results: Results) -> tuple[Comparison | None, str]:
-    """Return the comparison of what is there, or why there is none."""
-    scores = results.scores
+def _compare(study: Study, results: Results, chosen: pd.Series) -> tuple[Comparison | None, str]:
+    """Return the comparison of the chosen rows, or why there is none."""
+    table = results.table[chosen]
+    scores = table[(table["item"] == "") & ~table["diverged"]]
     present = {label(*names) for names in zip(scores["design"], scores["option"], strict=True)}
     if len(present) < 2:
         return None, f"{len(present)} of {len(study.designs)} designs have results, and a comparison needs two."
+    contrasts = [pair for pair in study.contrasts or [] if set(pair.split(":")) <= present]
     try:
-        return compare(results, [pair for pair in study.contrasts or [] if set(pair.split(":")) <= present]), ""
+        return compare(Results(table, results.notes), contrasts, rope=study.rope), ""
     except DataError as error:
         return None, str(error)
 
 
-def _write_head(document: Document, study: Study, records: Sequence[RunRecord]) -> None:
+def _write_head(
+    document: Document, study: Study, records: Sequence[RunRecord], comparison: Comparison | None, output_dir: Path
+) -> None:
+    """Add the abstract, then what a reader must know first."""
     today, total = datetime.now(UTC).strftime("%Y-%m-%d"), counted(len(study.runs()), "run")
-    document.text(f"A study by st_llmpool {__version__}: {len(records)} of {total}, report of {today}")
-    if study.description:
-        document.text(study.description)
+    document.text(f"Study {study.name}, by st_llmpool {__version__}: {len(records)} of {total}, report of {today}")
+    sizes = {record.base: record.training["parameters"] for record in records if "parameters" in record.training}
+    bases = [name + (f", {sizes[name] / 1e6:.3g} million parameters" if name in sizes else "") for name in study.bases]
+    seeds = counted(len(study.seeds), "seed")
+    kinds = comparison.types if comparison else ()
+    where = "; ".join(f"{kind.title} {kind.size}" for kind in kinds) or "no scores to compare yet"
+    abstract = [
+        ("Question", study.description or f"Which of {len(study.designs)} designs is best?"),
+        ("Base", "; ".join(bases)),
+        ("Data", f"{seeds} per design; {where}"),
+    ]
+    if comparison and not study.withdrawn:
+        abstract.append(("Answer", answer(comparison)))
+    limits = [ONE_CORPUS] if any(kind.corpora == 1 for kind in kinds) else []
+    limits += ["One seed: the results hold for these runs."] if len(study.seeds) == 1 else []
+    abstract.append(("Limit", " ".join(limits) or "One recipe and these bases: other sizes and data may differ."))
+    document.bullets(abstract)
+    document.text(registration(study, output_dir))
     if study.withdrawn:
         document.text(f"Verdicts withdrawn. {study.withdrawn}", warning=True)
     absent = len(missing_runs(study, records))
     if absent:
         document.text(f"Not finished: {absent} of {total} missing, so all results may change.", warning=True)
-    rising = sum(record.rising is True for record in records)
-    if rising:
-        number = f"{rising} of {counted(len(records), 'run')}"
-        document.text(f"Under-trained: the validation of {number} still rose at the end.", warning=True)
+    for what, runs in (
+        ("Diverged, left out of every score", [record for record in records if record.diverged]),
+        ("Under-trained, validation still rose at the end", [record for record in records if record.rising]),
+    ):
+        if runs:
+            names = listed(record.id for record in runs)
+            document.text(f"{what}: {len(runs)} of {counted(len(records), 'run')}: {names}.", warning=True)
+
+
+def _write_citation(document: Document, study: Study, results: Results, title: str) -> None:
+    """Add a citation with a hash of the scores, and links to the data."""
+    columns = [column for column in COLUMNS if column != "file"]
+    table = results.table[columns].sort_values(columns).to_csv(index=False, float_format="%.6f")
+    digest = hashlib.sha256(table.encode()).hexdigest()
+    year = datetime.now(UTC).year
+    document.code(f"{title}. Study {study.name!r}, st_llmpool {__version__}, {year}. Scores sha256:{digest[:32]}.")
+    files = {"results.parquet (all scores)": "../results.parquet", "study.yaml (settings)": "../study.yaml"}
+    document.links(files | {"tables (CSV)": "tables", "every statistic": COMPARISON})
 
 
 def write_summary(document: Document, study: Study, records: Sequence[RunRecord]) -> None:
     """Write ``summary/summary.md``, sections of the report with one figure of each kind."""
     folder = document.folder / "summary"
     folder.mkdir()
-    parts = [f"# {markdown(study.name)}\n"]
+    parts = [f"# {markdown(document.title)}\n"]
     parts += [f"{markdown(study.description, start=True)}\n"] if study.description else []
     parts += [f"> **Verdicts withdrawn.** {markdown(study.withdrawn)}\n"] if study.withdrawn else []
-    parts.append(document.markdown("Scores", "Verdicts"))
+    parts.append(document.markdown("Results", "Verdicts", pictures=False))
     runs, seeds = counted(len(study.runs()), "run"), counted(len({record.seed for record in records}), "seed")
     parts.append(
         f"From {len(records)} of {runs} with {seeds}, by `{command(study)}`. Add `--report` to write the full report "

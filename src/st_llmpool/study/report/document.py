@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,7 @@ class Document:
         self.title = title
         self.folder = folder
         self._sections: dict[str, list[str]] = {}
+        self._tables = self._figures = 0
         self.section("")
 
     def section(self, title: str) -> None:
@@ -77,8 +78,12 @@ class Document:
         """Add a command."""
         self._blocks.append(f"```\n{text}\n```")
 
+    def links(self, targets: Mapping[str, str]) -> None:
+        """Add a line of links: text to path, relative to the report's folder."""
+        self._blocks.append(" · ".join(f"[{markdown(text)}](<{path}>)" for text, path in targets.items()))
+
     def table(self, sheet: Sheet, *, shown: bool = True) -> None:
-        """Write a table with rows to ``tables/<title>.csv``, and add it to the section if it is `shown`."""
+        """Write a table with rows to ``tables/<title>.csv``, and add it, numbered, if it is `shown`."""
         if not sheet.rows:
             return
         file = self.folder / "tables" / f"{slug(sheet.title)}.csv"
@@ -86,7 +91,8 @@ class Document:
         cells = sheet.cells.rename(columns=lambda name: name.replace("\n", " "))
         cells.replace("\n", " ", regex=True).to_csv(file, index=False)
         if shown:
-            self._blocks.append(sheet.to_markdown("**{}**").rstrip())
+            self._tables += 1
+            self._blocks.append(sheet.to_markdown(f"**Table {self._tables}. {{}}**").rstrip())
 
     def draw(self, figure: Figure, name: str, *, alt: str, caption: str) -> None:
         """Save a figure to ``figures/<name>.png`` and add it; arguments as for :meth:`picture`."""
@@ -103,14 +109,16 @@ class Document:
             caption: How to read it.
         """
         path = file.relative_to(self.folder).as_posix()
-        self._blocks.append(f"![{markdown(alt)}](<{path}>)\n*{markdown(caption)}*")
+        self._figures += 1
+        self._blocks.append(f"![{markdown(alt)}](<{path}>)\n*Figure {self._figures}. {markdown(caption)}*")
 
-    def markdown(self, *titles: str) -> str:
+    def markdown(self, *titles: str, pictures: bool = True) -> str:
         """Return the text of some sections, or of the report if none is named."""
         parts = [f"# {markdown(self.title)}", *self._sections[""]] if not titles else []
         for title in titles or self._sections:
-            if title and self._sections.get(title):
-                parts += [f"## {title}", *self._sections[title]]
+            blocks = [block for block in self._sections.get(title, ()) if pictures or not block.startswith("![")]
+            if title and blocks:
+                parts += [f"## {title}", *blocks]
         return "\n\n".join(parts) + "\n"
 
     def write(self) -> None:

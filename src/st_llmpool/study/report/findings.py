@@ -1,28 +1,29 @@
-"""What the tests found: power, verdicts, and the tables that they rest on."""
+"""What the tests found: the headline, the forest plot, verdicts with their power, and the tables they rest on."""
 
 from __future__ import annotations
 
 import math
-import string
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import combinations
 from pathlib import Path
 
-from ...stats.comparison import Comparison, TypeComparison
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+from ...stats.comparison import Comparison, Pair, TypeComparison
 from ...stats.results import label
-from ...stats.tables import INDEPENDENCE, Sheet, about_type, footnotes, p_text, sheets_of_family
+from ...stats.statistics import Array
+from ...stats.tables import Sheet, footnotes, mean_text, number, p_text, sheets_of_family
 from ...utils.files import slug
-from ...utils.words import counted
+from ...utils.words import counted, listed
 from ..settings import Study
 from .document import Document
 
 COMPARISON = "comparison"  # folder that `tables.write` filled
+_MOST_PAIRS = 10  # in the forest plot, where none was pre-registered
+_COLOURS = {"better": "tab:blue", "worse": "tab:blue", "equivalent": "tab:green"}
 
-_MARKS = (
-    "Marks: > c means better than design c in a pre-registered comparison over tasks, after Holm's correction and by "
-    "more than seed noise; > (c) means the same in an exploratory comparison, to be confirmed on other data. No mark "
-    "means no significant difference."
-)
 #: Claims of Tang and Yang 2024 (arXiv 2409.02727): text, the two designs, and the task types.
 CLAIMS = (
     ("Bidirectional attention with a trained pooling is better than causal attention with the last token on "
@@ -35,39 +36,83 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def write_findings(document: Document, study: Study, comparison: Comparison) -> None:
-    """Add the sections on what was found, in reading order.
+def headline(comparison: Comparison) -> str:
+    """Return the finding in one sentence: the verdict that holds on most task types.
+
+    A winner comes before an equivalence, and both before what holds in one run or on one corpus only.
+    """
+    found: dict[tuple[int, str], list[str]] = {}
+    for kind in comparison.types:
+        for pair in kind.pairs:
+            if pair.confirmatory and not pair.identical and (pair.leader or "equivalent" in pair.short):
+                first, second = (pair.second, pair.first) if pair.leader == pair.second else (pair.first, pair.second)
+                if pair.winner:
+                    text = (0, f"{first} is better than {second} on {{}}")
+                elif pair.leader:
+                    text = (2, f"{first} scores above {second} on {{}},{pair.scope}")
+                else:
+                    text = (1, f"{first} and {second} are equivalent on {{}}" + f",{pair.scope}" * bool(pair.scope))
+                found.setdefault(text, []).append(kind.title)
+    if not found:
+        pairs = [pair for kind in comparison.types for pair in kind.pairs if pair.confirmatory]
+        return f"None of {counted(len(pairs), 'named comparison')} is decided" if pairs else "No comparison was named"
+    (_, text), types = min(found.items(), key=lambda entry: (entry[0][0], -len(entry[1])))
+    return text.format(" and ".join([", ".join(types[:-1]), types[-1]] if len(types) > 1 else types))
+
+
+def answer(comparison: Comparison) -> str:
+    """Return how many of the named comparisons were decided, and how."""
+    pairs = [pair for kind in comparison.types for pair in kind.pairs if pair.confirmatory]
+    counts = Counter(pair.short for pair in pairs)
+    how = ", ".join(f"{count} {words}" for words, count in counts.most_common())
+    several = f" in {counted(len(comparison.types), 'task type')}"
+    return f"Of {counted(len(pairs), 'named comparison')}{several}: {how}." if pairs else "No comparison was named."
+
+
+def write_results(
+    document: Document,
+    study: Study,
+    comparison: Comparison,
+    untrained: Comparison | None,
+    lexical: pd.DataFrame,
+    *,
+    marks: bool = True,
+) -> None:
+    """Add the forest plot, the scores and the verdicts.
 
     Args:
-        document: The report; the figures of the comparison are in its folder.
+        document: The report.
         study: The study.
         comparison: Its results, compared.
+        untrained: The same of step 0, if there are such scores.
+        lexical: Scores of BM25.
+        marks: Also show what rests on tests; a withdrawn study has scores only.
     """
+    document.section("Results")
+    if marks:
+        for base, kinds in _by_base(comparison).items():
+            _draw_forest(document, comparison, kinds, "forest" + (f"_{base}" if base else ""))
+    for base, kinds in _by_base(comparison).items():
+        before = {kind.title: kind for kind in (untrained.types if untrained else ())}
+        document.table(Sheet.of("Mean score" + (f", {base}" if base else ""), *_score_rows(kinds, before, lexical)))
+    if marks:
+        document.section("Verdicts")
+        _write_verdicts(document, study, comparison)
+
+
+def write_tests(document: Document, study: Study, comparison: Comparison) -> None:
+    """Add power, every pair, options and the claims of the paper."""
     document.section("Power")
     _write_power(document, comparison)
-    document.section("Verdicts")
-    _write_verdicts(document, study, comparison)
-    document.section("Scores")
-    write_scores(document, comparison)
-    document.section("All pairs by task type")
+    document.section("All pairs")
     _write_pairs(document, comparison)
-    document.section("Seed noise")
-    _write_seeds(document, comparison)
-    document.section("Ablations")
     options = [
         (option.label, label(option.design))
         for option in study.designs
         if option.option and option.design in study.labels
     ]
-    below = "Each option changes one component of its design; first minus second, with p Holm."
+    below = "Each option changes one component of its design; first minus second."
     document.table(Sheet.of("Options against their plain design", outcomes(comparison, options), below))
-
-
-def write_claims(document: Document, comparison: Comparison) -> None:
-    """Add how each claim of the paper fares in the corrected tests; nothing if the study has none of its pairs.
-
-    The designs are the paper's five, with our defaults (`1` to `5`) or with its settings (`paper-1` to `paper-5`).
-    """
     rows = [
         {"Claim": text, **row}
         for prefix in ("", "paper-")
@@ -75,84 +120,137 @@ def write_claims(document: Document, comparison: Comparison) -> None:
         for row in outcomes(comparison, [(prefix + first, prefix + second)], types)
     ]
     if rows:
-        document.text(
-            "Tang and Yang 2024 (arXiv 2409.02727) compare five designs: 1 causal attention with the last token, 2 and "
-            "3 causal attention with a trained pooling over the last layer and over all layers, 4 and 5 these two with "
-            "bidirectional attention. They also claim that no one design is best everywhere."
-        )
+        document.section("The claims of the paper")
+        document.text("Tang and Yang 2024 (arXiv 2409.02727) also claim that no one design is best everywhere.")
         document.table(Sheet.of("Claims and results", rows))
 
 
 def outcomes(
     comparison: Comparison, contrasts: Iterable[tuple[str, str]], types: Sequence[str] = ()
 ) -> Iterator[dict[str, str]]:
-    """Yield a row per contrast (and base): what the tests say of its first design, a column per task type.
+    """Yield a row per contrast (and base): the verdict on its first design, a column per task type.
 
     Args:
         comparison: The comparison.
-        contrasts: First and second design.
+        contrasts: Labels of the first and second design.
         types: The task types; all by default.
     """
-    bases = dict.fromkeys(kind.base for kind in comparison.types)
     for first, second in contrasts:
-        for base in bases:
-            kinds = [kind for kind in comparison.types if kind.base == base and (kind.task_type in types or not types)]
-            cells = {kind.task_type: _outcome(kind, first, second) for kind in kinds}
+        names = [comparison.names.get(design, design) for design in (first, second)]
+        for base, kinds in _by_base(comparison).items():
+            chosen = [kind for kind in kinds if kind.task_type in types or not types]
+            cells = {kind.task_type: _outcome(kind, *names) for kind in chosen}
             if any(cells.values()):
-                where = f", {base}" if len(bases) > 1 else ""
-                yield {"Contrast": f"{first} - {second}{where}", **{name: cell or "-" for name, cell in cells.items()}}
+                where = f", {base}" if base else ""
+                yield {"Contrast": f"{names[0]}\n- {names[1]}{where}", **{kind: cells[kind] or "-" for kind in cells}}
 
 
 def _outcome(kind: TypeComparison, first: str, second: str) -> str:
-    """Return difference, corrected p-value and outcome of a contrast; empty if it was not tested."""
+    """Return verdict, difference and corrected p-value of a contrast; empty if it was not tested."""
     pair = next((pair for pair in kind.pairs if {pair.first, pair.second} == {first, second}), None)
     if pair is None:
         return ""
-    difference, outcome = pair.test.mean_difference, pair.outcome
+    words, difference = pair.short, pair.mean
     if pair.first != first:
+        turned = {"better": "worse", "worse": "better", "above": "below", "below": "above"}
+        words = " ".join(turned.get(word, word) for word in words.split(" "))
         difference = -difference
-        if pair.winner:
-            turned = {"better": "worse", "worse": "better", "above": "below", "below": "above"}
-            outcome = turned[outcome]
     named = "" if pair.confirmatory else " (exploratory)"
-    return f"{outcome}{named}\n{difference:+.4f}, p {p_text(pair.p_holm)}"
+    return f"{words}{named}\n{difference:+.4f}, p {p_text(pair.p_holm)}"
 
 
-def _write_power(document: Document, comparison: Comparison) -> None:
-    rows, unreachable = [], []
-    for kind in comparison.types:
-        for family in kind.families:
-            name = f"{kind.title}: {'pre-registered' if family.confirmatory else 'exploratory'}"
-            plan = family.plan
-            found = sorted(pair.detectable for pair in family.pairs if math.isfinite(pair.detectable))
-            rows.append(
-                {
-                    "Table": name,
-                    "Tasks": str(plan.tasks),
-                    "Tests": str(plan.tests),
-                    "Smallest p Holm": f"{plan.smallest_p:.3g}",
-                    "Detectable, in SD": f"{plan.effect:.2f}" if plan.reachable else "none",
-                    "Detectable, in score": f"{found[len(found) // 2]:.4f}" if found else "-",
-                }
-            )
-            unreachable += [] if plan.reachable else [name]
-    below = (
-        "Smallest p Holm: the value if all tasks agree in sign, tests · 2^(1 - tasks). Detectable: the minimal "
-        "detectable mean difference at 80 % power, in standard deviations of the differences between tasks, and in "
-        "score with the observed spread (median over pairs)."
+def _by_base(comparison: Comparison) -> dict[str, list[TypeComparison]]:
+    """Return the task types of each base, under an empty name if there is only one."""
+    bases = list(dict.fromkeys(kind.base for kind in comparison.types))
+    return {base if len(bases) > 1 else "": [kind for kind in comparison.types if kind.base == base] for base in bases}
+
+
+def _score_rows(
+    kinds: Sequence[TypeComparison], before: dict[str, TypeComparison], lexical: pd.DataFrame
+) -> tuple[list[dict[str, str]], str]:
+    """Return a row per design, its untrained row below, BM25, and how to read them."""
+    headings = {f"{kind.task_type}\n{kind.size}": (kind.means, before.get(kind.title)) for kind in kinds}
+    starts = {heading: kind.means for heading, (_, kind) in headings.items() if kind is not None}
+    rows = []
+    for model in dict.fromkeys(str(model) for means, _ in headings.values() for model in means.index):
+        rows.append({"Design": model, **{name: mean_text(means, model) for name, (means, _) in headings.items()}})
+        if any(model in means.index for means in starts.values()):
+            rows.append({"Design": "- untrained", **{name: mean_text(starts[name], model) for name in starts}})
+    bm25 = {"Design": "BM25"}
+    for heading, kind in zip(headings, kinds, strict=True):
+        own = lexical[lexical["task"].isin(kind.scores.dropna().index.get_level_values("task"))]
+        bm25 |= {heading: number(own.groupby("corpus")["score"].mean().mean())} if len(own) else {}
+    rows += [bm25] if len(bm25) > 1 else []
+    below = "Mean over corpora of the mean over their tasks ± standard deviation between seeds."
+    if starts:
+        kept = {
+            name: pd.concat([headings[name][0]["mean"], start["mean"]], axis=1).dropna()
+            for name, start in starts.items()
+        }
+        alike = [
+            f"{name.split(chr(10))[0]} {number(agreement(*both.to_numpy().T), '.2f')}" for name, both in kept.items()
+        ]
+        below += f" Rank correlation of the designs before and after training: {', '.join(alike)}."
+    return rows, below
+
+
+def agreement(first: Array, second: Array) -> float:
+    """Return Spearman's correlation; NaN where either is constant or there are fewer than three values."""
+    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return math.nan
+    return float(spearmanr(first, second).statistic)
+
+
+def _draw_forest(document: Document, comparison: Comparison, kinds: Sequence[TypeComparison], name: str) -> None:
+    from matplotlib.figure import Figure
+
+    named = list(dict.fromkeys((p.first, p.second) for kind in kinds for p in kind.pairs if p.confirmatory))
+    named = named or list(dict.fromkeys((p.first, p.second) for kind in kinds for p in kind.pairs))[:_MOST_PAIRS]
+    columns = min(2, len(kinds))
+    lines = math.ceil(len(kinds) / columns)
+    figure = Figure(figsize=(9, lines * (0.8 + 0.5 * len(named))), layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False, sharey=True, sharex=True).flat)
+    told = []
+    for axes, kind in zip(panels, kinds, strict=False):
+        axes.axvspan(-comparison.rope, comparison.rope, color="tab:green", alpha=0.12, linewidth=0)
+        axes.axvline(0, color="0.4", linewidth=0.8)
+        pairs = {(pair.first, pair.second): pair for pair in kind.pairs}
+        for place, contrast in enumerate(named):
+            if contrast in pairs:
+                _draw_contrast(axes, place, pairs[contrast])
+                told.append(f"{kind.title}, {' minus '.join(contrast)}: {pairs[contrast].mean:+.4f}")
+        axes.set_title(f"{kind.title}: {kind.size}", fontsize=9)
+        axes.set_yticks(range(len(named)), [f"{first}\n- {second}" for first, second in named], fontsize=7.5)
+        axes.tick_params(axis="x", labelsize=8, labelbottom=True)
+        axes.set_ylim(len(named) - 0.4, -0.6)
+        axes.grid(axis="x", alpha=0.25)
+    for axes in panels[len(kinds) :]:
+        axes.set_axis_off()
+    units = "corpora" if any(pair.plan.corpora > 1 for kind in kinds for pair in kind.pairs) else "tasks of one corpus"
+    document.draw(
+        figure,
+        name,
+        alt=f"Forest plot of the mean difference of each contrast. {'; '.join(told)}.",
+        caption=f"Difference of each contrast, first minus second: line, its 95 % interval; dots, {units}; the "
+        f"band is the region of practical equivalence, ±{comparison.rope:g}. Blue: decided; green: equivalent; white: "
+        "undecided.",
     )
-    document.table(Sheet.of("Minimal detectable differences", rows, below))
-    if unreachable:
-        document.text(
-            f"Significance cannot be reached whatever the scores are, so there are no marks: {'; '.join(unreachable)}.",
-            warning=True,
-        )
+
+
+def _draw_contrast(axes: object, place: int, pair: Pair) -> None:
+    units = pair.units
+    spread = [place + 0.22 + 0.12 * (number % 2) for number in range(len(units))]
+    axes.plot(units, spread, "o", color="0.55", markersize=2.5, alpha=0.7)  # type: ignore[attr-defined]
+    colour = "tab:blue" if pair.leader else _COLOURS.get(pair.short.split(" ")[0], "white")
+    low, high = pair.interval
+    if not math.isnan(low):
+        axes.plot([low, high], [place, place], color="black", linewidth=1.3)  # type: ignore[attr-defined]
+    axes.plot([pair.mean], [place], "D", color=colour, markeredgecolor="black", markersize=6)  # type: ignore[attr-defined]
 
 
 def _write_verdicts(document: Document, study: Study, comparison: Comparison) -> None:
     contrasts = study.contrasts or []
-    present = {str(model) for kind in comparison.types for model in kind.scores}
-    waiting = [contrast for contrast in contrasts if not set(contrast.split(":")) <= present]
+    waiting = [contrast for contrast in contrasts if not set(contrast.split(":")) <= comparison.names.keys()]
     if contrasts:
         document.text(f"Verdicts rest on {counted(len(contrasts), 'pre-registered comparison')}.")
     else:
@@ -162,41 +260,41 @@ def _write_verdicts(document: Document, study: Study, comparison: Comparison) ->
             f"Not tested yet because runs are missing: {', '.join(waiting)}. They will add to the correction.",
             warning=True,
         )
-    pairs = [tuple(contrast.split(":", 1)) for contrast in contrasts]
-    below = "First minus second, mean over tasks, with p Holm; the outcome is that of the first design."
-    document.table(Sheet.of("Pre-registered comparisons", outcomes(comparison, pairs), below))  # type: ignore[arg-type]
-    document.text(INDEPENDENCE)
+    pairs = [(first, second) for first, _, second in (contrast.partition(":") for contrast in contrasts)]
+    below = (
+        f"First minus second, with p Holm; the verdict is on the first design. Equivalent: within "
+        f"±{comparison.rope:g}. Undecided is neither a difference nor an equivalence."
+    )
+    document.table(Sheet.of("Pre-registered comparisons", outcomes(comparison, pairs), below))
 
 
-def write_scores(document: Document, comparison: Comparison, *, marks: bool = True) -> None:
-    """Add the table of mean scores, designs by task types, marked by the corrected tests.
-
-    Args:
-        document: The report.
-        comparison: The comparison.
-        marks: Show the marks.
-    """
-    bases = dict.fromkeys(kind.base for kind in comparison.types)
-    for base in bases:
-        kinds = [kind for kind in comparison.types if kind.base == base]
-        models = list(dict.fromkeys(str(model) for kind in kinds for model in kind.scores))
-        letters = dict(zip(models, string.ascii_letters, strict=False))
-        rows = [{"Design": f"{letters[model]}: {model}" if marks else model} for model in models]
-        for kind in kinds:
-            complete = kind.scores.dropna()
-            for row, model in zip(rows, models, strict=True):
-                if model in complete and len(complete):
-                    won = sorted(
-                        (letters[str(p.loser)], p.confirmatory) for p in kind.pairs if marks and p.winner == model
-                    )
-                    named = [letter for letter, confirmatory in won if confirmatory]
-                    others = " ".join(letter for letter, confirmatory in won if not confirmatory)
-                    beaten = " ".join([*named, *([f"({others})"] if others else [])])
-                    heading = f"{kind.task_type}\n{counted(len(complete), 'task')}"
-                    row[heading] = f"{complete[model].mean():.4f}" + (f" > {beaten}" if beaten else "")
-        document.table(Sheet.of("Mean score over tasks" + (f", {base}" if len(bases) > 1 else ""), rows))
-    if marks:
-        document.text(_MARKS)
+def _write_power(document: Document, comparison: Comparison) -> None:
+    rows, unreachable = [], []
+    for kind in comparison.types:
+        for family in kind.families:
+            name = f"{kind.title}: {'pre-registered' if family.confirmatory else 'exploratory'}"
+            plan = family.plan
+            rows.append(
+                {
+                    "Table": name,
+                    **{key.capitalize(): str(getattr(plan, key)) for key in ("corpora", "tasks", "seeds", "tests")},
+                    "Smallest p Holm": f"{plan.smallest_p:.3g}",
+                    "Detectable": f"{plan.detectable:.4f}" if math.isfinite(plan.detectable) else "none",
+                    "SD of differences": " ".join(f"{value:.4f}" for value in vars(plan.pilot).values()),
+                }
+            )
+            unreachable += [] if plan.reachable else [name]
+    below = (
+        "Smallest p Holm: the value if all corpora (or tasks of one corpus) agree in sign. Detectable: the difference "
+        "that gets its verdict in 80 % of studies, simulated through the rule that gives verdicts, with the standard "
+        "deviations of the differences between corpora (or tasks), between seeds, and of the rest (median over pairs)."
+    )
+    document.table(Sheet.of("Minimal detectable differences", rows, below))
+    if unreachable:
+        document.text(
+            f"Significance cannot be reached whatever the scores are, so there are no marks: {'; '.join(unreachable)}.",
+            warning=True,
+        )
 
 
 def _write_pairs(document: Document, comparison: Comparison) -> None:
@@ -204,16 +302,17 @@ def _write_pairs(document: Document, comparison: Comparison) -> None:
         "Pairs that were not pre-registered are exploratory: what stands out is a hypothesis for another study."
     )
     for kind in comparison.types:
-        document.heading(kind.title)
+        document.heading(f"{kind.title}: {kind.size}")
         for family in kind.families:
             for sheet in sheets_of_family(kind, family):  # the exploratory table is long; the heat map has its marks
-                document.table(sheet, shown=family is kind.families[0])
+                document.table(sheet, shown=family.confirmatory)
         path = document.folder / COMPARISON / slug(kind.title)
-        marked = [f"{pair.winner} above {pair.loser}" for pair in kind.pairs if pair.winner]
+        marked = listed(
+            (f"{pair.leader} in {pair.first} - {pair.second}" for pair in kind.pairs if pair.leader), most=6
+        )
         document.picture(
             Path(f"{path}_pairs.png"),
-            alt=f"Heat map of the mean difference of every pair of designs on {kind.title}. With a verdict: "
-            f"{'; '.join(marked) or 'none'}.",
+            alt=f"Heat map of the mean difference of every pair of designs on {kind.title}. Above: {marked or 'none'}.",
             caption=f"{kind.title}: mean difference, row minus column; * significant, [ ] pre-registered.",
         )
         if kind.ranks is not None and Path(f"{path}_ranks.png").is_file():
@@ -221,69 +320,15 @@ def _write_pairs(document: Document, comparison: Comparison) -> None:
             document.picture(
                 Path(f"{path}_ranks.png"),
                 alt=f"Diagram of mean ranks on {kind.title}: {order}.",
-                caption=f"{kind.title}: mean ranks; bars join designs that the corrected pair tests do not separate.",
+                caption=f"{kind.title}: mean ranks; bars join designs that the pair tests, corrected by Holm, do not "
+                f"separate. Friedman F {kind.ranks.f:.2f}, p {p_text(kind.ranks.p)}.",
             )
-        for line in about_type(kind):
-            document.text(line)
     for line in footnotes(comparison):
-        if line != INDEPENDENCE:
-            document.text(line)
+        document.text(line)
 
 
-def _write_seeds(document: Document, comparison: Comparison) -> None:
-    known = [(kind, kind.seeds) for kind in comparison.types if kind.seeds is not None]
-    if not known:
-        document.text("No design has two runs, so seed noise is unknown and no p-value covers it.")
-        return
-    rows = [
-        {
-            "Task type": kind.title,
-            "Runs": str(sum(noise.runs.values())),
-            "SD between seeds": f"{noise.sd_seeds:.4f}",
-            "SD between designs": f"{noise.sd_designs:.4f}",
-            "p": p_text(noise.p),
-            "Least difference": f"{max(noise.least_difference(*two) for two in combinations(noise.runs, 2)):.4f}",
-        }
-        for kind, noise in known
-        if len(noise.runs) > 1
-    ]
-    below = (
-        "Runs are compared by their mean over tasks; seeds are nested in designs. SD between designs excludes seed "
-        "noise. p: one-way analysis of variance. Least difference: 95 % of the differences that seeds alone make are "
-        "smaller; no verdict is given below it."
-    )
-    document.table(Sheet.of("Seed noise and the variance of designs", rows, below))
-    bases = dict.fromkeys(kind.base for kind in comparison.types)
-    for base in dict.fromkeys(kind.base for kind, _ in known):
-        kinds = [kind for kind in comparison.types if kind.base == base and kind.runs]
-        _draw_runs(document, kinds, "runs" + (f"_{base}" if len(bases) > 1 else ""))
-
-
-def _draw_runs(document: Document, kinds: Sequence[TypeComparison], name: str) -> None:
-    from matplotlib.figure import Figure
-
-    models = list(dict.fromkeys(model for kind in kinds for model in kind.runs))
-    columns = 2 if len(kinds) > 1 else 1
-    lines = math.ceil(len(kinds) / columns)
-    figure = Figure(figsize=(8, lines * (0.9 + 0.24 * len(models))), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
-    for axes, kind in zip(panels, kinds, strict=False):
-        for place, model in enumerate(models):
-            scores = kind.runs.get(model, [])
-            axes.plot(scores, [place] * len(scores), "o", color="tab:blue", markersize=5, alpha=0.6)
-            if scores:
-                axes.plot([sum(scores) / len(scores)], [place], "|", color="black", markersize=13, markeredgewidth=1.6)
-        axes.set_title(kind.title, fontsize=9)
-        axes.set_yticks(range(len(models)), models, fontsize=8)
-        axes.tick_params(axis="x", labelsize=8)
-        axes.grid(axis="x", alpha=0.3)
-    for axes in list(panels):
-        axes.set_axis_off()
-    figure.axes[0].invert_yaxis()  # the panels share one y axis
-    document.draw(
-        figure,
-        name,
-        alt="Mean score of every run by design, one panel per task type: the dots of a row are seeds of one design.",
-        caption="Each dot is a run, its mean score over tasks; the bar is the mean of the design. Rows whose dots "
-        "overlap differ no more than seeds do.",
-    )
+def mean_scores(comparison: Comparison, base: str) -> dict[str, float]:
+    """Return the mean over task types of the mean score, of designs that have all types."""
+    kinds = [kind for kind in comparison.types if not base or kind.base == base]
+    means = pd.DataFrame({kind.title: kind.means["mean"] for kind in kinds}).dropna()
+    return {str(model): float(value) for model, value in means.mean(axis=1).items()}

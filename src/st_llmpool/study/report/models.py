@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ import pandas as pd
 
 from ...analysis.layers import LayerAnalysis, LayerProfile
 from ...model_card.figures import draw_layers
-from ...stats.comparison import Comparison
 from ...stats.results import label
 from ...stats.tables import Sheet, number
 from ...training.report import NEGLIGIBLE
@@ -18,6 +17,7 @@ from ...utils.files import slug
 from ...utils.words import counted, listed
 from ..records import RunRecord
 from .document import Document
+from .findings import agreement
 from .runs import run_facts
 
 _LENGTH = 512  # tokens of the texts that scores are plotted against
@@ -41,6 +41,7 @@ def write_convergence(document: Document, records: Sequence[RunRecord]) -> None:
     if not records:
         return
     flags = {
+        ("Diverged", "validation ended below its start; left out of every score"): lambda run: run.diverged,
         ("Still rising", "under-trained: the last validation is the best by over 1 %"): lambda run: run.rising is True,
         ("Unknown", "fewer than three evaluations"): lambda run: run.rising is None,
         ("The pooling did nothing", f"it changes the embedding by less than {100 * NEGLIGIBLE:.0f} %"): lambda run: (
@@ -136,6 +137,12 @@ def _draw_curves(
         figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     whose = "by design" if len(curves) > 1 else f"of {next(iter(curves))}"
     last = ", ".join(f"{design} {np.mean([run[-1][1] for run in runs]):.3g}" for design, runs in curves.items())
+    starts = {design: np.mean([run[0][1] for run in runs]) for design, runs in curves.items() if runs[0][0][0] == 0}
+    if len(starts) > 2 and name.startswith("validation"):
+        ends = [np.mean([run[-1][1] for run in curves[design]]) for design in starts]
+        order = ", ".join(sorted(starts, key=lambda design: -starts[design])[:3])
+        alike = number(agreement(np.array(list(starts.values())), np.array(ends)), ".2f")
+        meaning += f"; at step 0 the best are {order}; rank correlation of the designs with the end {alike}"
     document.draw(
         figure,
         name,
@@ -144,13 +151,13 @@ def _draw_curves(
     )
 
 
-def write_cost(document: Document, records: Sequence[RunRecord], comparison: Comparison | None) -> None:
+def write_cost(document: Document, records: Sequence[RunRecord], scores: Mapping[str, float]) -> None:
     """Add parameters, operations, times and memory of each design, and quality against cost.
 
     Args:
         document: The report.
         records: Finished runs; a design's cost is that of its first run with a measured one.
-        comparison: The scores; None leaves the figure out.
+        scores: Mean score of each design over task types; without any there is no figure.
     """
     if records and not any(record.cost for record in records):
         document.text("Inference cost was not measured in these runs; training time was.")
@@ -160,8 +167,7 @@ def write_cost(document: Document, records: Sequence[RunRecord], comparison: Com
         suffix = f", {base}" if base else ""
         if costs:
             document.table(_cost_sheet(costs, suffix))
-            if comparison is not None:
-                _draw_cost(document, costs, _mean_scores(comparison, base), suffix)
+            _draw_cost(document, costs, scores, suffix)
         rows = []
         for design, own in run_facts(runs).groupby("design", sort=False):
             means = own[["ms", "seconds", "evaluation", "trained"]].astype(float).mean()
@@ -192,25 +198,20 @@ def _cost_sheet(costs: dict[str, dict[str, Any]], suffix: str) -> Sheet:
         row = {"Design": design} | {
             part.capitalize(): f"{found[part]:,}" for part in ("backbone", "adapter", "pooling")
         }
+        if found.get("dimension"):
+            row["Index\nbytes per text"] = f"{4 * found['dimension']:,}"
         for figure, tokens in known:
             unit_name, form, unit = _FIGURES[figure]
             value = own.get(tokens, {}).get(figure)
             row[f"{unit_name}\n{tokens} tokens"] = number(None if value is None else value / unit, form)
         rows.append(row)
     machines = dict.fromkeys(f"{one['device']}, {one['dtype']}, {one['threads']} threads" for one in costs.values())
-    below = f"Parameters; operations, time and memory on top of the weights for one text, on {'; '.join(machines)}."
+    below = f"Parameters; float32 index; operations, time and extra memory for one text, on {'; '.join(machines)}."
     reasons = dict.fromkeys(f"{one['tokens']} tokens: {one['reason']}." for _, one in lengths if one.get("reason"))
     return Sheet.of(f"Cost of inference{suffix}", rows, below, *reasons)
 
 
-def _mean_scores(comparison: Comparison, base: str) -> dict[str, float]:
-    """Return the mean over task types of the mean over tasks, of designs that have all types."""
-    kinds = [kind for kind in comparison.types if not base or kind.base == base]
-    means = pd.DataFrame({kind.title: kind.scores.dropna().mean() for kind in kinds}).dropna()
-    return {str(model): float(value) for model, value in means.mean(axis=1).items()}
-
-
-def _draw_cost(document: Document, costs: dict[str, dict[str, Any]], scores: dict[str, float], suffix: str) -> None:
+def _draw_cost(document: Document, costs: dict[str, dict[str, Any]], scores: Mapping[str, float], suffix: str) -> None:
     from matplotlib.figure import Figure
 
     for figure_name in ("latency_ms", "flops"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -11,7 +11,8 @@ from ...evaluation.suite import read_suite
 from ...modules.errors import StLlmpoolError, __version__
 from ...stats.comparison import Comparison
 from ...stats.results import Results, label
-from ...stats.tables import Sheet, number
+from ...stats.results import design_names as names_of_designs
+from ...stats.tables import ONE_CORPUS, Sheet, number
 from ...training.recipe import DEFAULT_LENGTH
 from ...utils.settings import differences
 from ...utils.words import counted, listed
@@ -72,7 +73,17 @@ def command(study: Study) -> str:
     return f"st-llmpool study {source} --data DATA --out OUT"
 
 
-def write_set_up(document: Document, study: Study, records: Sequence[RunRecord], results: Results) -> None:
+def design_names(study: Study) -> dict[str, str]:
+    """Return the name of each design by its label, such as ``causal · EOS · plain``."""
+    rows = [{"design": run.design, "option": run.option, **factors(run.recipe["model"])} for run in study.runs()]
+    return dict(
+        zip((label(row["design"], row["option"]) for row in rows), names_of_designs(pd.DataFrame(rows)), strict=True)
+    )
+
+
+def write_set_up(
+    document: Document, study: Study, records: Sequence[RunRecord], results: Results, names: Mapping[str, str]
+) -> None:
     """Add designs, bases, seeds, training, suite, data, machine and versions."""
     facts = ({"What": what, "Value": value} for what, value in _facts(study, records))
     document.table(Sheet.of("What was run", facts))
@@ -81,13 +92,21 @@ def write_set_up(document: Document, study: Study, records: Sequence[RunRecord],
         known = factors({"design": design.design, **study.recipe.get("model", {}), **design.change.get("model", {})})
         changes = ", ".join(f"{name} {value}" for name, value in _leaves(design.change))
         cells = {name.capitalize(): value for name, value in known.items()}
-        designs.append({"Design": design.label, **cells, "Changes": changes or "-"})
+        name = names.get(design.label, design.label)
+        designs.append({"Design": name, "In the study": design.label, **cells, "Changes": changes or "-"})
     document.table(Sheet.of("Designs", designs))
     description = suite_description(study.suite)
     if description:
         document.text(f"Suite {study.suite}: {description}")
-    types = results.scores.groupby("task_type", sort=False)["task"].unique()
-    rows = [{"Type": kind, "Tasks": str(len(names)), "Names": ", ".join(names)} for kind, names in types.items()]
+    rows = [
+        {
+            "Type": str(kind),
+            "Corpora": str(own["corpus"].nunique()),
+            "Tasks": str(own["task"].nunique()),
+            "Names": listed(own["task"], most=100),
+        }
+        for kind, own in results.scores.groupby("task_type", sort=False)
+    ]
     document.table(Sheet.of("Tasks of the suite", rows))
 
 
@@ -146,7 +165,7 @@ def _leaves(values: dict[str, Any], where: str = "") -> Iterator[tuple[str, Any]
             yield f"{where}{key}", value
 
 
-def write_equality(document: Document, study: Study, records: Sequence[RunRecord]) -> None:
+def write_equality(document: Document, study: Study, records: Sequence[RunRecord], names: Mapping[str, str]) -> None:
     """Add every setting besides the seed in which runs differ, with a warning if it is more than the design."""
     first, *others = (run for run in study.runs() if run.seed == study.seeds[0] and run.base == next(iter(study.bases)))
     changes = [(run, name) for run in others for name in differences(first.recipe, run.recipe)]
@@ -156,9 +175,9 @@ def write_equality(document: Document, study: Study, records: Sequence[RunRecord
     )
     rows = [
         {
-            "Design": run.label,
+            "Design": names.get(run.label, run.label),
             "Setting": name,
-            first.label: _shown(first.recipe, name),
+            names.get(first.label, first.label): _shown(first.recipe, name),
             "Here": _shown(run.recipe, name),
         }
         for run, name in changes
@@ -201,10 +220,7 @@ def write_equality(document: Document, study: Study, records: Sequence[RunRecord
 
 def write_limits(document: Document, study: Study, records: Sequence[RunRecord], comparison: Comparison | None) -> None:
     """Add what a reader must not conclude."""
-    items = {
-        "Dependent tasks": "Slices of one corpus share texts and topics, but the tests treat tasks as independent. So "
-        "p-values are too small, and the results say nothing about other corpora."
-    }
+    items = {"One corpus": ONE_CORPUS} if comparison and any(kind.corpora == 1 for kind in comparison.types) else {}
     sizes = sorted({record.training["parameters"] for record in records if "parameters" in record.training})
     if sizes and sizes[-1] < 10**9:
         span = " to ".join(f"{size / 1e6:.3g}" for size in sorted({sizes[0], sizes[-1]}))
@@ -245,7 +261,7 @@ def write_runs(document: Document, study: Study, records: Sequence[RunRecord]) -
             "Steps": number(row["steps"], ".0f"),
             "Last loss": number(row["loss"]),
             "Last validation": number(row["validation"]),
-            "Rising": {True: "yes", False: "no"}.get(row["rising"], "-"),
+            "Rising": "diverged" if record.diverged else {True: "yes", False: "no"}.get(row["rising"], "-"),
             "Change by pooling": number(row["change"], ".3f"),
             "Training s": number(row["seconds"], ".0f"),
             "Evaluation s": number(row["evaluation"], ".0f"),
