@@ -5,7 +5,7 @@ import pytest
 
 from st_llmpool.evaluation import bm25_baseline, load_suite
 from st_llmpool.modules.errors import ConfigurationError
-from tests.evaluation.test_tasks import slow_bm25, slow_ndcg_at_10
+from tests.evaluation.test_tasks import slow_average_precision, slow_bm25
 from tests.evaluation.tiny_suite import CANDIDATES, QUERIES, write_table
 
 
@@ -25,10 +25,9 @@ def test_bm25_reranks_own_candidates_only(suite):
     worst, best = [], []
     for query, positives, negatives in zip(*CANDIDATES.values(), strict=True):
         scores = slow_bm25(query, positives + negatives)
-        grades = {str(position): 1 for position in range(len(positives))}
         for values, sign in ((worst, 1), (best, -1)):  # of equal scores, which comes first is not defined
             order = sorted(range(len(scores)), key=lambda n: (-round(scores[n], 5), sign * (n < len(positives))))
-            values.append(slow_ndcg_at_10([str(position) for position in order], grades))
+            values.append(slow_average_precision([position < len(positives) for position in order]))
     assert np.mean(worst) - 1e-4 <= bm25_baseline(task) <= np.mean(best) + 1e-4
 
 

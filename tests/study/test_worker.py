@@ -17,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 
 from st_llmpool.study import worker
 from st_llmpool.study.records import finished, read_scores
+from st_llmpool.study.runner import StudyRunner
 from st_llmpool.study.settings import DesignSettings
 from st_llmpool.study.worker import carry_out
 from st_llmpool.training.trainer import TrainingError
@@ -105,7 +106,9 @@ def test_bm25_is_scored_on_the_search_tasks(tiny_study, study_data, tmp_path):
     (study_data / "suite.yaml").write_text(yaml.safe_dump(suite))
     (run,) = tiny_study.reference_runs()
     assert run.id == "bm25"
+    runner = StudyRunner(tiny_study, tmp_path / "out", data_dir=study_data)
     record = carry_out(tiny_study, run, output_dir=tmp_path / "out", work=tmp_path / "work", data_dir=study_data)
+    assert runner.finished == [record]
     (row,) = read_scores([record], tmp_path / "out").table.to_dict("records")
     names = ("base", "design", "attention", "readout", "pooling", "task", "task_type", "corpus", "metric", "step")
     assert [row[name] for name in names] == [

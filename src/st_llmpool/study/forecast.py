@@ -59,7 +59,7 @@ class Forecast:
         """Return tables for `rich.print`."""
         plan = Table(title="Runs", title_justify="left")
         for heading in ("run", "attention · readout · pooling", "option", "FLOPs"):
-            plan.add_column(heading, justify="right" if heading == "FLOPs" else "left")
+            plan.add_column(heading, justify="right" if heading == "FLOPs" else "left", overflow="fold")
         for run in self.runs:
             design = " · ".join(factors(run.recipe["model"]).values()) if run.recipe else "-"
             plan.add_row(run.id, design, run.option, f"{self.flops[run.id]:.1e}" if run.trains else "-")

@@ -109,7 +109,7 @@ class StudyRunner:
         self.console = console or Console(stderr=True)
         self._first = [*study.reference_runs(), *sweep_runs(study)]
         if not report_only:
-            for run in [*self._first, *study.runs()]:
+            for run in (run for run in [*self._first, *study.runs()] if run.recipe):
                 recipe = run.to_recipe(self.data_dir, run.training_folder(self.work), cache_of(study, self.work))
                 if run.trains:
                     check_names(recipe)

@@ -86,12 +86,13 @@ def tunings(study: Study, output_dir: Path) -> list[Tuning]:
         study: The study.
         output_dir: Its folder.
     """
+    records = {record.id: record for record in finished(sweep_runs(study), output_dir)}
     return [
         Tuning(
             first.base,
             first.label,
             {run.id: values for run, values in tried},
-            tuple(finished((run for run, _ in tried), output_dir)),
+            tuple(records[run.id] for run, _ in tried if run.id in records),
         )
         for first, tried in _sweeps(study)
     ]
