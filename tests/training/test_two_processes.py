@@ -76,8 +76,9 @@ def test_two_processes_give_the_losses_and_weights_of_one_with_the_whole_batch(m
 
 # The loss, or its gradients, are spoilt on the second process alone, in the third step.
 SPOILT = """
-import json, sys
+import errno, json, os, sys
 from pathlib import Path
+from sentence_transformers import SentenceTransformer
 from st_llmpool.training import AdaptRecipe, Recipe, adapt, train
 from st_llmpool.training.trainer import TrainingError
 from st_llmpool.training.mntp.masked_next_token import MaskedTokenTrainer
@@ -102,11 +103,17 @@ for name, (values, what) in json.loads(Path(sys.argv[1]).read_text()).items():
     try:
         adapt(AdaptRecipe.from_dict(values)) if "base" in values else train(Recipe.from_dict(values))
     except TrainingError as error:
-        rank = __import__("os").environ["RANK"]
-        Path(values["output_dir"]).with_name(f"{name}-{rank}.txt").write_text(str(error))
+        Path(values["output_dir"]).with_name(f"{name}-{os.environ['RANK']}.txt").write_text(str(error))
     kind.compute_loss = sound
-spoil(EmbedderTrainer, "gradients")
-train(Recipe.from_dict({**values, "output_dir": values["output_dir"] + "-again"}))  # ends the processes
+save = SentenceTransformer.save
+def full(self, path, *args, **kwargs):
+    if "checkpoint-2" in str(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    save(self, path, *args, **kwargs)
+
+if os.environ["RANK"] == "0":
+    SentenceTransformer.save = full
+train(Recipe.from_dict({**values, "output_dir": values["output_dir"] + "-again"}))  # the other waits, and is ended
 """
 
 
@@ -121,13 +128,15 @@ def test_what_is_not_finite_on_one_process_stops_both_before_anything_is_saved(
     runs = {
         "mntp": (texts, "nan"),
         "simcse": ({**values, "stages": [stage]}, "inf"),
+        "plain": (values, "gradients"),
     }
     runs = {name: ({**recipe, "output_dir": str(tmp_path / name)}, what) for name, (recipe, what) in runs.items()}
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     (tmp_path / "script.py").write_text(SPOILT)
     done = launch(tmp_path / "script.py", tmp_path / "runs.json")
     assert done.returncode == 1, done.stderr[-3000:]
-    assert "TrainingError: Step 3: the gradients are not finite" in done.stderr, done.stderr[-6000:]
+    assert "checkpoint-2 cannot be written" in done.stderr, done.stderr[-6000:]
+    assert (tmp_path / "plain-0.txt").read_text().startswith("Step 3: the gradients are not finite")
 
     for name in runs:
         messages = [(tmp_path / f"{name}-{rank}.txt").read_text() for rank in range(2)]
