@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -324,6 +325,9 @@ def study(
     ],
     out: Annotated[Path | None, _option("Output folder for results and report; runs/<study> by default.")] = None,
     data: Annotated[Path | None, _option("Folder that replaces {data} in the study.")] = None,
+    base: Annotated[
+        list[str] | None, _option("NAME=FOLDER of a base that is on this machine; may be repeated.")
+    ] = None,
     work: Annotated[
         Path | None, _option("Folder for checkpoints and models; work in the output folder by default.")
     ] = None,
@@ -346,6 +350,8 @@ def study(
     from .utils.extras import needs
 
     plan = Study.load(study_file)  # before imports that take seconds
+    folders = dict(part.partition("=")[::2] for part in base or ())
+    plan = replace(plan, base_folders={**plan.base_folders, **folders})
     with needs("eval", "A study"):
         from .study.forecast import forecast
         from .study.runner import StudyRunner

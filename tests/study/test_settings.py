@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from st_llmpool.modules.errors import ConfigurationError, DataError
-from st_llmpool.study.settings import Study, presets
+from st_llmpool.study.settings import DesignSettings, Study, presets
 from st_llmpool.training.checks import check_names
 from st_llmpool.utils.settings import differences
 
@@ -76,7 +77,7 @@ def test_seeds_of_one_design_have_keys_of_their_own(study):
 def test_every_run_of_a_preset_is_a_recipe(name):
     study = Study.load(name)
     assert study.contrasts or name in ("options", "long_adaptation")  # exploratory from end to end
-    for run in study.runs():
+    for run in (run for run in study.runs() if run.trains):
         check_names(run.to_recipe(Path("data"), Path("out")))
 
 
@@ -117,3 +118,23 @@ def test_a_wrong_name_is_refused_without_heavy_imports():
     code += "print([name for name in ('torch', 'transformers', 'mteb', 'scipy', 'pandas') if name in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.split("\n") == ["DataError", "[]", ""]
+
+
+def test_a_base_may_lie_in_a_folder_that_changes_no_key(study):
+    name = next(iter(study.bases))
+    (run, *_), (moved, *_) = study.runs(), replace(study, base_folders={name: "/here"}).runs()
+    assert (moved.key, moved.recipe) == (run.key, run.recipe)
+    assert moved.to_recipe(Path("data"), Path("out")).model.base == "/here"
+    with pytest.raises(ConfigurationError, match="base='third' is unknown"):
+        replace(study, base_folders={"third": "/here"})
+
+
+def test_default_contrasts_cross_attention_and_readout_where_the_designs_are_there():
+    plain = ["1", "mean-causal", "eos-bidirectional", "mean-bidirectional"]
+    crossed = Study(designs=[DesignSettings(name) for name in plain], recipe={})
+    assert crossed.contrasts == [
+        "mean-bidirectional+eos-bidirectional:mean-causal+1",
+        "mean-bidirectional+mean-causal:eos-bidirectional+1",
+        "mean-bidirectional+1:eos-bidirectional+mean-causal",
+    ]
+    assert Study(designs=[DesignSettings("1"), DesignSettings("2")], recipe={}).contrasts == []

@@ -201,8 +201,9 @@ def write_study(study: Study, path: Path) -> None:
 
 
 def settings_digest(study: Study) -> str:
-    """Return a hash of the settings of a study, without its texts."""
-    settings = {key: value for key, value in study.to_dict().items() if key not in ("name", "description", "withdrawn")}
+    """Return a hash of the settings of a study, without its texts and the paths of this machine."""
+    apart = ("name", "description", "withdrawn", "base_folders")
+    settings = {key: value for key, value in study.to_dict().items() if key not in apart}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ class StudyRunner:
             StudyError: If runs failed; the others are finished by then. The message names their logs.
         """
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        write_study(self.study, self.output_dir / "study.yaml")
+        write_study(replace(self.study, base_folders={}), self.output_dir / "study.yaml")  # no paths of this machine
         states = {run.id: _State(run) for run in [*self._first, *self.study.runs()]}
         began = time.monotonic()
         try:

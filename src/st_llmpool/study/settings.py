@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..evaluation.suite import SEARCH_TYPES, read_suite
-from ..modules.errors import ConfigurationError, DataError, nearest
+from ..modules.errors import ConfigurationError, DataError, check_choice, nearest
 from ..stats.results import MAX_CONTRASTS, MAX_MODELS, label
 from ..training.recipe import Recipe, with_earlier_names
 from ..utils.files import slug
@@ -45,8 +45,15 @@ _PLAIN = ("eos", "lasttoken", "mean", "weightedmean", "max", "cls")  # poolings 
 
 Kind = Literal["trained", "untrained", "sweep", "bm25"]
 
-#: Pre-registered comparisons by default, as far as a study has these designs.
-DEFAULT_CONTRASTS = ("5:mean-bidirectional", "5:4", "4:2", "5:3", "3:1", "5:1")
+#: Pre-registered comparisons by default, as far as a study has these designs: the main effects of attention and of the
+#: readout and (at half its size) their interaction, then what a pooling over layers adds to the usual baseline.
+DEFAULT_CONTRASTS = (
+    "mean-bidirectional+eos-bidirectional:mean-causal+1",
+    "mean-bidirectional+mean-causal:eos-bidirectional+1",
+    "mean-bidirectional+1:eos-bidirectional+mean-causal",
+    "5:mean-bidirectional",
+    "scalar-mix:mean-bidirectional",
+)
 
 
 @dataclass
@@ -87,6 +94,7 @@ class PlannedRun:
         kind: A run of the ``sweep`` is not evaluated; ``untrained`` is the model before its first step; ``bm25`` has
             no model.
         trained_as: The run of the sweep that is the same training; empty if there is none.
+        folder: Where the base is on this machine; empty is by the recipe.
     """
 
     id: str
@@ -98,6 +106,7 @@ class PlannedRun:
     evaluation: dict[str, Any]
     kind: Kind = "trained"
     trained_as: str = ""
+    folder: str = ""
 
     @property
     def label(self) -> str:
@@ -153,6 +162,8 @@ class PlannedRun:
         if _DATA in text and data_dir is None:
             raise ConfigurationError(f"the study reads data from {_DATA}: name that folder (data_dir, or --data DIR).")
         values = json.loads(text.replace(_DATA, json.dumps(str(data_dir))[1:-1]))
+        if self.folder:
+            values["model"]["base"] = self.folder
         if "evaluation" in values:  # a run that ends below its start has diverged
             values["evaluation"] = {**values["evaluation"], "eval_on_start": True}
         recipe = Recipe.from_dict({**values, "output_dir": str(output_dir), "seed": self.seed})
@@ -171,9 +182,11 @@ class Study:
         name: Title of the report.
         description: The question, for the report.
         bases: Name to Hub id, folder or ``builtin``.
+        base_folders: Base to its folder on this machine, instead of its Hub id; part of no record.
         seeds: Seeds; each design is trained once with each.
         sweep: Setting to the values to try, such as ``training.learning_rate``; `sweep.py` says how they are chosen.
-        contrasts: At most six pre-registered pairs ``A:B``; None is those of `DEFAULT_CONTRASTS` that the study has.
+        contrasts: At most six pre-registered pairs ``A:B``, or ``A+B:C+D`` of means of designs; None is those of
+            `DEFAULT_CONTRASTS` that the study has.
         suite: A suite of local tasks.
         limit: Largest number of rows, queries or documents per task.
         instruct: Template for the instructions of the suite's tasks; None leaves them out.
@@ -197,6 +210,7 @@ class Study:
     name: str = "study"
     description: str = ""
     bases: dict[str, str] = field(default_factory=lambda: {"builtin": "builtin"})
+    base_folders: dict[str, str] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])
     sweep: dict[str, list[float]] = field(default_factory=dict)
     contrasts: list[str] | None = None
@@ -229,6 +243,8 @@ class Study:
             raise ConfigurationError(f"a study compares 2 to {MAX_MODELS} designs; this one has {len(labels)}.")
         if not self.bases:
             raise ConfigurationError("bases is empty; name one, such as bases: {builtin: builtin}.")
+        for name in self.base_folders:
+            check_choice("base", name, tuple(self.bases))
         from ..designs import DESIGNS  # imports torch, which takes seconds
 
         for design in self.designs:
@@ -242,14 +258,14 @@ class Study:
             if key in place:
                 raise ConfigurationError(f"recipe says {key!r}, which the study itself sets; leave it out.")
         if self.contrasts is None:
-            self.contrasts = [pair for pair in DEFAULT_CONTRASTS if set(pair.split(":")) <= set(labels)]
+            self.contrasts = [pair for pair in DEFAULT_CONTRASTS if designs_of(pair) <= set(labels)]
         if len(self.contrasts) > MAX_CONTRASTS:
             raise ConfigurationError(
                 f"contrasts has {len(self.contrasts)} pairs; verdicts can rest on {MAX_CONTRASTS} at most. All other "
                 f"pairs are tested as exploratory without being named."
             )
         for contrast in self.contrasts:
-            for name in contrast.split(":"):
+            for name in sorted(designs_of(contrast)):
                 if name not in labels or contrast.count(":") != 1:
                     raise ConfigurationError(
                         f"contrast {contrast!r} must be two of {', '.join(labels)} with a colon between."
@@ -336,13 +352,24 @@ class Study:
         recipe = merge(merge(self.recipe, {"model": model}), design.change)
         parts = [base, design.design, design.option, f"seed{seed}"]
         name = "_".join(slug(part) for part in parts if part)
-        return PlannedRun(name, base, design.design, design.option, seed, recipe, self._evaluation)
+        where = self.base_folders.get(base, "")
+        return PlannedRun(name, base, design.design, design.option, seed, recipe, self._evaluation, folder=where)
 
 
 def _of_untrained(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a recipe that its model depends on before training."""
     precision = {key: value for key, value in recipe.get("training", {}).items() if key == "precision"}
     return {key: recipe[key] for key in ("model", "data") if key in recipe} | {"training": precision}
+
+
+def designs_of(contrast: str) -> set[str]:
+    """Return the designs that a contrast names.
+
+    Example:
+        >>> sorted(designs_of("a+b:c"))
+        ['a', 'b', 'c']
+    """
+    return {name for side in contrast.split(":") for name in side.split("+")}
 
 
 def factors(model: Mapping[str, Any]) -> dict[str, str]:
