@@ -19,7 +19,10 @@ from pathlib import Path
 
 from harness import Row, arguments, cells, finish, machine
 
-SCRIPTS = ("folded_head", "encoding_overhead", "shared_start", "padding", "utilisation", "training", "in_batch_loss")
+SCRIPTS = (
+    *("folded_head", "encoding_overhead", "shared_start", "padding", "utilisation", "training", "in_batch_loss"),
+    "cached_training",
+)
 HEADER = ("what", "ours", "plain", "ratio (95 %)", "limit", "verdict", "note")
 
 

@@ -20,6 +20,7 @@ RATIOS = (
     "utilisation",
     "training",
     "in_batch_loss",
+    "cached_training",
 )
 
 
