@@ -289,6 +289,7 @@ def evaluate(
     ] = None,
     allow_missing: Annotated[bool, _option("Leave out tasks of the suite that have no data.")] = False,
     batch_size: _BatchSize = 32,
+    cache: Annotated[Path | None, _option("Folder for layer summaries, which poolings on one backbone share.")] = None,
     trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
     """Evaluate MODEL with mteb: a local suite (no network), a benchmark, or single tasks."""
@@ -312,6 +313,7 @@ def evaluate(
         allow_missing=allow_missing,
         output_dir=out,
         batch_size=batch_size,
+        cache=cache,
         trust_remote_code=trust_remote_code,
     )
     console.print(result.to_rich())

@@ -16,6 +16,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from sentence_transformers.sentence_transformer.modules import Dropout
 from typer.testing import CliRunner
 
+from st_llmpool import build_embedder
 from st_llmpool.cli import app
 from st_llmpool.evaluation import SuiteEvaluator, evaluate
 from st_llmpool.evaluation.run import EvaluationResult, TaskScore
@@ -55,6 +56,23 @@ def test_the_command_writes_below_runs_by_default_and_says_so(suite, tmp_path, m
     done = CliRunner().invoke(app, ["evaluate", "my/model", "--suite", str(suite), "--task", "TinySts"])
     assert "Written: runs/results/my-model" in done.output, done.output
     assert (tmp_path / "runs/results/my-model/scores.json").is_file()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_scores_on_cached_summaries_are_those_without_and_a_second_model_encodes_nothing(
+    suite, tiny_llm, tmp_path, dtype
+):
+    scores, written = [], []
+    for name, cache in (("plain", None), ("first", tmp_path / "cache"), ("second", tmp_path / "cache")):
+        model = build_embedder(tiny_llm, pooling="scalar_mix", verify=False, max_seq_length=32, device="cpu")
+        result = evaluate(
+            model, suite=suite, output_dir=tmp_path / name, show_progress=False, cache=cache, cache_dtype=dtype
+        )
+        scores.append(result.scores)
+        written.append({file.name for file in tmp_path.glob("cache/*/*.safetensors")})
+    assert written[0] == set() != written[1] == written[2]
+    assert scores[1] == pytest.approx(scores[0], abs=0.02 if dtype == "float16" else 1e-4)
+    assert scores[2] == scores[1]
 
 
 def test_two_unnamed_models_do_not_share_results(suite_of, tmp_path):

@@ -402,6 +402,7 @@ def test_a_run_on_cached_summaries_is_the_run_without_and_is_resumed_like_it(mak
     expected = weights(plain.model)
     for name, tensor in weights(result.model).items():
         assert torch.allclose(tensor, expected[name], atol=1e-5), name
+    assert "the backbone was frozen" in (result.model_dir / "README.md").read_text(encoding="utf-8")
     loaded = SentenceTransformer(str(result.model_dir), trust_remote_code=True, device="cpu")
     texts = ["a text", "another one"]
     assert np.allclose(loaded.encode(texts), plain.model.encode(texts), atol=1e-5)

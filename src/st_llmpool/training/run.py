@@ -416,6 +416,7 @@ def _finish(
         "licenses": {item.label: item.license for item in recipe.data},
         "parameters": count_weights(model.parameters()),
         "trained_parameters": count_weights(parameter for parameter in model.parameters() if parameter.requires_grad),
+        "backbone_frozen": recipe.model.tune == "pooling",
         "pooling_did_nothing": None if change is None else change < NEGLIGIBLE,
         "best_step": state.best_global_step,
     }
