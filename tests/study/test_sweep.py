@@ -15,6 +15,7 @@ from st_llmpool.modules.errors import ConfigurationError
 from st_llmpool.stats.results import COLUMNS, Results, complete
 from st_llmpool.study import worker
 from st_llmpool.study.records import RunRecord, RunStore, write_record
+from st_llmpool.study.report import write_report
 from st_llmpool.study.runner import StudyRunner
 from st_llmpool.study.settings import DesignSettings, Study
 from st_llmpool.study.sweep import ready_runs, sweep_runs, tunings
@@ -87,6 +88,12 @@ def test_a_diverged_run_is_never_chosen_and_a_design_without_another_is_left_out
     assert five.chosen is None
     assert {run.design for run in ready_runs(study, tmp_path)} == {"mean-bidirectional"}
     assert [run["diverged"] for run in five.to_dict()["runs"].values()] == [True, True]
+    none = Results(complete(pd.DataFrame(columns=COLUMNS)))
+    text = (write_report(study, [], none, tmp_path / "report").parent / "report.md").read_text()
+    assert "Left out, since every run of the sweep diverged: builtin 5." in text
+    assert "Not finished: 2 of 4 runs missing" in text
+    results = [line.split("|")[-2].strip() for line in text.splitlines() if "learning" in line and "| builtin" in line]
+    assert results == ["diverged", "chosen", "diverged", "diverged"]
 
 
 @pytest.mark.parametrize("evaluation", [{}, {"data": [{"source": "held_out.jsonl"}], "eval_steps": 9}])

@@ -21,10 +21,20 @@ from ...utils.files import atomic_folder
 from ...utils.words import counted, listed, markdown
 from ..records import RunRecord, registration
 from ..settings import Study
+from ..sweep import tunings
 from .document import Document
 from .findings import COMPARISON, answer, headline, mean_scores, write_results, write_tests
 from .models import write_convergence, write_cost, write_layers
-from .runs import command, design_names, missing_runs, write_equality, write_limits, write_runs, write_set_up
+from .runs import (
+    command,
+    design_names,
+    missing_runs,
+    write_equality,
+    write_limits,
+    write_runs,
+    write_set_up,
+    write_sweep,
+)
 
 _PICTURES = {  # at most four go into the summary: file of the report, and its alternative text
     "figures/forest*.png": "Difference of each contrast",
@@ -88,6 +98,7 @@ def write_report(study: Study, records: Sequence[RunRecord], results: Results, f
         write_set_up(document, study, records, results, names)
         document.section("Equal training")
         write_equality(document, study, records, names)
+        write_sweep(document, tunings(study, folder.parent), names)
         if comparison and tested:
             write_tests(document, study, comparison)
         document.section("Limits")
@@ -140,7 +151,11 @@ def _write_head(
     document.text(registration(study, output_dir))
     if study.withdrawn:
         document.text(f"Verdicts withdrawn. {study.withdrawn}", warning=True)
-    absent = len(missing_runs(study, records))
+    left_out = [tuning for tuning in tunings(study, output_dir) if tuning.is_finished and tuning.chosen is None]
+    if left_out:
+        names = listed(" ".join([tuning.base, tuning.label]) for tuning in left_out)
+        document.text(f"Left out, since every run of the sweep diverged: {names}.", warning=True)
+    absent = sum(not any(tuning.is_of(run) for tuning in left_out) for run in missing_runs(study, records))
     if absent:
         document.text(f"Not finished: {absent} of {total} missing, so all results may change.", warning=True)
     for what, runs in (

@@ -18,6 +18,7 @@ from ...utils.settings import differences
 from ...utils.words import counted, listed
 from ..records import RunRecord
 from ..settings import PlannedRun, Study, factors, presets
+from ..sweep import Tuning
 from .document import Document
 
 _OF_A_DESIGN = ("model.design", "model.attention", "model.pooling", "model.pooling_kwargs", "model.layer")
@@ -216,6 +217,25 @@ def write_equality(document: Document, study: Study, records: Sequence[RunRecord
         for key, ids in found.items()
     ]
     document.table(Sheet.of("Training files by the hash of their content", rows))
+
+
+def write_sweep(document: Document, swept: Sequence[Tuning], names: Mapping[str, str]) -> None:
+    """Add what the sweep tried for each design, and what it chose."""
+    rows = [
+        {
+            "Base": tuning.base,
+            "Design": names.get(tuning.label, tuning.label),
+            "Tried": ", ".join(f"{key} {value:g}" for key, value in tuning.values[record.id].items()),
+            "First validation": number(record.validation[0][1] if record.validation else None),
+            "Last validation": number(record.validation[-1][1] if record.validation else None),
+            "Result": "diverged" if record.diverged else "chosen" if record.id == tuning.chosen else "-",
+        }
+        for tuning in swept
+        for record in tuning.records
+    ]
+    if rows:
+        below = "At the first seed; chosen: the best last validation, of equal ones that with smaller values."
+        document.table(Sheet.of("Sweep", rows, below))
 
 
 def write_limits(document: Document, study: Study, records: Sequence[RunRecord], comparison: Comparison | None) -> None:
