@@ -126,7 +126,8 @@ def untrained_model(recipe: Recipe) -> SentenceTransformer:
         ConfigurationError: If the model's settings do not fit the base.
 
     Example:
-        >>> recipe = Recipe.from_dict({"model": {"base": "builtin"}, "data": [{"source": "pairs.jsonl"}]})
+        >>> data = [{"source": "pairs.jsonl"}]
+        >>> recipe = Recipe.from_dict({"model": {"base": "builtin"}, "data": data, "output_dir": "run"})
         >>> untrained_model(recipe).get_embedding_dimension()
         256
     """
