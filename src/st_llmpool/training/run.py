@@ -129,7 +129,7 @@ def untrained_model(recipe: Recipe) -> SentenceTransformer:
         >>> data = [{"source": "pairs.jsonl"}]
         >>> recipe = Recipe.from_dict({"model": {"base": "builtin"}, "data": data, "output_dir": "run"})
         >>> untrained_model(recipe).get_embedding_dimension()
-        256
+        192
     """
     arguments = _training_arguments(recipe, Path(recipe.output_dir))
     set_seed(recipe.seed)
