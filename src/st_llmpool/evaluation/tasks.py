@@ -77,7 +77,7 @@ class LocalTask(AbsTask):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return mteb's scores and the name of the corpus."""
-        scores: dict[str, Any] = super().evaluate(*args, **kwargs)
+        scores: Any = super().evaluate(*args, **kwargs)
         for values in scores.values():
             values["corpus"] = self.corpus
         return scores

@@ -150,14 +150,8 @@ def _record(number: int, layer: nn.Module, args: Any, output: Any) -> None:
     capture = _ACTIVE.get()
     if capture is None:  # a forward of the bare backbone, or gradient checkpointing's second run of this layer
         return
-    hidden_states = hidden_states_of(layer, output)
-    capture.outputs[number] = hidden_states if capture.keep_raw else capture.reduce(hidden_states)
-
-
-def hidden_states_of(layer: nn.Module, output: Any) -> Tensor:
-    """Return the hidden states (B, T, D) among what a decoder layer returned; ConfigurationError for other shapes."""
-    hidden_states: Tensor = output if isinstance(output, Tensor) else output[0]
+    hidden_states = output if isinstance(output, Tensor) else output[0]
     if hidden_states.dim() != 3:  # gemma3n
         shape = f"{type(layer).__name__} returns shape {tuple(hidden_states.shape)}, which cannot be read out"
         raise ConfigurationError(f"{shape}. Use layers=[] with a pooling over tokens, or another base.")
-    return hidden_states
+    capture.outputs[number] = hidden_states if capture.keep_raw else capture.reduce(hidden_states)

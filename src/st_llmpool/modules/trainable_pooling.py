@@ -7,7 +7,7 @@ import reprlib
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class TrainablePooling(PortableModule):
     """
 
     #: What trainers use by default: these parameters start from scratch, the backbone's do not.
-    default_learning_rate: ClassVar[float] = 1e-3
+    default_learning_rate: float = 1e-3
 
     def __init__(self, embedding_dimension: int, *, readout_skip: bool = False) -> None:
         super().__init__()

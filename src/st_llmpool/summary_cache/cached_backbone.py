@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from ..fast_inference import FastInference
 from ..modules.attention import decoder_layers
 from ..modules.errors import ConfigurationError, InputError, check_choice
-from ..modules.layer_readout import POOLING_FEATURES, READOUTS, TokenSpans, hidden_states_of
+from ..modules.layer_readout import POOLING_FEATURES, READOUTS, TokenSpans
 from ..utils.random_state import preserve_modes
 from .store import DTYPES, SummaryStore
 
@@ -207,7 +207,11 @@ class Cache:
         rows: dict[int, Tensor] = {}
 
         def record(number: int, layer: nn.Module, args: Any, output: Any) -> None:
-            hidden_states = hidden_states_of(layer, output) if layer is not backbone else output
+            hidden_states = output if isinstance(output, Tensor) else output[0]
+            if hidden_states.dim() != 3:  # gemma3n
+                raise ConfigurationError(
+                    f"{type(layer).__name__} has no single state per token. Train without a cache."
+                )
             both = [spans.to(hidden_states.device).reduce(hidden_states, readout) for readout in READOUTS]
             rows[number] = torch.stack(both, dim=1).cpu()
 
