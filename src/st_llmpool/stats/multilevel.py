@@ -54,4 +54,5 @@ def fit_multilevel(first: pd.DataFrame, second: pd.DataFrame) -> MultilevelFit:
         warnings.simplefilter("ignore")  # variances at zero are expected; convergence is reported
         model = smf.mixedlm("score ~ design", rows, groups="everything", re_formula="0", vc_formula=formulas)
         fit = model.fit(reml=True, method=["lbfgs", "powell"])
-    return MultilevelFit(*(float(part["design"]) for part in (fit.params, fit.bse, fit.pvalues)), bool(fit.converged))
+    difference, error, p = (float(part["design"]) for part in (fit.params, fit.bse, fit.pvalues))
+    return MultilevelFit(difference, error, p, bool(fit.converged))

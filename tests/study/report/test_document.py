@@ -52,8 +52,6 @@ def test_every_table_is_there_as_csv_and_markdown(report):
     for name in (
         "Mean-score",
         "Pre-registered-comparisons",
-        "Claims-and-results",
-        "Minimal-detectable-differences",
         "Convergence",
         "Runs",
     ):

@@ -87,16 +87,9 @@ def test_options_are_compared_with_their_plain_design_as_exploratory(report):
 
 def test_too_few_tasks_are_labelled_and_get_no_marks(tmp_path):
     page, folder = small(tmp_path, tasks=5)
-    assert "Significance cannot be reached whatever the scores are, so there are no marks: STS: pre-registered" in page
+    assert "Too few corpora or tasks for any verdict: STS." in page
     (row,) = named(folder, "Pre-registered-comparisons")
     assert row["STS"].startswith("undecided")
-
-
-def test_claims_of_the_paper_stand_beside_what_the_tests_say(report):
-    rows = named(report, "Claims-and-results")
-    answers = {(row["Contrast"], kind): row[kind] for row in rows for kind in row if row[kind] != "-"}
-    assert answers[f"{DESIGN_5} - {CAUSAL}", "STS"].startswith("better +0.0")
-    assert answers[f"{DESIGN_5} - {CAUSAL}", "Clustering"].startswith("worse -0.0")
 
 
 def test_an_outcome_is_that_of_the_first_design_whichever_way_the_pair_was_tested():

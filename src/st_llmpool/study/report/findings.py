@@ -24,17 +24,6 @@ COMPARISON = "comparison"  # folder that `tables.write` filled
 _MOST_PAIRS = 10  # in the forest plot, where none was pre-registered
 _COLOURS = {"better": "tab:blue", "worse": "tab:blue", "equivalent": "tab:green"}
 
-#: Claims of Tang and Yang 2024 (arXiv 2409.02727): text, the two designs, and the task types.
-CLAIMS = (
-    ("Bidirectional attention with a trained pooling is better than causal attention with the last token on "
-     "similarity and search.", ("5", "1"), ("STS", "Retrieval")),
-    ("It is not better on classification and clustering.", ("5", "1"), ("Classification", "Clustering")),
-    ("Pooling over all layers is better than over the last one, with bidirectional attention.", ("5", "4"),
-     ("STS", "Retrieval")),
-    ("Pooling over all layers is better than over the last one, with causal attention.", ("3", "2"),
-     ("STS", "Retrieval")),
-)  # fmt: skip
-
 
 def headline(comparison: Comparison) -> str:
     """Return the finding in one sentence: the verdict that holds on most task types.
@@ -101,9 +90,7 @@ def write_results(
 
 
 def write_tests(document: Document, study: Study, comparison: Comparison) -> None:
-    """Add power, every pair, options and the claims of the paper."""
-    document.section("Power")
-    _write_power(document, comparison)
+    """Add every pair, and options against their plain design."""
     document.section("All pairs")
     _write_pairs(document, comparison)
     options = [
@@ -113,16 +100,6 @@ def write_tests(document: Document, study: Study, comparison: Comparison) -> Non
     ]
     below = "Each option changes one component of its design; first minus second."
     document.table(Sheet.of("Options against their plain design", outcomes(comparison, options), below))
-    rows = [
-        {"Claim": text, **row}
-        for prefix in ("", "paper-")
-        for text, (first, second), types in CLAIMS
-        for row in outcomes(comparison, [(prefix + first, prefix + second)], types)
-    ]
-    if rows:
-        document.section("The claims of the paper")
-        document.text("Tang and Yang 2024 (arXiv 2409.02727) also claim that no one design is best everywhere.")
-        document.table(Sheet.of("Claims and results", rows))
 
 
 def outcomes(
@@ -265,36 +242,12 @@ def _write_verdicts(document: Document, study: Study, comparison: Comparison) ->
         f"First minus second, with p Holm; the verdict is on the first design. Equivalent: within "
         f"±{comparison.rope:g}. Undecided is neither a difference nor an equivalence."
     )
-    document.table(Sheet.of("Pre-registered comparisons", outcomes(comparison, pairs), below))
-
-
-def _write_power(document: Document, comparison: Comparison) -> None:
-    rows, unreachable = [], []
-    for kind in comparison.types:
-        for family in kind.families:
-            name = f"{kind.title}: {'pre-registered' if family.confirmatory else 'exploratory'}"
-            plan = family.plan
-            rows.append(
-                {
-                    "Table": name,
-                    **{key.capitalize(): str(getattr(plan, key)) for key in ("corpora", "tasks", "seeds", "tests")},
-                    "Smallest p Holm": f"{plan.smallest_p:.3g}",
-                    "Detectable": f"{plan.detectable:.4f}" if math.isfinite(plan.detectable) else "none",
-                    "SD of differences": " ".join(f"{value:.4f}" for value in vars(plan.pilot).values()),
-                }
-            )
-            unreachable += [] if plan.reachable else [name]
-    below = (
-        "Smallest p Holm: the value if all corpora (or tasks of one corpus) agree in sign. Detectable: the difference "
-        "that gets its verdict in 80 % of studies, simulated through the rule that gives verdicts, with the standard "
-        "deviations of the differences between corpora (or tasks), between seeds, and of the rest (median over pairs)."
-    )
-    document.table(Sheet.of("Minimal detectable differences", rows, below))
+    families = [(kind.title, family) for kind in comparison.types for family in kind.families]
+    power = [f"Power, {title}: {family.plan}" for title, family in families if family.confirmatory]
+    document.table(Sheet.of("Pre-registered comparisons", outcomes(comparison, pairs), below, *power))
+    unreachable = [title for title, family in families if not family.plan.reachable and family.confirmatory]
     if unreachable:
-        document.text(
-            f"Significance cannot be reached whatever the scores are, so there are no marks: {'; '.join(unreachable)}.",
-            warning=True,
-        )
+        document.text(f"Too few corpora or tasks for any verdict: {', '.join(unreachable)}.", warning=True)
 
 
 def _write_pairs(document: Document, comparison: Comparison) -> None:
