@@ -145,6 +145,25 @@ def test_designs_are_called_by_their_factors_and_contrasts_may_use_their_labels(
     assert (pair.first, pair.second) == ("bidirectional · mean · plain", "causal · EOS · plain")
 
 
+def test_contrast_of_means_of_designs_is_the_main_effect():
+    """Of a 2 × 2 the attention is worth 0.02; the interaction is its half difference."""
+    rng = np.random.default_rng(0)
+    table = Setting(8, 1, 3, corpus_spread=0.0, task_spread=0.001).scores(rng, ["cE", "cM", "bE", "bM"])
+    gains = {"cE": 0.0, "cM": 0.03, "bE": 0.02, "bM": 0.05}
+    table["score"] += table["design"].map(gains)
+    comparison = compare(table, ["bE+bM:cE+cM", "bM+cE:bE+cM"])
+    attention, interaction = [pair for pair in comparison.types[0].pairs if pair.confirmatory]
+    cells = table.groupby(["design", "seed"])["score"].mean().unstack("design")
+    expected = (cells["bE"] + cells["bM"] - cells["cE"] - cells["cM"]).mean() / 2
+    assert attention.mean == pytest.approx(expected, abs=1e-6)
+    assert attention.winner == "bE + bM"
+    assert interaction.leader is None
+    assert comparison.names["bE+bM"] == "bE + bM"
+    assert "bE + bM" in to_markdown(comparison)
+    with pytest.raises(ConfigurationError, match=r"names 'bE\+x'"):
+        compare(table, ["bE+x:cE"])
+
+
 def test_designs_without_common_seeds_are_compared_as_welch_does():
     table = several()
     table.loc[table["design"] == "b", "seed"] = table["seed"].map({"0": "5", "1": "6", "2": "7"})

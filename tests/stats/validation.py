@@ -198,8 +198,8 @@ def main() -> None:
     )
     lines = [
         "# Simulated studies\n",
-        f"{repeats} studies a row (a tenth for equivalence), by `python -m tests.stats.validation --repeats {repeats}`. "
-        "Design × corpus spread 0.005, task spread 0.01, seed noise 0.003, three seeds, unless a row says so.\n",
+        f"{repeats} studies a row, a tenth for equivalence: `python -m tests.stats.validation --repeats {repeats}`. "
+        "Design × corpus spread 0.005, task spread 0.01, seed noise 0.003, three seeds, or as said.\n",
         "| simulated studies | rate | promise |\n| --- | ---: | ---: |",
         *(f"| {what} | {rate:.4f} | {promise} |" for what, rate, promise in rows),
     ]

@@ -240,7 +240,7 @@ class TypeComparison:
 
     def multilevel(self, pair: Pair) -> MultilevelFit | None:
         """Fit the multilevel model to the runs of a pair; None for a single corpus, or if statsmodels fails."""
-        if pair.plan.corpora < 2 or pair.identical:
+        if pair.plan.corpora < 2 or pair.identical or not {pair.first, pair.second} <= set(self.means.index):
             return None
         seeds = [seed for seed in self.runs[pair.first] if seed in self.runs[pair.second]] if pair.seed_error else []
         scores = [self.runs[name][seeds].loc[pair.differences.index] if seeds else
@@ -294,7 +294,8 @@ def compare(
 
     Args:
         results: What `read_results` returns, or a table with some of its columns.
-        contrasts: At most six pre-registered comparisons, ``("A", "B")`` or ``"A:B"``, read as A minus B.
+        contrasts: At most six pre-registered comparisons, ``("A", "B")`` or ``"A:B"``, read as A minus B; ``A+B`` is
+            the mean of both.
         metric: The score to compare. A task without a main score that has only one other is compared by that.
         alpha: Level of significance.
         rope: Half of the region of practical equivalence: differences this small do not matter.
@@ -331,12 +332,12 @@ def compare(
             f"there are results of {len(models)} model(s), {shown}; a comparison is of 2 to {MAX_MODELS}. Name those "
             f"to compare (models, or --model NAME)."
         )
-    chosen = _resolve(contrasts, models, names)
+    chosen, means = _resolve(contrasts, models, names)
     types = []
     for (base, task_type), rows in scores.groupby(["base", "task_type"], sort=False):
         own = items[(items["base"] == base) & (items["task_type"] == task_type)]
         title = f"{task_type} ({base})" if scores["base"].nunique() > 1 else str(task_type)
-        found = _compare_type((str(base), str(task_type), title), rows, own, chosen, models, alpha, rope)
+        found = _compare_type((str(base), str(task_type), title), rows, own, chosen, models, means, alpha, rope)
         notes += _gaps(found, rows, models)
         if found.families:
             types.append(found)
@@ -401,9 +402,12 @@ def _of_metric(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def _resolve(
-    contrasts: Sequence[str | tuple[str, str]], models: Sequence[str], labels: Mapping[str, str]
-) -> list[tuple[str, str]]:
-    """Return contrasts as pairs of models; a name may be given without its organisation, or be a design's label."""
+    contrasts: Sequence[str | tuple[str, str]], models: Sequence[str], labels: dict[str, str]
+) -> tuple[list[tuple[str, str]], dict[str, list[str]]]:
+    """Return contrasts as pairs of models or means of models, and the models of each mean.
+
+    A name may be given without its organisation, or be a design's label; ``A+B`` is a mean, and gets a label.
+    """
     if len(contrasts) > MAX_CONTRASTS:
         raise ConfigurationError(
             f"{len(contrasts)} contrasts are named; at most {MAX_CONTRASTS} can be confirmatory, the others are "
@@ -412,6 +416,14 @@ def _resolve(
     short = {model.rpartition("/")[2]: model for model in models}
     names = (short if len(short) == len(models) else {}) | {model: model for model in models}
     names |= {given: model for given, model in labels.items() if model in models}
+    means: dict[str, list[str]] = {}
+    sides = [contrast.split(":") if isinstance(contrast, str) else contrast for contrast in contrasts]
+    for side in dict.fromkeys(name for contrast in sides for name in contrast):
+        parts = side.split("+")
+        if side not in names and len(parts) > 1 and names.keys() >= set(parts):
+            members = [names[part] for part in parts]
+            names[side] = labels[side] = _name_of_mean(members)
+            means[names[side]] = members
     pairs = []
     for contrast in contrasts:
         if isinstance(contrast, str):
@@ -428,7 +440,14 @@ def _resolve(
         if pair[0] == pair[1] or pair in pairs or pair[::-1] in pairs:
             raise ConfigurationError(f"contrast {':'.join(contrast)} names one model twice, or is repeated.")
         pairs.append(pair)
-    return pairs
+    return pairs, means
+
+
+def _name_of_mean(models: Sequence[str]) -> str:
+    """Return the factors that designs have in common, such as ``causal · plain (mean of 2)``, else all names."""
+    words = [model.split(" · ") for model in models]
+    common = [word for word in words[0] if all(word in other for other in words)]
+    return f"{' · '.join(common)} (mean of {len(models)})" if len(common) > 1 else " + ".join(models)
 
 
 def _compare_type(
@@ -437,6 +456,7 @@ def _compare_type(
     items: pd.DataFrame,
     contrasts: Sequence[tuple[str, str]],
     models: Sequence[str],
+    means: Mapping[str, Sequence[str]],
     alpha: float,
     rope: float,
 ) -> TypeComparison:
@@ -450,7 +470,11 @@ def _compare_type(
         model: f"{model} has one and the same score, {score:g}, on all of its tasks"
         for model, score in constant_scores(runs.T.groupby("model").mean().T.groupby("task").mean()).items()
     }
-    named = [pair for pair in contrasts if set(pair) <= set(present)]
+    for name, members in means.items():
+        if frames.keys() >= set(members):
+            seeds = [seed for seed in frames[members[0]] if all(seed in frames[member] for member in members)]
+            frames[name] = sum(frames[member][seeds] for member in members) / len(members)
+    named = [pair for pair in contrasts if set(pair) <= frames.keys()]
     others = [pair for pair in combinations(present, 2) if pair not in named and pair[::-1] not in named]
     if not contrasts and len(models) == 2:
         named, others = others, []
@@ -460,7 +484,7 @@ def _compare_type(
         found = {pair: part for pair, part in found.items() if len(part[0])}
         if found:
             doubtful = {pair: "; ".join(doubts[name] for name in pair if name in doubts) for pair in found}
-            families.append(_family(found, frames, items, doubtful, confirmatory, alpha, rope))
+            families.append(_family(found, frames, items, doubtful, means, confirmatory, alpha, rope))
     by_task = runs if runs.index.nlevels == len(_TASK) else runs.groupby(level=_TASK).mean()
     kind = TypeComparison(*names, by_task, tuple(families), None)
     shared = kind.scores.dropna()
@@ -506,12 +530,13 @@ def _family(
     frames: Mapping[str, pd.DataFrame],
     items: pd.DataFrame,
     doubts: Mapping[tuple[str, str], str],
+    means: Mapping[str, Sequence[str]],
     confirmatory: bool,
     alpha: float,
     rope: float,
 ) -> Family:
     """Test the pairs of a family and decide on all of them together."""
-    designs = len({name for pair in found for name in pair})
+    designs = len({member for pair in found for name in pair for member in means.get(name, [name])})
     pooled = pooled_seed_error([(part.shape[1], error[0]) for part, error in found.values() if error], designs)
     tests, plans, posteriors, errors = [], [], [], []
     for differences, own in found.values():
@@ -536,7 +561,8 @@ def _family(
         of_items = _over_items(items, *pair)
         pairs.append(
             Pair(
-                *pair,
+                first=pair[0],
+                second=pair[1],
                 confirmatory=confirmatory,
                 differences=differences,
                 seed_error=seed_error,

@@ -54,7 +54,7 @@ def draw_ranks(kind: TypeComparison, path: Path) -> None:
     names = list(ranks.mean_ranks)
     alike = pd.DataFrame(1.0, index=names, columns=names)
     for pair in kind.pairs:
-        if pair.significant:
+        if pair.significant and {pair.first, pair.second} <= set(names):
             alike.loc[pair.first, pair.second] = alike.loc[pair.second, pair.first] = 0.0
     figure = Figure(figsize=(8, 1.6 + 0.3 * len(names)), layout="constrained")
     axes = figure.add_subplot()
@@ -93,7 +93,7 @@ def draw_pairs(kind: TypeComparison, path: Path) -> None:
     place = {model: position for position, model in enumerate(models)}
     differences = np.full((len(models), len(models)), np.nan)
     texts: dict[tuple[int, int], str] = {}
-    for pair in kind.pairs:
+    for pair in (pair for pair in kind.pairs if {pair.first, pair.second} <= place.keys()):
         row, column = place[pair.first], place[pair.second]
         mark = "*" if pair.significant else ""
         frame = "[{}]" if pair.confirmatory and len(models) > 2 else "{}"

@@ -20,7 +20,7 @@ from ...stats.tables import ONE_CORPUS
 from ...utils.files import atomic_folder
 from ...utils.words import counted, listed, markdown
 from ..records import RunRecord, registration
-from ..settings import Study
+from ..settings import Study, designs_of
 from ..sweep import tunings
 from .document import Document
 from .findings import COMPARISON, answer, headline, mean_scores, write_results, write_tests
@@ -119,7 +119,7 @@ def _compare(study: Study, results: Results, chosen: pd.Series) -> tuple[Compari
     present = {label(*names) for names in zip(scores["design"], scores["option"], strict=True)}
     if len(present) < 2:
         return None, f"{len(present)} of {len(study.designs)} designs have results, and a comparison needs two."
-    contrasts = [pair for pair in study.contrasts or [] if set(pair.split(":")) <= present]
+    contrasts = [pair for pair in study.contrasts or [] if designs_of(pair) <= present]
     try:
         return compare(Results(table, results.notes), contrasts, rope=study.rope), ""
     except DataError as error:

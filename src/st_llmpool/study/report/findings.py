@@ -31,6 +31,7 @@ def headline(comparison: Comparison) -> str:
     A winner comes before an equivalence, and both before what holds in one run or on one corpus only.
     """
     found: dict[tuple[int, str], list[str]] = {}
+    text: tuple[int, str]
     for kind in comparison.types:
         for pair in kind.pairs:
             if pair.confirmatory and not pair.identical and (pair.leader or "equivalent" in pair.short):
@@ -45,8 +46,8 @@ def headline(comparison: Comparison) -> str:
     if not found:
         pairs = [pair for kind in comparison.types for pair in kind.pairs if pair.confirmatory]
         return f"None of {counted(len(pairs), 'named comparison')} is decided" if pairs else "No comparison was named"
-    (_, text), types = min(found.items(), key=lambda entry: (entry[0][0], -len(entry[1])))
-    return text.format(" and ".join([", ".join(types[:-1]), types[-1]] if len(types) > 1 else types))
+    (_, words), types = min(found.items(), key=lambda entry: (entry[0][0], -len(entry[1])))
+    return words.format(" and ".join([", ".join(types[:-1]), types[-1]] if len(types) > 1 else types))
 
 
 def answer(comparison: Comparison) -> str:
