@@ -44,6 +44,7 @@ def synthetic_study(**changes: object) -> Study:
         "name": "synthetic",
         "description": "Does pooling over all layers pay? Made-up scores with known differences; nothing was trained.",
         "seeds": [0, 1, 2],
+        "contrasts": ["5:mean-bidirectional", "5:4", "4:2", "5:3", "3:1", "5:1"],
         "untrained": False,
         "bm25": False,
     }
