@@ -104,8 +104,9 @@ def test_differences_that_are_equal_on_paper_tie():
 
 
 def test_no_difference_anywhere_is_no_evidence_of_one_but_of_equivalence():
-    test = over_tasks([0.0, 1e-12, -1e-12])
+    test = over_tasks([0.0, 1e-12, -1e-12] * 2)
     assert (test.p, test.p_equivalent) == (1.0, 0.0)
+    assert over_tasks([0.0] * 5).p_equivalent == 1.0  # five could not have shown a difference
 
 
 def test_ranks_and_mean_that_disagree_give_no_evidence():
