@@ -67,3 +67,10 @@ def test_pilot_recovers_the_variances_of_crossed_units_and_seeds():
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.01, (60, 1)) + rng.normal(0, 0.02, (1, 50)) + rng.normal(0, 0.005, (60, 50))
     assert list(vars(Pilot.of(noise)).values()) == pytest.approx([0.01, 0.02, 0.005], rel=0.2)
+
+
+def test_pilot_of_a_few_units_and_seeds_is_right_on_average():
+    rng = np.random.default_rng(1)
+    draws = [rng.normal(0, 1, (6, 1)) + rng.normal(0, 1, (1, 4)) + rng.normal(0, 2, (6, 4)) for _ in range(400)]
+    squares = np.mean([[value**2 for value in vars(Pilot.of(noise)).values()] for noise in draws], axis=0)
+    assert squares == pytest.approx([1.0, 1.0, 4.0], rel=0.35)  # negative estimates count as zero

@@ -26,6 +26,7 @@ from .results import MAIN_SCORE
 from .statistics import RANKED_CORPORA
 
 _LEGEND = (
+    "Mean score: over the tasks that all have, ± standard deviation between seeds. "
     "Difference: first minus second, mean over corpora of the mean over their tasks, with its 95 % interval from "
     "resampling corpora, then tasks (none below six corpora, or tasks of one corpus). "
     "p: exact two-sided test over units, {unit}; in brackets with the paired differences of seeds, from which the "
@@ -252,7 +253,7 @@ def _means(comparison: Comparison) -> Sheet:
     models = dict.fromkeys(str(model) for kind in comparison.types for model in kind.means.index)
     rows = ({"Model": model} | {name: mean_text(mean, model) for name, mean in means.items()} for model in models)
     what = "Mean score" if comparison.metric == MAIN_SCORE else f"Mean {comparison.metric}"
-    return Sheet.of(f"{what} ± deviation between seeds, over the tasks that all have", rows)
+    return Sheet.of(what, rows)
 
 
 def mean_text(means: pd.DataFrame, model: str) -> str:
