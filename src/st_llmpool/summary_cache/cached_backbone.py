@@ -69,8 +69,11 @@ def cached_summaries(model: SentenceTransformer, folder: str | Path, *, dtype: s
     cache = Cache(model, SummaryStore(Path(folder), identity_of(model[0]), dtype=dtype))
     backbone: Any = model[0]
     runner = backbone.batch_runner
-    replaced = {(backbone, "preprocess"): cache.preprocess, (backbone, "forward"): cache.forward}
-    replaced[model, "_inference"] = functools.partial(cache.inference, model._inference)
+    replaced: dict[tuple[Any, str], Any] = {
+        (backbone, "preprocess"): cache.preprocess,
+        (backbone, "forward"): cache.forward,
+        (model, "_inference"): functools.partial(cache.inference, model._inference),
+    }
     try:
         for (module, name), function in replaced.items():
             vars(module)[name] = function
@@ -136,8 +139,8 @@ class Cache:
 
     def inference(self, run: Any, inputs: list[str], *, prompt: str | None = None, **options: Any) -> Any:
         """Encode what is missing of all `inputs`, sorted by length, before they are read in batches."""
-        known = ("batch_size", "show_progress_bar", "output_value", "save_to_cpu", "normalize_embeddings")
-        known += ("truncate_dim", "device")
+        known = {"batch_size", "show_progress_bar", "output_value", "save_to_cpu", "normalize_embeddings"}
+        known |= {"truncate_dim", "device"}
         self.fill(inputs, prompt, **{name: value for name, value in options.items() if name not in known})
         return run(inputs, prompt=prompt, **options)
 
