@@ -43,6 +43,15 @@ def test_float16_has_its_own_precision_at_any_scale_and_never_overflows(tmp_path
     assert ((read - exact).abs() <= 2**-11 * exact.abs()).all()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_values_are_the_same_under_autocast_to_bf16(tmp_path, dtype):
+    store, written = SummaryStore(tmp_path, {}, dtype=dtype), rows(range(3))
+    store.add(written)
+    plain = store.read(list(written), "mean", [1, 3])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(store.read(list(written), "mean", [1, 3]), plain)
+
+
 def test_a_vector_of_zeros_stays_one(tmp_path):
     store = SummaryStore(tmp_path, {})
     store.add({key(1): torch.zeros(2, 3, 8)})

@@ -414,6 +414,13 @@ def test_a_run_on_cached_summaries_is_the_run_without_and_is_resumed_like_it(mak
     assert_same_weights(resumed.model, result.model)
 
 
+def test_a_run_on_cached_summaries_trains_in_bf16_on_a_cpu(make_recipe, tmp_path):
+    recipe = make_recipe(
+        {"model": {"tune": "pooling"}, "training": {"cache": str(tmp_path / "cache"), "precision": "bf16"}}
+    )
+    assert all(np.isfinite(loss) for _, loss in train(recipe).report["losses"])
+
+
 def test_a_base_that_fails_its_proof_is_refused_with_a_cache_too(make_recipe, tiny_llm, tmp_path):
     broken = AutoModel.from_pretrained(tiny_llm)
     broken.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan

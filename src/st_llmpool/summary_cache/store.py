@@ -110,7 +110,8 @@ class SummaryStore:
             self.refresh()
         place, chosen = READOUTS.index(readout), torch.tensor(layers) - 1
         rows = [self._rows[key] for key in keys]
-        values = torch.stack([shard.values[row, place].index_select(0, chosen) for shard, row in rows]).float()
+        # In float32 before they are stacked: autocast to bf16 on a CPU cannot stack float16.
+        values = torch.stack([shard.values[row, place].index_select(0, chosen).float() for shard, row in rows])
         if self.dtype == torch.float32:
             return values
         exponents = torch.stack([shard.exponents[row, place].index_select(0, chosen) for shard, row in rows])
