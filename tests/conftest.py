@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,6 +146,14 @@ def _shared(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the text sets in {folder}, which this checkout does not have")
     return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def code_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps the code of loaded models apart from that of earlier runs, whose commits may have the same names."""
+    from transformers import dynamic_module_utils
+
+    dynamic_module_utils.HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"] = str(tmp_path_factory.mktemp("modules"))
 
 
 @pytest.fixture(autouse=True, scope="session")

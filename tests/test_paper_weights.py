@@ -83,6 +83,7 @@ def test_sizes_are_inferred_and_the_skip_is_off(multi_layer):
         "queries": "latents",
         "readout_skip": False,
         "layer_weights": True,
+        "layer_norm": False,
     }
 
 

@@ -58,22 +58,27 @@ def load_model(
     options: dict[str, Any] = {"token": token, "device": device, **kwargs}
     if os.path.isdir(name):
         check_no_pipes(Path(name))
-    if load_file_path(name, "adapter_config.json", token=token, revision=revision) is not None:
-        require("train", "peft", purpose=f"{name} is an adapter, which")
     if trust_remote_code:
-        if load_file_path(name, "modules.json", token=token, revision=revision) is None:  # no module of ours checks it
-            check_seal(name, token=token, revision=revision)
         with checked_code(name, None):
+            _check_adapter(name, token=token, revision=revision)
+            if load_file_path(name, "modules.json", token=token, revision=revision) is None:  # no module checks it
+                check_seal(name, token=token, revision=revision)
             return SentenceTransformer._load_with_module_classes(
                 name, module_classes or {}, trust_remote_code=True, revision=revision, **options
             )
     folder, revision = _code_of(name, revision, token)
     if not any((folder / file).is_file() for file in ("modules.json", "config.json", "adapter_config.json")):
         raise DataError(f"{name} is not a saved model: it has neither modules.json nor config.json.")
+    _check_adapter(str(folder))
     with checked_code(name, folder) as code:
         if not code.own:  # our own modules check it
             check_seal(name, revision=revision, token=token)
         return _load_with_classes(name, code.own, module_classes or {}, revision=revision, **options)
+
+
+def _check_adapter(name: str, **hub: Any) -> None:
+    if load_file_path(name, "adapter_config.json", **hub) is not None:
+        require("train", "peft", purpose=f"{name} is an adapter, which")
 
 
 def check_code(

@@ -88,8 +88,10 @@ def forecast(
         pilot: How much differences of designs vary, from an earlier study; by default a guess.
     """
     runs = [*study.reference_runs(), *sweep_runs(study), *study.runs()]
-    parameters = {name: _parameters(base) for name, base in study.bases.items()}
-    flops = {run.id: _training_flops(run, parameters[run.base], data_dir) if run.trains else 0.0 for run in runs}
+    parameters = {name: _parameters(study.base_folders.get(name, base)) for name, base in study.bases.items()}
+    costly = [run for run in runs if run.trains and (run.trains_backbone or not study.frozen)]  # others read a cache
+    flops = dict.fromkeys((run.id for run in runs), 0.0)
+    flops |= {run.id: _training_flops(run, parameters[run.base], data_dir) for run in costly}
     missing = [run for run in runs if run.id not in {record.id for record in records}]
     if records:
         seconds = sum(_seconds(run, records) for run in missing)

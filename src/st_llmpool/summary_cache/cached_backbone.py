@@ -163,7 +163,7 @@ class Cache:
         missing = {key: text for key, text in wanted.items() if key not in self.store}
         parts: dict[str, list[bytes]] = {}
         for key in missing:
-            parts.setdefault("few" if len(missing) <= _FEW else f"{key[0] // 16:x}", []).append(key)
+            parts.setdefault("few" if len(wanted) <= _FEW else f"{key[0] // 16:x}", []).append(key)
         with tqdm(total=len(missing), desc="encoding texts for the cache", unit="text", delay=5) as bar:
             wait = False
             while parts:
