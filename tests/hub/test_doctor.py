@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
@@ -197,3 +198,19 @@ def test_a_native_folder_whose_config_counts_other_layers_fails(tiny_llm, tmp_pa
     found = {finding.check: finding for finding in doctor(tmp_path).findings}["weights of the config"]
     assert found.status == "failed"
     assert "layers." in found.detail
+
+
+def test_a_base_that_cannot_be_looked_up_without_a_network_is_a_warning(tiny_llm, tmp_path, monkeypatch):
+    class ConnectError(Exception):
+        """As that of httpx, which is no OSError."""
+
+    def no_network(*args, **kwargs):
+        raise ConnectError("Name or service not known")
+
+    monkeypatch.setattr(HfApi, "model_info", no_network)
+    build_embedder(tiny_llm, peft_config="paper").save_pretrained(str(tmp_path / "adapter"))
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "alice/base"}))
+    findings = {found.check: found for found in doctor(tmp_path / "adapter").findings}
+    assert findings["adapter base"].status == "warning"
+    assert "cannot be reached" in findings["adapter base"].detail
