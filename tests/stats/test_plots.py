@@ -75,6 +75,14 @@ def test_diagram_joins_designs_without_a_significant_pair(tmp_path, drawn):
     assert joined == {(a, b) for a, b in itertools.combinations(ranks, 2) if frozenset((a, b)) not in apart}
 
 
+def test_long_names_leave_room_for_the_axis_of_a_diagram(tmp_path, drawn):
+    table = simulated_scores(np.random.default_rng(0), DESIGNS, tasks=12, effect=0.2)
+    table["design"] = "bidirectional · mean · multi_layer without " + table["design"]
+    draw_ranks(compare(table).types[0], tmp_path / "x.png")
+    (figure,) = drawn
+    assert figure.axes[0].get_window_extent().width > 0.25 * figure.bbox.width
+
+
 def test_diagram_says_when_nothing_could_be_told_apart(tmp_path, drawn):
     table = simulated_scores(np.random.default_rng(0), "abc", tasks=2)
     draw_ranks(compare(table).types[0], tmp_path / "x.png")

@@ -56,7 +56,8 @@ def draw_ranks(kind: TypeComparison, path: Path) -> None:
     for pair in kind.pairs:
         if pair.significant and {pair.first, pair.second} <= set(names):
             alike.loc[pair.first, pair.second] = alike.loc[pair.second, pair.first] = 0.0
-    figure = Figure(figsize=(8, 1.6 + 0.3 * len(names)), layout="constrained")
+    width = 5 + 0.16 * max(map(len, names))  # names stand on both sides, 0.08 inches a letter
+    figure = Figure(figsize=(width, 1.6 + 0.3 * len(names)), layout="constrained")
     axes = figure.add_subplot()
     critical_difference_diagram(
         ranks.mean_ranks,
@@ -65,6 +66,7 @@ def draw_ranks(kind: TypeComparison, path: Path) -> None:
         label_fmt_left="{label} ({rank:.2f})",
         label_fmt_right="({rank:.2f}) {label}",
         text_h_margin=0.05,
+        label_props={"fontsize": 8},
         elbow_props={"color": "0.2", "linewidth": 1},
         marker_props={"color": "black", "s": 18},
         crossbar_props={"color": "tab:blue", "linewidth": 4, "solid_capstyle": "round"},
