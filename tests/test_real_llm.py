@@ -120,6 +120,6 @@ def test_qlora_that_is_stopped_and_resumed_ends_as_if_it_had_not(llm, pairs, tmp
 
 def test_a_plain_design_exports_native_and_is_scored(llm, pairs, tmp_path):
     result = train(recipe_of(llm, pairs, tmp_path / "run", design="mean-bidirectional"))
-    export(result.model_dir, tmp_path / "native", native=True)
+    export(result.model_dir, tmp_path / "native", native=True, merge=True)
     found = evaluate(tmp_path / "native", output_dir=tmp_path / "scores", suite="builtin", limit=20)
     assert 0 < found.scores["LocalDocstringRetrieval"] <= 1

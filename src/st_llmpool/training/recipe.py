@@ -487,7 +487,10 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     if model.quantization is not None and model.tune == "full":
         yield f"model.quantization={model.quantization!r} has no gradients for model.tune=full. Use lora, or drop it."
     if model.freeze_layers and model.tune == "pooling":
-        yield f"model.freeze_layers={model.freeze_layers} does not apply to model.tune=pooling, which freezes all."
+        yield (
+            f"model.freeze_layers={model.freeze_layers} does not apply to model.tune=pooling, which freezes all. "
+            f"Drop it, or use model.tune=lora or full."
+        )
     if not recipe.data:
         yield "data is empty: name at least one training set, such as data: [{source: pairs.jsonl}]."
     for where, sets in [("data", recipe.data), ("evaluation.data", evaluation.data)]:
