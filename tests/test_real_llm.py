@@ -69,7 +69,7 @@ def recipe_of(llm: str, pairs: Path, out: Path, **model) -> Recipe:
         "output_dir": str(out),
         "model": {"base": llm, "max_seq_length": 32, "tune": "lora", **model},
         "data": [{"source": str(pairs)}],
-        "training": {"max_steps": 10, "batch_size": 8, "save_steps": 5, "learning_rate": 2e-4},
+        "training": {"max_steps": 10, "batch_size": 8, "save_steps": 5, "logging_steps": 1, "learning_rate": 2e-4},
     }
     return Recipe.from_dict(values)
 
