@@ -224,6 +224,21 @@ def words_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`refusal("train", "recipe.yaml")` is what a command that fails prints, once it has ended with status 1."""
+    from st_llmpool.cli import main
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["st-llmpool", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 1
+        return " ".join(capsys.readouterr().err.split())
+
+    return run
+
+
+@pytest.fixture
 def make_recipe(tmp_path: Path, tiny_llm: str, pairs: str) -> Callable[..., Recipe]:
     """`make_recipe({"training": {"max_steps": 3}}, "seed=1")` changes a recipe that trains in seconds."""
     from st_llmpool.training import Recipe

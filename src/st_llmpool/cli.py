@@ -175,7 +175,7 @@ def train(recipe: _Recipe, overrides: _Overrides = None, resume: _Resume = False
 
 def _next_steps(model: Path) -> str:
     """Return where a trained model is and what to do with it."""
-    from .utils.reading import read_json_object
+    from .hub.export import adapter_base
 
     lines = [
         f"Model: {model}, with its card; the loss curve and the report are in {model.parent}. Next:",
@@ -183,8 +183,8 @@ def _next_steps(model: Path) -> str:
         f"  st-llmpool doctor {model}",
         f"  st-llmpool push {model} you/model",
     ]
-    adapter = model / "adapter_config.json"
-    if adapter.is_file() and Path(str(read_json_object(adapter).get("base_model_name_or_path"))).is_dir():
+    base = adapter_base(model)
+    if base is not None and Path(base).is_dir():
         merged = model.parent / "merged"
         lines[-1:] = [
             "  It is an adapter of a base in a local folder, which others do not have. Merge it before you share it:",

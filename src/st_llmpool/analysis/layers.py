@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from ..model_card.layer_use import layer_use
-from ..modules.attention import decoder_layers
 from ..modules.errors import ConfigurationError, DataError
 from ..modules.layer_readout import TokenSpans
+from ..summary_cache.cached_backbone import layers_below_the_last
 from ..utils.random_state import preserve_modes
 from ..utils.settings import from_mapping
 
@@ -207,19 +207,10 @@ def layer_embeddings(model: SentenceTransformer, texts: Sequence[str], *, batch_
 
 
 def _read_layers(backbone: Any, features: dict[str, Any]) -> Tensor:
-    spans, outputs = TokenSpans.of(features, include_prompt=backbone.include_prompt), []
-
-    def keep(layer: object, args: object, output: Any) -> None:
-        hidden = output if isinstance(output, Tensor) else output[0]
-        outputs.append(spans.to(hidden.device).reduce(hidden, backbone.layer_readout).cpu())
-
-    hooks = [layer.register_forward_hook(keep) for layer in list(decoder_layers(backbone.model))[:-1]]
-    try:
+    spans = TokenSpans.of(features, include_prompt=backbone.include_prompt)
+    with layers_below_the_last(backbone, spans, [backbone.layer_readout]) as rows:
         last = backbone(features)["readout"].float().cpu()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack([*outputs, last], dim=1)
+    return torch.stack([*(row[:, 0] for row in rows), last], dim=1)
 
 
 def linear_cka(first: Tensor, second: Tensor) -> Tensor:

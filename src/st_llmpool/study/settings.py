@@ -94,7 +94,7 @@ class PlannedRun:
         kind: A run of the ``sweep`` is not evaluated; ``untrained`` is the model before its first step; ``bm25`` has
             no model.
         trained_as: The run of the sweep that is the same training; empty if there is none.
-        folder: Where the base is on this machine; empty is by the recipe.
+        base_folder: Where the base is on this machine; empty is by the recipe.
     """
 
     id: str
@@ -106,7 +106,7 @@ class PlannedRun:
     evaluation: dict[str, Any]
     kind: Kind = "trained"
     trained_as: str = ""
-    folder: str = ""
+    base_folder: str = ""
 
     @property
     def label(self) -> str:
@@ -162,8 +162,8 @@ class PlannedRun:
         if _DATA in text and data_dir is None:
             raise ConfigurationError(f"the study reads data from {_DATA}: name that folder (data_dir, or --data DIR).")
         values = json.loads(text.replace(_DATA, json.dumps(str(data_dir))[1:-1]))
-        if self.folder:
-            values["model"]["base"] = self.folder
+        if self.base_folder:
+            values["model"]["base"] = self.base_folder
         if "evaluation" in values:  # a run that ends below its start has diverged
             values["evaluation"] = {**values["evaluation"], "eval_on_start": True}
         recipe = Recipe.from_dict({**values, "output_dir": str(output_dir), "seed": self.seed})
@@ -352,8 +352,8 @@ class Study:
         recipe = merge(merge(self.recipe, {"model": model}), design.change)
         parts = [base, design.design, design.option, f"seed{seed}"]
         name = "_".join(slug(part) for part in parts if part)
-        where = self.base_folders.get(base, "")
-        return PlannedRun(name, base, design.design, design.option, seed, recipe, self._evaluation, folder=where)
+        folder = self.base_folders.get(base, "")
+        return PlannedRun(name, base, design.design, design.option, seed, recipe, self._evaluation, base_folder=folder)
 
 
 def _of_untrained(recipe: dict[str, Any]) -> dict[str, Any]:

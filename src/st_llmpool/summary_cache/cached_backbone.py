@@ -207,30 +207,40 @@ class Cache:
         features = batch_to_device(features, backbone.model.device)
         features = {name: value for name, value in features.items() if name not in POOLING_FEATURES}
         spans = TokenSpans.of(features, include_prompt=backbone.include_prompt)
-        rows: dict[int, Tensor] = {}
-
-        def record(number: int, layer: nn.Module, args: Any, output: Any) -> None:
-            hidden_states = output if isinstance(output, Tensor) else output[0]
-            if hidden_states.dim() != 3:  # gemma3n
-                raise ConfigurationError(
-                    f"{type(layer).__name__} has no single state per token. Train without a cache."
-                )
-            both = [spans.to(hidden_states.device).reduce(hidden_states, readout) for readout in READOUTS]
-            rows[number] = torch.stack(both, dim=1).cpu()
-
-        layers = list(decoder_layers(backbone.model))
-        hooks = [layer.register_forward_hook(functools.partial(record, n)) for n, layer in enumerate(layers, start=1)]
-        try:
-            output = backbone.run(features, spans)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        record(len(layers), backbone, None, output["token_embeddings"])  # after the final norm
-        summaries = torch.stack([rows[number] for number in sorted(rows)], dim=2)
+        with layers_below_the_last(backbone, spans, READOUTS) as rows:
+            tokens = backbone.run(features, spans)["token_embeddings"]  # after the final norm
+        last = torch.stack([spans.reduce(tokens, readout) for readout in READOUTS], dim=1).cpu()
+        summaries = torch.stack([*rows, last], dim=2)
         if not (finite := summaries.isfinite().flatten(1).all(dim=1)).all():
             text, kind = texts[int(finite.int().argmin())][:80], backbone.model.dtype
             raise InputError(f"The layers of {text!r} are not finite in {kind}. Use training.precision=bf16 or fp32.")
         return summaries
+
+
+@contextmanager
+def layers_below_the_last(backbone: Any, spans: TokenSpans, readouts: Sequence[str]) -> Iterator[list[Tensor]]:
+    """Collect the summaries (B, len(readouts), D) of every layer but the last, on the CPU, in a forward of the block.
+
+    Raises:
+        ConfigurationError: From that forward, if a layer has no single state per token.
+    """
+    rows: list[Tensor] = []
+
+    def record(layer: nn.Module, args: Any, output: Any) -> None:
+        hidden_states = output if isinstance(output, Tensor) else output[0]
+        if hidden_states.dim() != 3:  # gemma3n
+            raise ConfigurationError(
+                f"{type(layer).__name__} has no single state per token, so its layers cannot be read."
+            )
+        own = spans.to(hidden_states.device)
+        rows.append(torch.stack([own.reduce(hidden_states, readout) for readout in readouts], dim=1).cpu())
+
+    hooks = [layer.register_forward_hook(record) for layer in list(decoder_layers(backbone.model))[:-1]]
+    try:
+        yield rows
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_poolings(model: SentenceTransformer) -> str:

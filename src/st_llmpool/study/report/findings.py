@@ -17,7 +17,7 @@ from ...stats.statistics import Array
 from ...stats.tables import Sheet, footnotes, mean_text, number, p_text, sheets_of_family
 from ...utils.files import slug
 from ...utils.words import counted, listed
-from ..settings import Study
+from ..settings import Study, designs_of
 from .document import Document
 
 COMPARISON = "comparison"  # folder that `tables.write` filled
@@ -228,7 +228,7 @@ def _draw_contrast(axes: object, place: int, pair: Pair) -> None:
 
 def _write_verdicts(document: Document, study: Study, comparison: Comparison) -> None:
     contrasts = study.contrasts or []
-    waiting = [contrast for contrast in contrasts if not set(contrast.split(":")) <= comparison.names.keys()]
+    waiting = [contrast for contrast in contrasts if not designs_of(contrast) <= comparison.names.keys()]
     if contrasts:
         document.text(f"Verdicts rest on {counted(len(contrasts), 'pre-registered comparison')}.")
     else:
