@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import os
 import sys
 
 import pytest
@@ -24,34 +26,43 @@ class Hide:
 
 
 @pytest.fixture
-def run_without(monkeypatch, capsys):
-    """`run_without("mteb", "study", ...)` runs a command of a fresh package as if `mteb` were not installed."""
+def run_without(capsys):
+    """`run_without("mteb", "study", ...)` runs a command of a fresh package as if `mteb` were not installed.
 
+    In a fork: a second copy of the package would take the place of the first in transformers' registries.
+    """
     for library in ("accelerate", "mteb", "peft", "scikit_posthocs", "sentence_transformers"):
-        importlib.import_module(library)  # as it is, or it would miss what is hidden for the rest of this process
+        importlib.import_module(library)  # as it is, so that each fork is spared the seconds
+
+    def main_without(library, *arguments):
+        for name in list(sys.modules):
+            if name.partition(".")[0] in (library, "st_llmpool"):
+                del sys.modules[name]
+        find_spec = importlib.util.find_spec
+        sys.meta_path.insert(0, Hide({library}))
+        importlib.util.find_spec = lambda name, *rest: None if name == library else find_spec(name, *rest)
+        sys.argv = ["st-llmpool", *map(str, arguments)]
+        from st_llmpool.cli import main
+
+        main()
 
     def run(library, *arguments):
-        def forget():
-            for name in list(sys.modules):
-                if name.partition(".")[0] in (library, "st_llmpool"):
-                    del sys.modules[name]
-
-        loaded, find_spec = dict(sys.modules), importlib.util.find_spec
-        forget()
-        monkeypatch.setattr(sys, "meta_path", [Hide({library}), *sys.meta_path])
-        monkeypatch.setattr(
-            importlib.util, "find_spec", lambda name, *rest: None if name == library else find_spec(name, *rest)
-        )
-        monkeypatch.setattr(sys, "argv", ["st-llmpool", *map(str, arguments)])
-        try:
-            from st_llmpool.cli import main
-
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            forget()
-            sys.modules.update(loaded)
-        return ended.value.code, " ".join(capsys.readouterr().err.split())
+        receiver, sender = os.pipe()
+        if (child := os.fork()) == 0:
+            code: object = "no exit"
+            try:
+                main_without(library, *arguments)
+            except SystemExit as ended:
+                code = ended.code
+            except BaseException as error:
+                code = repr(error)
+            os.write(sender, json.dumps([code, " ".join(capsys.readouterr().err.split())]).encode())
+            os._exit(0)
+        os.close(sender)
+        with open(receiver, "rb") as answer:
+            code, printed = json.loads(answer.read())
+        os.waitpid(child, 0)
+        return code, printed
 
     return run
 
