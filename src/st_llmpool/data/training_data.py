@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import logging
 import math
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..modules.errors import DataError, nearest
+from ..utils.files import file_digest
 from ..utils.reading import check_file, check_rows, exists, is_folder, read_lines, shown
 
 if TYPE_CHECKING:
@@ -180,9 +180,7 @@ def _read_file(settings: DatasetSettings, path: Path) -> Dataset:
         logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)  # it logs what it raises
         # The name says what the file holds: a cached copy is found by name, place, size and time alone.
         files = glob.escape(str(path.resolve()))  # a name with a bracket or a star is no pattern
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-        return load_dataset(FORMATS[path.suffix], digest, data_files=files, split="train", **options)
+        return load_dataset(FORMATS[path.suffix], file_digest(path)[:16], data_files=files, split="train", **options)
     except DataError:
         raise
     except Exception as error:  # the readers raise many kinds: of datasets, pandas and pyarrow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,12 +56,6 @@ def _content(folder: Path, wanted: str) -> str:
         return f"{folder} does not exist either."
     names = sorted(path.name for path in folder.iterdir())
     return f"{folder} holds {listed(names, most=20) or 'nothing'}.{nearest(wanted, names)}"
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_table(path: Path, columns: Sequence[Column], file_names: Mapping[str, str]) -> dict[str, list[Any]]:

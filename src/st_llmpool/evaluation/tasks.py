@@ -19,12 +19,13 @@ from datasets import Dataset, DatasetDict
 from ..data import docstring_pairs
 from ..modules.errors import ConfigurationError, DataError, nearest
 from ..utils.extras import importing_mteb
+from ..utils.files import file_digest
 from ..utils.random_state import preserve_rng_state
 from ..utils.reading import is_folder
 from ..utils.words import listed
 from .slices import Where, check_where, cut, sample, sample_retrieval, select_rows
 from .suite import TaskSpec, read_suite
-from .task_files import Column, file_digest, find_table, read_table
+from .task_files import Column, find_table, read_table
 
 with importing_mteb():
     from mteb.abstasks import (

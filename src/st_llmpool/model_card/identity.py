@@ -13,10 +13,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 from sentence_transformers.util import load_dir_path
+
+from ..utils.parameters import config_values, hash_weights, tokenizer_state
 
 logger = logging.getLogger(__name__)
 
@@ -77,15 +78,9 @@ def fingerprint(model: SentenceTransformer) -> str:
     """Return a hash of all that the vectors depend on: weights, module settings, tokenizer, prompts."""
     settings: list[Any] = [model.prompts, model.default_prompt_name, model.truncate_dim, model.similarity_fn_name]
     settings += [model.max_seq_length, [[type(module).__name__, module.get_config_dict()] for module in model]]
-    for config in (module.config for module in model.modules() if hasattr(module, "config")):
-        values = config.to_dict() if hasattr(config, "to_dict") else {"config": str(config)}
-        settings.append({key: values[key] for key in values.keys() - {"_name_or_path", "transformers_version"}})
-    tokenizer = getattr(model.tokenizer, "backend_tokenizer", model.tokenizer)
-    state = json.loads(tokenizer.to_str()) if hasattr(tokenizer, "to_str") else {"repr": repr(tokenizer)}
-    settings.append({key: state[key] for key in state.keys() - {"truncation", "padding"}})  # those of its last call
+    settings += [config_values(module.config) for module in model.modules() if hasattr(module, "config")]
+    settings.append(tokenizer_state(model.tokenizer))
     settings += [getattr(model.tokenizer, f"{action}_side", None) for action in ("padding", "truncation")]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):  # loading may register them in another order
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    hash_weights(model, digest)
     return digest.hexdigest()[:40]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..modules.errors import ConfigurationError
-from ..utils.settings import merge
+from ..utils.settings import with_overrides
 from .records import RunRecord, finished
 from .settings import PlannedRun, Study
 
@@ -148,14 +148,7 @@ def _acts(name: str, run: PlannedRun, change: dict[str, Any]) -> bool:
 
 
 def _with(run: PlannedRun, values: dict[str, float]) -> PlannedRun:
-    changes: dict[str, Any] = {}
-    for name, value in values.items():
-        *path, last = name.split(".")
-        place = changes
-        for part in path:
-            place = place.setdefault(part, {})
-        place[last] = value
-    return replace(run, recipe=merge(run.recipe, changes))
+    return replace(run, recipe=with_overrides(run.recipe, [f"{name}={value!r}" for name, value in values.items()]))
 
 
 def _name(run: PlannedRun, values: dict[str, float]) -> str:

@@ -30,7 +30,7 @@ from ..stats.results import COLUMNS, Results, complete
 from ..summary_cache.cached_backbone import check_poolings
 from ..training import Recipe, train, untrained_model
 from ..training.trainer import TrainingError
-from ..utils.files import share_files, write_atomically
+from ..utils.files import file_digest, share_files, write_atomically
 from ..utils.parameters import count_weights
 from ..utils.reading import read_json_object
 from .records import RunRecord, finished, write_record
@@ -216,8 +216,6 @@ def main(arguments: list[str]) -> int:
 
 
 def _digests(recipe: Any) -> dict[str, str]:
-    from ..evaluation.task_files import file_digest
-
     sources = [Path(item.source) for item in recipe.data]
     return {f"{path.parent.name}/{path.name}": file_digest(path) for path in sources if path.is_file()}
 

@@ -24,6 +24,7 @@ from ..fast_inference import FastInference
 from ..modules.attention import decoder_layers
 from ..modules.errors import ConfigurationError, InputError, check_choice
 from ..modules.layer_readout import POOLING_FEATURES, READOUTS, TokenSpans
+from ..utils.parameters import config_values, hash_weights, tokenizer_state
 from ..utils.random_state import preserve_modes
 from .store import DTYPES, SummaryStore
 
@@ -282,25 +283,15 @@ def reads_tokens(pooling: str) -> ConfigurationError:
 
 def identity_of(backbone: Any) -> dict[str, Any]:
     """Return everything besides prompt and text that decides a backbone's summaries."""
-    tokenizer = getattr(backbone.tokenizer, "backend_tokenizer", backbone.tokenizer)
-    state = json.loads(tokenizer.to_str()) if hasattr(tokenizer, "to_str") else {"repr": repr(tokenizer)}
-    kept = {key: state[key] for key in sorted(state.keys() - {"truncation", "padding"})}  # those of its last call
-    config = backbone.model.config.to_dict()
+    digest, tokenizer = hashlib.sha256(), json.dumps(tokenizer_state(backbone.tokenizer), sort_keys=True)
+    hash_weights(backbone.model, digest)
     return {
-        "weights": _digest(backbone.model),
-        "config": {key: config[key] for key in config.keys() - {"_name_or_path", "transformers_version"}},
+        "weights": digest.hexdigest(),
+        "config": config_values(backbone.model.config),
         "attention_implementation": str(backbone.model.config._attn_implementation),
         "module": {key: value for key, value in backbone.get_config_dict().items() if key not in _FREE},
         "max_seq_length": backbone.max_seq_length,
-        "tokenizer": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest(),
         "truncation_side": getattr(backbone.tokenizer, "truncation_side", None),
         "transformers": transformers.__version__,
     }
-
-
-def _digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -104,6 +104,12 @@ def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
                 partial.unlink()
 
 
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def share_files(folder: Path, shared: Path) -> None:
     """Replace the weight files of a saved model by hard links to equal ones in `shared`, which the first ones become.
 
@@ -118,8 +124,8 @@ def share_files(folder: Path, shared: Path) -> None:
         True
     """
     for file in folder.glob("*.safetensors"):
-        with suppress(OSError), file.open("rb") as content:
-            first = shared / hashlib.file_digest(content, "sha256").hexdigest()
+        with suppress(OSError):
+            first = shared / file_digest(file)
             shared.mkdir(parents=True, exist_ok=True)
             if not first.exists():
                 os.link(file, first)
